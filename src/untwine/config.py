@@ -1,0 +1,296 @@
+"""Recipes: one YAML file per experiment, checked before anything is loaded.
+
+A recipe is a tree of sections (`env`, `prompt`, `policy`, ...). Every key has a type, a default and
+a sentence of description; unknown keys are refused with the nearest known one. `load_recipe` also
+takes overrides in the form `section.key=value`, whose values are read as YAML.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from untwine.errors import ConfigError, nearest
+
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EnvConfig(Section):
+    """Where the agent acts."""
+
+    name: str = Field("rooms", description="environment family, see `untwine doctor`")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the family")
+    tasks: list[str] = Field(default_factory=list, description="task names; empty means all")
+    splits: str = Field("default", description="split file: a name in the family, or a path")
+    train_set: str = Field("train", description="which set of the split file to train on")
+    variations: Natural = Field(0, description="first N variations of every task; 0 means all")
+    max_steps: Positive = Field(20, description="step limit of an episode")
+    workers: Natural = Field(0, description="worker processes; 0 runs in this process")
+    sessions: Positive = Field(16, description="episodes that one worker holds at once")
+    timeout_s: float = Field(60.0, gt=0, description="seconds before a silent worker is replaced")
+
+
+class PromptConfig(Section):
+    """How a state becomes tokens."""
+
+    layout: Literal["append", "window"] = Field("append", description="a growing chat, or the last `history` steps")
+    history: Natural = Field(2, description="past (observation, action) pairs shown by `window`")
+    thoughts: bool = Field(False, description="let the model think before it acts")
+    list_admissible: bool = Field(False, description="list the admissible commands in the prompt")
+    only_admissible: bool = Field(False, description="refuse commands outside the admissible list")
+    max_tokens: Positive = Field(4096, description="longest prompt; an episode that outgrows it ends")
+
+
+class TinyConfig(Section):
+    """The `tiny` preset: a Llama built from scratch with a BPE tokenizer of its own."""
+
+    hidden_size: Positive = 192
+    layers: Positive = 4
+    heads: Positive = 6
+    kv_heads: Positive = 3
+    intermediate_size: Positive = 512
+    vocab_size: Positive = Field(2048, description="BPE vocabulary, special tokens included")
+    positions: Positive = Field(4096, description="longest context")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TinyConfig:
+        if self.hidden_size % self.heads or self.heads % self.kv_heads:
+            raise ValueError("hidden_size must be a multiple of heads, and heads of kv_heads")
+        return self
+
+
+class PolicyConfig(Section):
+    """The language model that acts."""
+
+    model: str = Field("tiny", description="preset (tiny, smollm2), Hugging Face id, or folder")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    threads: Natural = Field(0, description="torch threads; 0 keeps the default")
+    tiny: TinyConfig = TinyConfig()
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1.0)
+    max_new_tokens: Positive = 24
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: Rate = 0.0
+    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    warmup: Natural = Field(0, description="steps of linear warm-up")
+
+
+class ColdStartConfig(Section):
+    """Imitation of expert episodes, mixed with verdict data (method.md section 7)."""
+
+    episodes: Natural = Field(0, description="expert episodes; 0 skips the cold start")
+    steps: Natural = Field(200, description="optimizer steps")
+    batch_tokens: Positive = Field(4096, description="tokens per optimizer step")
+    verdict_weight: Rate = Field(0.0, description="weight of the verdict loss; 0 leaves it out")
+    noise: Fraction = Field(0.0, description="share of expert steps preceded by a random command")
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, warmup=20)
+
+
+class CreditConfig(Section):
+    name: str = Field("grpo", description="credit method")
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class LossConfig(Section):
+    """Clipped surrogate (method.md section 2)."""
+
+    clip_low: Fraction = 0.2
+    clip_high: Rate = 0.2
+    kl: Rate = Field(0.0, description="weight of the k3 estimate of KL to the initial policy")
+    entropy: Rate = Field(0.0, description="weight of the entropy bonus")
+    mean: Literal["token", "step", "episode"] = Field("token", description="unit of the loss mean")
+
+
+class ScheduleConfig(Section):
+    """Weight over training: constant, or linear from `start` to `end` over all iterations."""
+
+    kind: Literal["constant", "linear"] = "constant"
+    start: Rate = 1.0
+    end: Rate = 1.0
+
+    def at(self, progress: float) -> float:
+        """Factor at `progress` in [0, 1]."""
+        if self.kind == "constant":
+            return self.start
+        return self.start + (self.end - self.start) * min(max(progress, 0.0), 1.0)
+
+
+class GCDConfig(Section):
+    """The actor also learns to tell good actions from bad ones (method.md section 7)."""
+
+    objective: Literal["none", "generative/ce"] = "none"
+    weight: Rate = Field(0.5, description="lambda")
+    schedule: ScheduleConfig = ScheduleConfig()
+    labels: list[str] = Field(default_factory=lambda: ["rule", "group"])
+    min_confidence: Fraction = 0.5
+    token_budget: Positive = Field(8192, description="verdict tokens per iteration, at most")
+
+
+class RLConfig(Section):
+    iterations: Natural = 20
+    groups: Positive = Field(8, description="task instances per iteration")
+    group_size: Positive = Field(8, description="episodes per task instance (G)")
+    epochs: Positive = Field(1, description="passes over each batch")
+    minibatches: Positive = Field(1, description="optimizer steps per pass")
+    microbatch_tokens: Positive = Field(16384, description="tokens per forward pass")
+    drop_constant_groups: bool = Field(True, description="leave out groups without spread")
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class EvaluateConfig(Section):
+    every: Natural = Field(0, description="iterations between evaluations; 0 only at the end")
+    sets: list[str] = Field(default_factory=lambda: ["L0", "L1"], description="sets of the split file")
+    episodes: Natural = Field(64, description="episodes per set; 0 skips the evaluation")
+    greedy: bool = Field(False, description="take the most likely token instead of sampling")
+
+
+class CheckpointConfig(Section):
+    every: Positive = Field(1, description="iterations between checkpoints")
+    cold_start_every: Positive = Field(100, description="cold-start steps between checkpoints")
+    keep: Positive = Field(2, description="how many checkpoints to keep")
+
+
+class Recipe(Section):
+    """One experiment, as resolved."""
+
+    name: str = "run"
+    seed: int = 0
+    env: EnvConfig = EnvConfig()
+    prompt: PromptConfig = PromptConfig()
+    policy: PolicyConfig = PolicyConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    cold_start: ColdStartConfig = ColdStartConfig()
+    rl: RLConfig = RLConfig()
+    credit: CreditConfig = CreditConfig()
+    loss: LossConfig = LossConfig()
+    gcd: GCDConfig = GCDConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `section.key=value` overrides.
+
+    Raises ConfigError with one sentence for anything that is wrong.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.exists():
+        kind = "a folder" if path.is_dir() else "missing"
+        raise ConfigError(f"recipe {path} is {kind}; recipes are YAML files such as recipes/smoke.yaml")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not readable"
+        raise ConfigError(f"{path} is not valid YAML{where}: {problem}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file in UTF-8") from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections such as `env:`, not a {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return make_recipe(tree, str(path))
+
+
+def make_recipe(tree: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Check a tree of plain values; `source` names it in the error."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_first_problem(error)}") from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value in {override!r} is not valid YAML") from error
+    *parents, last = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} holds a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *parents, word = [str(part) for part in problem["loc"]]
+        hint = nearest(where, all_keys()) or nearest(word, _keys_of(parents))
+        return f"unknown key {where!r}.{hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = repr(problem.get("input"))
+    if len(shown) > 60:
+        shown = shown[:57] + "..."
+    return f"{where or 'recipe'}: {message[0].lower() + message[1:]} (got {shown})"
+
+
+def _keys_of(parents: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for parent in parents:
+        field = model.model_fields.get(parent)
+        child = _section_type(field.annotation) if field else None
+        if child is None:
+            return []
+        model = child
+    return list(model.model_fields)
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    for argument in typing.get_args(annotation):
+        if found := _section_type(argument):
+            return found
+    return None
+
+
+def all_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Every key of a recipe in dotted form, sections included."""
+    return [key for key, _ in describe_keys(model, prefix)]
+
+
+def describe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, description) of every key; used by the docs and by error messages."""
+    for name, field in model.model_fields.items():
+        key = prefix + name
+        child = _section_type(field.annotation)
+        if child:
+            yield key, (child.__doc__ or "").strip().splitlines()[0] if child.__doc__ else ""
+            yield from describe_keys(child, key + ".")
+        else:
+            yield key, field.description or ""

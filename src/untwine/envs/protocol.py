@@ -1,0 +1,107 @@
+"""What an environment must be: text in, text out.
+
+An environment is usable alone, without model, trainer or pool:
+
+    env = make_env("rooms")
+    goal, observation = env.reset("fetch", 0)
+    observation = env.step("go north")
+
+Required: `reset`, `step`, `close`, and a catalogue of tasks. Everything else is optional and
+declared in `EnvInfo`, so that callers ask before they use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+from untwine.records import Observation
+
+Split = Literal["train", "dev", "test"]
+
+
+class Reset(NamedTuple):
+    """Start of an episode: the goal in words, and the first observation."""
+
+    goal: str
+    observation: Observation
+
+
+@dataclass(frozen=True, slots=True)
+class EnvInfo:
+    """What an environment family offers.
+
+    deterministic   the same commands give the same observations, so a run can be repeated exactly
+    snapshots       `snapshot` and `restore` work (method.md section 3)
+    lists_commands  `admissible` works
+    has_expert      `expert` works
+    remote          starts a heavy process of its own (a JVM): keep it in spawned workers
+    inspecting      first words of commands that look without changing anything; looking twice is
+                    a repeat, looking once is not a flaw (gcd/labels.py)
+    blocked         commands an agent may never send
+    """
+
+    name: str
+    deterministic: bool
+    snapshots: bool
+    lists_commands: bool
+    has_expert: bool
+    remote: bool = False
+    inspecting: tuple[str, ...] = ()
+    blocked: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Catalogue(Protocol):
+    """Which task instances an environment family has. Cheap: needs no running environment."""
+
+    info: EnvInfo
+
+    def tasks(self) -> tuple[str, ...]:
+        """Names of all tasks, in a fixed order."""
+
+    def variations(self, task: str, split: Split | None = None) -> tuple[int, ...]:
+        """Variation numbers of a task, of one split or of all. EnvError for an unknown task."""
+
+
+@runtime_checkable
+class Env(Protocol):
+    """One live environment; holds at most one episode at a time."""
+
+    def reset(self, task: str, variation: int) -> Reset:
+        """Begin an episode. EnvError for an unknown task or a variation out of range."""
+
+    def step(self, command: str) -> Observation:
+        """Send one command. Never raises for a bad command: that is `Observation.invalid`."""
+
+    def admissible(self) -> tuple[str, ...]:
+        """Commands that are valid now (only where `EnvInfo.lists_commands`)."""
+
+    def snapshot(self) -> Any:
+        """The present state, to be given to `restore` (only where `EnvInfo.snapshots`)."""
+
+    def restore(self, snapshot: Any) -> Observation:
+        """Return to a snapshot taken from this environment family."""
+
+    def expert(self, task: str, variation: int) -> tuple[str, ...] | None:
+        """Commands that solve the instance, or None (only where `EnvInfo.has_expert`).
+        May reset the environment: call it between episodes."""
+
+    def close(self) -> None:
+        """Free processes and files. Safe to call twice."""
+
+
+class EnvFactory(Protocol):
+    """Builds an environment from the `options` of its recipe section."""
+
+    def __call__(self, options: Mapping[str, Any]) -> Env: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EnvFamily:
+    """An entry of the registry: how to list tasks, how to make an environment."""
+
+    catalogue: Catalogue
+    make: EnvFactory
+    option_names: Sequence[str]
