@@ -4,4 +4,258 @@ A *slot* holds one live episode. `EnvPool.call` takes requests for distinct slot
 reply for each, in order; workers act at the same time. A worker that dies or stays silent is
 replaced, and every episode it held is answered with `Lost`: the caller begins it again (rollout.py
 does, and counts it), so none is lost for good.
+
+The silence allowed is counted per request: a worker answers one request after the other, and each
+answer starts the clock anew. A process that has never answered gets `STARTUP_S` more, since it has
+to import Python modules and perhaps to start a JVM. Without workers nothing can be timed out, but
+an environment that raises something unexpected is replaced just the same.
 """
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from multiprocessing import connection
+from types import TracebackType
+from typing import Any
+
+from untwine.envs import registry
+from untwine.envs.protocol import Reset
+from untwine.envs.worker import (
+    SPARE,
+    Answer,
+    Broken,
+    ExpertRequest,
+    Fault,
+    Lost,
+    Request,
+    ResetRequest,
+    Sessions,
+    StepRequest,
+    Worker,
+    describe,
+)
+from untwine.errors import EnvError
+from untwine.records import Observation
+
+__all__ = ["ATTEMPTS", "EXPERT_FACTOR", "EnvPool", "Lost", "ResetRequest", "StepRequest"]
+
+EXPERT_FACTOR = 5.0  # an expert may search this many times as long as a step may take
+ATTEMPTS = 3  # failed starts of a worker in a row, or failed searches of one expert
+
+
+class EnvPool:
+    """`workers` processes with `sessions` episodes each; with workers=0 all of it happens here.
+
+    slots     how many episodes can be live at once; slots are numbered from 0
+    restarts  how many times a worker (or the environments of this process) had to be replaced
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        *,
+        workers: int,
+        sessions: int,
+        timeout_s: float,
+    ) -> None:
+        """EnvError for an unknown environment; wrong options show at the first call."""
+        registry.get_family(name)
+        self._name = name
+        self._options = dict(options)
+        self._sessions = sessions
+        self._timeout_s = timeout_s
+        self._live: set[int] = set()
+        self._lost: dict[int, Lost] = {}
+        self._here = Sessions(name, self._options)
+        self._here_answered = False
+        self._failures = [0] * max(1, workers)
+        self._workers = [Worker(name, self._options) for _ in range(workers)]
+        self.slots = max(1, workers) * sessions
+        self.restarts = 0
+
+    def call(
+        self, requests: Mapping[int, ResetRequest | StepRequest]
+    ) -> dict[int, Reset | Observation | Lost]:
+        """Answer every request, in the order given.
+
+        An UntwineError raised by an environment is raised here, once all workers have answered.
+        EnvError when a worker fails `ATTEMPTS` times in a row before its first answer.
+        ValueError for a slot that does not exist, or a step in a slot without an episode.
+        """
+        passed: dict[int, list[tuple[int, Request]]] = {}
+        replies: dict[int, Reset | Observation | Lost] = {}
+        for slot, request in requests.items():
+            if not 0 <= slot < self.slots:
+                raise ValueError(f"there is no slot {slot}, only 0 to {self.slots - 1}")
+            if isinstance(request, ResetRequest):
+                self._lost.pop(slot, None)
+            elif slot in self._lost:
+                replies[slot] = self._lost[slot]
+                continue
+            elif slot not in self._live:
+                raise ValueError(f"slot {slot} has no episode; send a ResetRequest first")
+            passed.setdefault(slot // self._sessions, []).append((slot, request))
+        for slot, answer in self._exchange(passed).items():
+            if isinstance(answer, Reset | Observation | Lost):
+                replies[slot] = answer
+        return {slot: replies[slot] for slot in requests}
+
+    def _exchange(
+        self, passed: Mapping[int, list[tuple[int, Request]]]
+    ) -> dict[int, Answer | Lost]:
+        """Send each worker its requests and gather the answers."""
+        answers: dict[int, Answer | Lost] = {}
+        if not self._workers:
+            for batch in passed.values():
+                answers.update(self._answer_here(batch))
+        else:
+            waiting = {i: {slot for slot, _ in batch} for i, batch in passed.items()}
+            for i, batch in passed.items():
+                self._workers[i].send(batch)
+            while waiting:
+                for i, slot, answer in self._hear(waiting, self._timeout_s):
+                    if isinstance(answer, Broken):
+                        lost = self._replace(i, answer.reason)
+                        answers.update({slot: lost for slot, _ in passed[i]})
+                        del waiting[i]
+                        continue
+                    answers[slot] = answer
+                    waiting[i].discard(slot)
+                    if not waiting[i]:
+                        del waiting[i]
+        self._remember(answers)
+        return answers
+
+    def _remember(self, answers: Mapping[int, Answer | Lost]) -> None:
+        """Keep the books on live slots; raise the first fault."""
+        for slot, answer in answers.items():
+            if isinstance(answer, Reset):
+                self._live.add(slot)
+            elif isinstance(answer, Lost):
+                self._live.discard(slot)
+                self._lost[slot] = answer
+        faults = {slot: a for slot, a in answers.items() if isinstance(a, Fault)}
+        self._live.difference_update(faults)
+        for fault in faults.values():
+            raise fault.error()
+
+    def _hear(
+        self, waiting: Iterable[int], allowed: float
+    ) -> list[tuple[int, int, Answer | Broken]]:
+        """Wait for news: (worker, slot, answer), at most one of each worker."""
+        workers = {i: self._workers[i] for i in waiting}
+        left = min(worker.silence_left(allowed) for worker in workers.values())
+        ready = connection.wait([w.pipe for w in workers.values()], timeout=max(0.0, left))
+        news: list[tuple[int, int, Answer | Broken]] = []
+        for i, worker in workers.items():
+            if worker.pipe in ready:
+                if (received := worker.receive()) is not None:
+                    news.append((i, *received))
+            elif worker.silence_left(allowed) <= 0:
+                news.append((i, SPARE, Broken(f"no answer for {allowed:g} seconds")))
+        return news
+
+    def _replace(self, i: int, reason: str) -> Lost:
+        """Put a new worker in the place of worker `i`; its episodes are lost."""
+        worker = self._workers[i]
+        worker.stop()
+        reason = f"worker {i} of environment {self._name!r}: {reason}"
+        self._note_failure(i, worker.answered, reason)
+        self._workers[i] = Worker(self._name, self._options)
+        return Lost(reason)
+
+    def _note_failure(self, i: int, answered: bool, reason: str) -> None:
+        self.restarts += 1
+        mine = range(i * self._sessions, (i + 1) * self._sessions)
+        self._lost.update({slot: Lost(reason) for slot in self._live.intersection(mine)})
+        self._live.difference_update(mine)
+        self._failures[i] = 0 if answered else self._failures[i] + 1
+        if self._failures[i] >= ATTEMPTS:
+            self._failures[i] = 0
+            raise EnvError(f"failed {ATTEMPTS} times in a row before the first answer: {reason}")
+
+    def _answer_here(self, batch: Sequence[tuple[int, Request]]) -> dict[int, Answer | Lost]:
+        """The same as a worker does, in this process."""
+        answers: dict[int, Answer | Lost] = {}
+        for slot, request in batch:
+            try:
+                answers[slot] = self._here.answer(slot, request)
+                self._here_answered = True
+            except Exception as error:
+                self._here.close()
+                self._here = Sessions(self._name, self._options)
+                reason = f"environment {self._name!r}: {describe(error)}"
+                answered, self._here_answered = self._here_answered, False
+                self._note_failure(0, answered, reason)
+                return {slot: Lost(reason) for slot, _ in batch}
+        return answers
+
+    def experts(self, refs: Sequence[tuple[str, int]]) -> list[tuple[str, ...] | None]:
+        """Commands that solve each (task, variation), or None where the environment knows none.
+
+        Runs in environments of its own, so live episodes go on undisturbed (unless a worker dies).
+        EnvError when the same instance fails `ATTEMPTS` times, or is unknown.
+        """
+        found: dict[int, tuple[str, ...] | None] = {}
+        failed = [0] * len(refs)
+        todo = deque(range(len(refs)))
+        busy: dict[int, int] = {}  # worker -> index of the instance it searches
+        while todo or busy:
+            for i in range(max(1, len(self._workers))):
+                if i not in busy and todo:
+                    busy[i] = todo.popleft()
+                    if self._workers:
+                        self._workers[i].send([(SPARE, ExpertRequest(*refs[busy[i]]))])
+            for i, answer in self._hear_experts(busy, refs):
+                index = busy.pop(i)
+                if isinstance(answer, Fault):
+                    raise answer.error()
+                if isinstance(answer, Lost):
+                    failed[index] += 1
+                    if failed[index] >= ATTEMPTS:
+                        task, variation = refs[index]
+                        raise EnvError(
+                            f"the expert of {self._name}/{task}/{variation} failed {ATTEMPTS} "
+                            f"times: {answer.reason}"
+                        )
+                    todo.appendleft(index)
+                else:
+                    assert not isinstance(answer, Reset | Observation)
+                    found[index] = answer
+        return [found[index] for index in range(len(refs))]
+
+    def _hear_experts(
+        self, busy: Mapping[int, int], refs: Sequence[tuple[str, int]]
+    ) -> list[tuple[int, Answer | Lost]]:
+        if not self._workers:
+            return [(0, self._answer_here([(SPARE, ExpertRequest(*refs[busy[0]]))])[SPARE])]
+        news = self._hear(busy, EXPERT_FACTOR * self._timeout_s)
+        return [
+            (i, self._replace(i, answer.reason) if isinstance(answer, Broken) else answer)
+            for i, _, answer in news
+        ]
+
+    def close(self) -> None:
+        """End all workers and environments. Safe to call twice."""
+        self._here.close()
+        for worker in self._workers:
+            with contextlib.suppress(OSError):
+                worker.pipe.send(None)  # all at once, so that they end at the same time
+        for worker in self._workers:
+            worker.stop(grace=5.0)
+        self._workers.clear()
+        self.slots = 0
+
+    def __enter__(self) -> EnvPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from untwine.envs.protocol import Env, EnvFamily
+from untwine.envs.protocol import Env, EnvFamily, Reset
 from untwine.errors import EnvError, nearest
+from untwine.records import Observation
 
 # name -> "module:attribute" of an EnvFamily
 _FAMILIES = {
@@ -37,11 +39,45 @@ def get_family(name: str) -> EnvFamily:
 
 
 def make_env(name: str, options: Mapping[str, Any] | None = None) -> Env:
-    """A live environment of the family `name`."""
+    """A live environment of the family `name`.
+
+    Every family that lists its commands also takes the option `list_commands`: each observation
+    then carries the admissible commands.
+    """
     family = get_family(name)
     options = dict(options or {})
+    listing = bool(options.pop("list_commands", False))
+    if listing and not family.catalogue.info.lists_commands:
+        raise EnvError(f"environment {name!r} cannot list its commands; drop list_commands")
     for key in options:
         if key not in family.option_names:
             hint = nearest(key, family.option_names)
             raise EnvError(f"environment {name!r} has no option {key!r}.{hint}")
-    return family.make(options)
+    env = family.make(options)
+    return _Listing(env) if listing else env
+
+
+class _Listing:
+    """An environment whose observations carry the admissible commands."""
+
+    def __init__(self, env: Env) -> None:
+        self._env = env
+        self.admissible = env.admissible
+        self.snapshot = env.snapshot
+        self.expert = env.expert
+        self.close = env.close
+
+    def reset(self, task: str, variation: int) -> Reset:
+        goal, observation = self._env.reset(task, variation)
+        return Reset(goal, self._listed(observation))
+
+    def step(self, command: str) -> Observation:
+        return self._listed(self._env.step(command))
+
+    def restore(self, snapshot: Any) -> Observation:
+        return self._listed(self._env.restore(snapshot))
+
+    def _listed(self, observation: Observation) -> Observation:
+        if observation.done or observation.admissible is not None:
+            return observation
+        return dataclasses.replace(observation, admissible=self._env.admissible())

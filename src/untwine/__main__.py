@@ -1,0 +1,5 @@
+"""`python -m untwine` is the same as `untwine`."""
+
+from untwine.cli import main
+
+main()

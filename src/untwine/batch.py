@@ -1,0 +1,194 @@
+"""From episodes to the rows a model is trained on. Padding happens here and nowhere earlier.
+
+Consecutive steps whose prompt only continues the previous one (`append` layout) become one row, so
+every token of such an episode is computed once; other steps become rows of their own. The loss does
+not depend on how steps were merged: each trained token carries its own weight, with denominators
+taken over the whole batch, never over a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from untwine.policy.loading import Policy
+from untwine.records import Episode, Group, Step
+
+LossMean = Literal["token", "step", "episode"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One token sequence and what is trained on it.
+
+    ids           (L,) token ids
+    targets       (N,) positions in `ids` of the tokens whose log-probability is trained; all > 0
+    weights       (N,) share of each target in the loss
+    old_logprobs  (N,) log-probabilities under the sampling policy
+    advantages    (N,) advantage of the step the token belongs to
+    """
+
+    ids: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    old_logprobs: np.ndarray
+    advantages: np.ndarray
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+
+def policy_rows(groups: Sequence[Group], mean: LossMean) -> list[Row]:
+    """Rows of all steps that carry an advantage, weighted so that the loss is a mean over the
+    chosen unit. Steps without an advantage are context only."""
+    episodes = [episode for group in groups for episode in group.episodes]
+    unit_sizes = _unit_weights(episodes, mean)
+    rows = []
+    for episode, step_weights in zip(episodes, unit_sizes, strict=True):
+        rows += _episode_rows(episode, step_weights)
+    return rows
+
+
+def imitation_rows(episode: Episode) -> list[Row]:
+    """Rows for imitating the steps of one episode that carry an advantage (weight 1 a token)."""
+    return _episode_rows(episode, [1.0] * episode.length)
+
+
+def completion_row(prompt_ids: Sequence[int], completion_ids: Sequence[int], weight: float) -> Row:
+    """A prompt and the completion trained on it, the weight shared by the completion's tokens."""
+    n = len(completion_ids)
+    return Row(
+        ids=np.array([*prompt_ids, *completion_ids], dtype=np.int64),
+        targets=np.arange(len(prompt_ids), len(prompt_ids) + n, dtype=np.int64),
+        weights=np.full(n, weight / n, dtype=np.float32),
+        old_logprobs=np.zeros(n, dtype=np.float32),
+        advantages=np.zeros(n, dtype=np.float32),
+    )
+
+
+def microbatches(rows: Sequence[Row], budget: int) -> Iterator[list[Row]]:
+    """Rows of similar length together, at most `budget` padded tokens at a time (a longer row
+    stands alone)."""
+    batch: list[Row] = []
+    for row in sorted(rows, key=lambda r: -r.length):
+        if batch and batch[0].length * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Model outputs and data at the N trained positions of a micro-batch.
+
+    logits_NV     vocabulary logits that predict each target, divided by the temperature, float32
+    ids_N         the target tokens
+    logprobs_N    their log-probabilities
+    weights_N, old_logprobs_N, advantages_N   see `Row`
+    """
+
+    logits_NV: torch.Tensor
+    ids_N: torch.Tensor
+    logprobs_N: torch.Tensor
+    weights_N: torch.Tensor
+    old_logprobs_N: torch.Tensor
+    advantages_N: torch.Tensor
+
+
+def score(policy: Policy, rows: Sequence[Row], temperature: float = 1.0) -> Targets:
+    """Run the model over one micro-batch. The vocabulary projection sees target positions only."""
+    device = policy.device
+    ids_BL = torch.zeros(len(rows), max(row.length for row in rows), dtype=torch.long)
+    for b, row in enumerate(rows):
+        ids_BL[b, : row.length] = torch.from_numpy(row.ids)
+    row_N = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(r.targets) for r in rows]))
+    column_N = torch.from_numpy(np.concatenate([r.targets for r in rows]))
+    ids_N = ids_BL[row_N, column_N].to(device)
+    # Padding is on the right and attention is causal, so no mask is needed.
+    with policy.autocast():
+        hidden_BLD = policy.hidden_states(ids_BL.to(device), use_cache=False)
+        logits_NV = policy.project(hidden_BLD[row_N, column_N - 1]) / temperature
+    logprobs_N = logits_NV.gather(-1, ids_N[:, None])[:, 0] - logits_NV.logsumexp(-1)
+
+    def gather(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([getattr(r, name) for r in rows])).to(device)
+
+    return Targets(
+        logits_NV,
+        ids_N,
+        logprobs_N,
+        gather("weights"),
+        gather("old_logprobs"),
+        gather("advantages"),
+    )
+
+
+def _unit_weights(episodes: Sequence[Episode], mean: LossMean) -> list[list[float]]:
+    """Weight of each token of each step such that all weights sum to 1."""
+    trained = [[s for s in e.steps if s.advantage is not None] for e in episodes]
+    tokens = sum(len(s.action_ids) for steps in trained for s in steps)
+    steps_in_all = sum(len(steps) for steps in trained)
+    episodes_in_all = sum(1 for steps in trained if steps)
+    weights = []
+    for episode, steps in zip(episodes, trained, strict=True):
+        own_tokens = sum(len(s.action_ids) for s in steps)
+        per_token = {
+            "token": 1.0 / max(tokens, 1),
+            "episode": 1.0 / max(episodes_in_all * own_tokens, 1),
+        }
+        weights.append(
+            [
+                1.0 / (steps_in_all * len(s.action_ids)) if mean == "step" else per_token[mean]
+                for s in episode.steps
+            ]
+            if steps
+            else [0.0] * episode.length
+        )
+    return weights
+
+
+def _episode_rows(episode: Episode, step_weights: Sequence[float]) -> list[Row]:
+    rows: list[Row] = []
+    run: list[tuple[Step, float]] = []
+    for step, weight in zip(episode.steps, step_weights, strict=True):
+        if run and not _continues(run[-1][0], step):
+            rows += _run_row(run)
+            run = []
+        run.append((step, weight))
+    return rows + _run_row(run)
+
+
+def _continues(before: Step, after: Step) -> bool:
+    """Whether the prompt of `after` starts with everything `before` read and wrote."""
+    head = before.prompt_ids + before.action_ids
+    return after.prompt_ids[: len(head)] == head
+
+
+def _run_row(run: Sequence[tuple[Step, float]]) -> list[Row]:
+    trained = [(s, w) for s, w in run if s.advantage is not None]
+    if not trained:
+        return []
+    last = trained[-1][0]
+    targets, weights, old, advantages = [], [], [], []
+    for step, weight in trained:
+        n = len(step.action_ids)
+        targets.append(np.arange(len(step.prompt_ids), len(step.prompt_ids) + n, dtype=np.int64))
+        weights.append(np.full(n, weight, dtype=np.float32))
+        old.append(np.array(step.logprobs, dtype=np.float32))
+        advantages.append(np.full(n, step.advantage, dtype=np.float32))
+    return [
+        Row(
+            ids=np.array(last.prompt_ids + last.action_ids, dtype=np.int64),
+            targets=np.concatenate(targets),
+            weights=np.concatenate(weights),
+            old_logprobs=np.concatenate(old),
+            advantages=np.concatenate(advantages),
+        )
+    ]

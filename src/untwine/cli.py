@@ -1,0 +1,215 @@
+"""The command line. Every command is thin: it reads its arguments and calls one function."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from untwine.errors import ConfigError, UntwineError, nearest
+
+app = typer.Typer(
+    name="untwine",
+    help="Train language agents with GRPO, see why a flawed action survives training, and cure it.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as rl.iterations=5."),
+]
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe, such as recipes/smoke.yaml.")
+    ] = None,
+    overrides: Overrides = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Run directory [default: runs/NAME].")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="RUN", help="Continue this run exactly.")
+    ] = None,
+) -> None:
+    """Train a policy.
+
+    untwine train recipes/smoke.yaml
+
+    untwine train recipes/scienceworld-grpo.yaml rl.iterations=50 seed=1 --run runs/grpo-1
+
+    untwine train --resume runs/grpo-1
+    """
+    from untwine.config import load_recipe
+    from untwine.progress import Display
+    from untwine.training.loop import train as run_training
+    from untwine.training.run_dir import run_recipe
+
+    changes = list(overrides or [])
+    if resume is not None:
+        if recipe is not None:
+            if "=" not in str(recipe):
+                raise ConfigError("--resume takes the recipe from the run; leave the recipe out")
+            changes.insert(0, str(recipe))
+        settings, path = run_recipe(resume, changes), resume
+    elif recipe is None:
+        raise ConfigError("name a recipe (recipes/smoke.yaml is the smallest) or --resume RUN")
+    else:
+        settings = load_recipe(recipe, changes)
+        path = run or Path("runs") / settings.name
+    with Display() as display:
+        model = run_training(settings, path, display, resume=resume is not None)
+    display.line(f"finished: policy in {model}; look at it with `untwine report {path}`")
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    overrides: Overrides = None,
+    sets: Annotated[
+        str, typer.Option("--sets", help="Sets of the split file, separated by commas.")
+    ] = "",
+    episodes: Annotated[int, typer.Option(min=1, help="Episodes per set.")] = 200,
+    greedy: Annotated[bool, typer.Option(help="Take the most likely token.")] = False,
+    model: Annotated[
+        str, typer.Option(help="Another model folder, Hugging Face id, or `random`.")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Play the fixed evaluation sets with the policy of a run.
+
+    untwine evaluate runs/smoke --sets L0,L1 --episodes 100
+
+    untwine evaluate runs/smoke --model random
+    """
+    from untwine.evaluate.command import evaluate_run, print_table
+    from untwine.progress import Display
+    from untwine.training.run_dir import run_recipe
+
+    recipe = run_recipe(run, list(overrides or []))
+    names = [name.strip() for name in sets.split(",") if name.strip()] or recipe.evaluate.sets
+    with Display() as display:
+        rows = evaluate_run(
+            run, recipe, names, episodes, display, model=model, greedy=greedy, seed=seed
+        )
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print_table(rows)
+
+
+@app.command()
+def play(
+    env: Annotated[str, typer.Argument(help="Environment, such as rooms or scienceworld.")],
+    task: Annotated[str, typer.Argument(help="Task name; empty lists the tasks.")] = "",
+    variation: Annotated[int, typer.Argument(help="Variation number.")] = 0,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="Environment option KEY=VALUE.")
+    ] = None,
+) -> None:
+    """Act in an environment yourself.
+
+    untwine play rooms fetch 3
+
+    Type a command; /help lists what else you can type.
+    """
+    from untwine.play import play_session
+
+    play_session(env, task, variation, option or [])
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or several runs.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="HTML file [default: RUN/report.html].")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Write one self-contained HTML page about one or several runs.
+
+    untwine report runs/smoke
+
+    untwine report runs/demo/grpo runs/demo/gcd --out compare.html
+    """
+    from untwine.report import build_report, report_numbers
+
+    if as_json:
+        print(json.dumps(report_numbers(runs), indent=2))
+        return
+    target = build_report(runs, out or runs[0] / "report.html")
+    Console(stderr=True).print(f"report: {target}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Tell what is installed, and what each missing extra unlocks."""
+    from untwine.doctor import examine
+
+    raise typer.Exit(examine())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/demo"),
+    recipe: Annotated[Path, typer.Option(help="The recipe.")] = Path("recipes/demo.yaml"),
+    overrides: Overrides = None,
+) -> None:
+    """Cold start, then GRPO and GRPO+GCD side by side, a table and a report."""
+    from untwine.demo import run_demo
+
+    run_demo(recipe, out, list(overrides or []))
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        import untwine
+
+        print(f"untwine {untwine.__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: faults become one sentence and an exit code, never a traceback."""
+    # Two busy processes on a small machine ruin each other's spinning OpenMP threads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app(standalone_mode=False)
+    except UntwineError as error:
+        _fail(str(error), error.exit_code)
+    except click.exceptions.NoSuchOption as error:
+        _fail(error.format_message() + nearest(error.option_name, error.possibilities or []), 2)
+    except click.UsageError as error:
+        _fail(error.format_message() + " (see --help)", 2)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _fail("stopped", 130)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

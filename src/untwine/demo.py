@@ -1,0 +1,147 @@
+"""`untwine demo`: the main job end to end, on one small machine.
+
+One cold start; then GRPO and GRPO+GCD from the same cold start, side by side in two processes;
+meanwhile the random agent. In the end a table on held-out variations, and a report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from untwine.config import Recipe, load_recipe
+from untwine.errors import CheckpointError, Interrupted, UntwineError
+from untwine.evaluate.command import evaluate_random, with_interval
+from untwine.progress import Display
+from untwine.report import build_report
+from untwine.training.loop import train
+from untwine.training.signals import StopRequest
+
+_ARMS = {"GRPO": "grpo", "GRPO + GCD": "gcd"}
+
+
+def run_demo(recipe_path: Path, out: Path, overrides: Sequence[str]) -> None:
+    """Run the demonstration in `out` and print where the report is."""
+    if out.exists():
+        raise CheckpointError(f"{out} already exists; delete it or choose another --out")
+    started = time.perf_counter()
+    recipe = load_recipe(recipe_path, overrides)
+    with Display() as display:
+        tasks = ", ".join(recipe.env.tasks)
+        display.line(f"tasks: {tasks}\n[bold]1/3[/bold] cold start on expert episodes")
+        cold = recipe.model_copy(update={"rl": recipe.rl.model_copy(update={"iterations": 0})})
+        train(cold, out / "cold", display)
+        display.line("[bold]2/3[/bold] GRPO and GRPO + GCD from this cold start, side by side")
+        with _arms(recipe_path, out, overrides) as arms:
+            random_rows = evaluate_random(recipe, recipe.evaluate.sets, 64, display)
+            _wait(arms, out, recipe, display)
+        display.line("[bold]3/3[/bold] report")
+        page = build_report([out / name for name in _ARMS.values()], out / "report.html")
+    _print_table(recipe, out, random_rows)
+    minutes = (time.perf_counter() - started) / 60
+    Console().print(f"report: {page}   ({minutes:.1f} minutes)", highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _arms(
+    recipe_path: Path, out: Path, overrides: Sequence[str]
+) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+    """Both arms as processes of their own; they end with this context."""
+    common = [
+        *overrides,
+        f"policy.model={out / 'cold' / 'model'}",
+        "policy.threads=1",
+        "cold_start.episodes=0",
+    ]
+    extra = {"grpo": ["gcd.objective=none"], "gcd": ["gcd.objective=generative/ce"]}
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name in _ARMS.values():
+            command = [sys.executable, "-m", "untwine", "train", str(recipe_path), *common]
+            command += [*extra[name], f"name=demo-{name}", "--run", str(out / name)]
+            log = (out / f"{name}.log").open("wb")
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            processes[name] = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+        yield processes
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in processes.values():
+            process.wait()
+
+
+def _wait(
+    arms: dict[str, subprocess.Popen[bytes]], out: Path, recipe: Recipe, display: Display
+) -> None:
+    """Show the progress of both arms until they end."""
+    total = recipe.rl.iterations * len(arms)
+    with StopRequest() as stop, display.bar("iterations", total, "iteration") as bar:
+        while any(process.poll() is None for process in arms.values()):
+            rows = {name: _rows(out / name, "rl") for name in arms}
+            latest = [
+                f"{name} {own[-1]['outcome_mean']:.2f}" for name, own in rows.items() if own
+            ]
+            bar.update(sum(len(own) for own in rows.values()), info="outcome " + ", ".join(latest))
+            try:
+                stop.check()
+            except Interrupted as error:
+                raise Interrupted(
+                    f"stopped; the arms are saved, continue each with `untwine train --resume {out}/grpo`",
+                    error.signum,
+                ) from None
+            time.sleep(1.0)
+    for name, process in arms.items():
+        if process.returncode:
+            tail = (out / f"{name}.log").read_text(errors="replace").strip().splitlines()[-3:]
+            raise UntwineError(f"the arm {name} failed: {' '.join(tail)}")
+
+
+def _rows(run: Path, stage: str) -> list[dict[str, Any]]:
+    file = run / "metrics.jsonl"
+    if not file.exists():
+        return []
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # the last line may still be under way
+            row = json.loads(line)
+            if row["stage"] == stage:
+                rows.append(row)
+    return rows
+
+
+def _print_table(recipe: Recipe, out: Path, random_rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(title=f"{recipe.env.name}, held-out variations, 95 % intervals")
+    table.add_column("policy")
+    for name in recipe.evaluate.sets:
+        table.add_column(f"{name} score", justify="right")
+        table.add_column(f"{name} success", justify="right")
+        table.add_column("episodes", justify="right")
+    phases = {"random commands": list(random_rows), "cold start": _rows(out / "cold", "evaluate")}
+    for title, name in _ARMS.items():
+        phases[f"after {title}"] = [
+            row for row in _rows(out / name, "evaluate") if row["step"] == recipe.rl.iterations
+        ]
+    for title, rows in phases.items():
+        by_set = {row["set"]: row for row in rows}
+        cells: list[str] = []
+        for name in recipe.evaluate.sets:
+            row = by_set[name]
+            cells.append(with_interval(row["outcome_mean"], row["outcome_interval"]))
+            cells.append(with_interval(row["success_rate"], row["success_interval"]))
+            cells.append(str(row["episodes"]))
+        table.add_row(title, *cells)
+    Console().print(table)

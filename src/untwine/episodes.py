@@ -1,0 +1,170 @@
+"""Episodes on disk: text as JSON lines, numbers as safetensors, side by side.
+
+    iter-000012.jsonl.gz       one JSON object per episode, first a header line
+    iter-000012.safetensors    token_ids i32, logprobs f32, advantages f64, kept i32
+
+Prompts repeat each other, so a step stores only what is new: `kept` is how many leading ids of its
+prompt equal the previous step's prompt + action, and `token_ids` holds, step after step, the
+remaining prompt ids followed by the action ids. An absent advantage is NaN. Reading gives back the
+same records, bit for bit; the format is described in docs/episodes.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from untwine.errors import CheckpointError
+from untwine.records import Episode, Group, Label, Step, TaskRef
+
+FORMAT = "untwine-episodes-1"
+_NUMBERS = {"prompt_ids", "action_ids", "logprobs", "advantage"}
+
+
+def write_groups(path: Path, groups: Sequence[Group]) -> None:
+    """Write groups to `path` (ends in .jsonl.gz) and its .safetensors neighbour.
+
+    Both files are written whole or not at all.
+    """
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    advantages: list[float] = []
+    kept: list[int] = []
+    lines = [json.dumps({"format": FORMAT, "groups": len(groups)})]
+    for number, group in enumerate(groups):
+        for episode in group.episodes:
+            before: tuple[int, ...] = ()
+            for step in episode.steps:
+                same = _common_prefix(before, step.prompt_ids)
+                kept.append(same)
+                tokens += step.prompt_ids[same:] + step.action_ids
+                logprobs += step.logprobs
+                advantages.append(math.nan if step.advantage is None else step.advantage)
+                before = step.prompt_ids + step.action_ids
+            lines.append(json.dumps(_episode_text(number, episode), ensure_ascii=False))
+    arrays = {
+        "token_ids": np.array(tokens, dtype=np.int32),
+        "logprobs": np.array(logprobs, dtype=np.float32),
+        "advantages": np.array(advantages, dtype=np.float64),
+        "kept": np.array(kept, dtype=np.int32),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers = _numbers_path(path)
+    scratch = numbers.with_suffix(".partial")
+    save_file(arrays, scratch)
+    scratch.replace(numbers)
+    scratch = path.with_suffix(".partial")
+    with gzip.GzipFile(scratch, "wb", compresslevel=5, mtime=0) as out:
+        out.write(("\n".join(lines) + "\n").encode())
+    os.replace(scratch, path)
+
+
+def read_groups(path: Path) -> list[Group]:
+    """The groups written to `path`. CheckpointError when a file is missing or damaged."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            header, *rows = [json.loads(line) for line in lines]
+        arrays = load_file(_numbers_path(path))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"episode file {error.filename or path} is missing") from error
+    except (OSError, EOFError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"episode file {path} is damaged ({error}); delete it") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not an episode file of this version ({FORMAT})")
+    reader = _Reader(arrays)
+    groups: list[list[Episode]] = [[] for _ in range(header["groups"])]
+    for row in rows:
+        groups[row["group"]].append(reader.episode(row))
+    return [Group(episodes[0].ref, tuple(episodes)) for episodes in groups if episodes]
+
+
+class _Reader:
+    """Cuts the flat arrays back into steps."""
+
+    def __init__(self, arrays: dict[str, Any]) -> None:
+        self._tokens: list[int] = arrays["token_ids"].tolist()
+        self._logprobs: list[float] = arrays["logprobs"].tolist()
+        self._advantages: list[float] = arrays["advantages"].tolist()
+        self._kept: list[int] = arrays["kept"].tolist()
+        self._token = self._logprob = self._step = 0
+
+    def episode(self, row: dict[str, Any]) -> Episode:
+        before: tuple[int, ...] = ()
+        steps = []
+        for text in row["steps"]:
+            prompt, action = text.pop("prompt_len"), text.pop("action_len")
+            same = self._kept[self._step]
+            new = tuple(self._tokens[self._token : self._token + prompt - same + action])
+            self._token += len(new)
+            ids = before[:same] + new
+            advantage = self._advantages[self._step]
+            self._step += 1
+            steps.append(
+                Step(
+                    **{
+                        **text,
+                        "labels": tuple(Label(**label) for label in text["labels"]),
+                        "admissible": _tuple_or_none(text["admissible"]),
+                    },
+                    prompt_ids=ids[:prompt],
+                    action_ids=ids[prompt:],
+                    logprobs=tuple(self._logprobs[self._logprob : self._logprob + action]),
+                    advantage=None if math.isnan(advantage) else advantage,
+                )
+            )
+            self._logprob += action
+            before = ids
+        return Episode(
+            id=row["id"],
+            ref=TaskRef(**row["ref"]),
+            goal=row["goal"],
+            steps=tuple(steps),
+            outcome=row["outcome"],
+            score=row["score"],
+            success=row["success"],
+            ended=row["ended"],
+        )
+
+
+def _episode_text(group: int, episode: Episode) -> dict[str, Any]:
+    values = {f.name: getattr(episode, f.name) for f in dataclasses.fields(episode)}
+    values["ref"] = dataclasses.asdict(episode.ref)
+    values["steps"] = [_step_text(step) for step in episode.steps]
+    return {"group": group, **values}
+
+
+def _step_text(step: Step) -> dict[str, Any]:
+    values = {
+        f.name: getattr(step, f.name) for f in dataclasses.fields(step) if f.name not in _NUMBERS
+    }
+    values["labels"] = [dataclasses.asdict(label) for label in step.labels]
+    return values | {"prompt_len": len(step.prompt_ids), "action_len": len(step.action_ids)}
+
+
+def _numbers_path(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(".jsonl.gz") + ".safetensors")
+
+
+def _tuple_or_none(values: list[str] | None) -> tuple[str, ...] | None:
+    return None if values is None else tuple(values)
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    if a == b[: len(a)]:  # the usual case of a growing chat
+        return len(a)
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n

@@ -1,0 +1,93 @@
+"""`untwine evaluate`: the fixed sets, played by the policy of a run, another model, or at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from untwine.config import Recipe
+from untwine.envs.registry import get_family
+from untwine.errors import CheckpointError, EnvError
+from untwine.evaluate.protocol import evaluate, evaluation_refs, summarise
+from untwine.evaluate.random_agent import play_random
+from untwine.policy.loading import load_policy
+from untwine.progress import Display
+from untwine.training.workshop import make_collector, open_pool
+
+
+def evaluate_run(
+    run: Path,
+    recipe: Recipe,
+    sets: Sequence[str],
+    episodes: int,
+    display: Display,
+    *,
+    model: str = "",
+    greedy: bool = False,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """One row of numbers per set; see `summarise` for the keys."""
+    if model == "random":
+        return evaluate_random(recipe, sets, episodes, display, seed)
+    folder = model or str(run / "model")
+    if not model and not (run / "model" / "config.json").is_file():
+        raise CheckpointError(f"{run} holds no trained model yet; continue it with --resume")
+    choice = recipe.policy.model_copy(update={"model": folder})
+    rows = []
+    listed = recipe.prompt.list_admissible or recipe.prompt.only_admissible
+    with open_pool(recipe.env, list_commands=listed) as pool:
+        policy = load_policy(choice, tuple, recipe.seed)
+        collector = make_collector(policy, pool, recipe)
+        for name in sets:
+            refs = evaluation_refs(recipe.env, name, episodes)
+            with display.bar(f"evaluate {name}", len(refs), "episode") as bar:
+                groups = evaluate(collector, refs, seed, greedy=greedy, on_turn=bar.update)
+            rows.append({"set": name, "policy": folder, **summarise(groups, collector.info)})
+    return rows
+
+
+def evaluate_random(
+    recipe: Recipe, sets: Sequence[str], episodes: int, display: Display, seed: int = 0
+) -> list[dict[str, Any]]:
+    """The same for an agent that takes random admissible commands."""
+    env = recipe.env
+    info = get_family(env.name).catalogue.info
+    if not info.lists_commands:
+        raise EnvError(f"environment {env.name!r} does not list its commands")
+    rows = []
+    with open_pool(env, list_commands=True) as pool:
+        for name in sets:
+            refs = evaluation_refs(env, name, episodes)
+            with display.bar(f"random on {name}", len(refs), "episode") as bar:
+                groups = play_random(pool, refs, env.max_steps, seed, bar.update)
+            rows.append({"set": name, "policy": "random", **summarise(groups, info)})
+    return rows
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """The rows as a table on the terminal, intervals in brackets."""
+    table = Table()
+    for column in ("set", "policy", "episodes", "score", "success", "length", "flawed", "invalid"):
+        table.add_column(column, justify="left" if column in ("set", "policy") else "right")
+    for row in rows:
+        table.add_row(
+            row["set"],
+            Path(row["policy"]).as_posix(),
+            str(row["episodes"]),
+            with_interval(row["outcome_mean"], row["outcome_interval"]),
+            with_interval(row["success_rate"], row["success_interval"]),
+            f"{row['episode_length']:.1f}",
+            f"{100 * row['flawed_rate']:.0f} %",
+            f"{100 * row['invalid_rate']:.0f} %",
+        )
+    Console().print(table)
+
+
+def with_interval(value: float, interval: Sequence[float]) -> str:
+    """`43.1 [38.0, 48.2]`, in percent."""
+    low, high = interval
+    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -1,0 +1,93 @@
+"""Evaluation on fixed sets: which episodes are played depends on the split file and on the number
+of episodes only, never on the seed of the run, so that runs can be compared."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from untwine.config import EnvConfig
+from untwine.envs.protocol import EnvInfo
+from untwine.envs.splits import load_splits
+from untwine.evaluate.statistics import bootstrap_interval, wilson_interval
+from untwine.gcd.labels import label_group
+from untwine.records import Episode, Group, TaskRef
+from untwine.rollout import Collector
+
+
+def evaluation_refs(env: EnvConfig, set_name: str, episodes: int) -> list[TaskRef]:
+    """The `episodes` instances of a set that are played, spread evenly over its tasks. A set with
+    fewer instances is played several times."""
+    refs = load_splits(env.name, env.splits).refs(set_name, tasks=env.tasks)
+    by_task: dict[str, list[TaskRef]] = defaultdict(list)
+    for ref in refs:
+        by_task[ref.task].append(ref)
+    for task, own in by_task.items():
+        random.Random(f"{set_name}/{task}").shuffle(own)
+    turns = [own[k % len(own)] for k in range(episodes) for own in by_task.values()]
+    return turns[:episodes]
+
+
+def evaluate(
+    collector: Collector,
+    refs: Sequence[TaskRef],
+    seed: int,
+    *,
+    greedy: bool = False,
+    on_turn: Callable[[int, int], None] | None = None,
+) -> list[Group]:
+    """Play every ref once; sampling is seeded by `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    groups, _ = collector.collect(
+        refs, 1, generator, prefix="eval-", greedy=greedy, on_turn=on_turn
+    )
+    return groups
+
+
+def summarise(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
+    """Means with 95 % intervals over episodes: percentile bootstrap for the outcome, Wilson for
+    success. Rates of flawed and invalid steps are per step."""
+    labelled = [label_group(group, ["rule"], info) for group in groups]
+    episodes = [episode for group in labelled for episode in group.episodes]
+    by_task: dict[str, list[Episode]] = defaultdict(list)
+    for episode in episodes:
+        by_task[episode.ref.task].append(episode)
+    outcomes = [e.outcome for e in episodes]
+    successes = sum(e.success for e in episodes)
+    return {
+        "episodes": len(episodes),
+        "outcome_mean": sum(outcomes) / len(outcomes),
+        "outcome_interval": list(bootstrap_interval(outcomes)),
+        "success_rate": successes / len(episodes),
+        "success_interval": list(wilson_interval(successes, len(episodes))),
+        **step_measures(episodes),
+        "by_task": {
+            task: {
+                "episodes": len(own),
+                "outcome_mean": sum(e.outcome for e in own) / len(own),
+                "success_rate": sum(e.success for e in own) / len(own),
+            }
+            for task, own in sorted(by_task.items())
+        },
+    }
+
+
+def step_measures(episodes: Sequence[Episode]) -> dict[str, Any]:
+    """Length, and shares of steps that are invalid or flawed by rule, with the kinds."""
+    steps = [step for episode in episodes for step in episode.steps]
+    kinds: dict[str, int] = defaultdict(int)
+    for step in steps:
+        for label in step.labels:
+            if label.source == "rule" and label.verdict == "flawed":
+                kinds[label.kind] += 1
+    n = max(len(steps), 1)
+    return {
+        "episode_length": len(steps) / max(len(episodes), 1),
+        "invalid_rate": sum(s.invalid is not None for s in steps) / n,
+        "flawed_rate": sum(kinds.values()) / n,
+        "flawed_kinds": {kind: count / n for kind, count in sorted(kinds.items())},
+    }

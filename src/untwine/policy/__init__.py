@@ -1,0 +1,1 @@
+"""The language model that acts: loading, sampling, scoring."""

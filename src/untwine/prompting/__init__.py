@@ -1,0 +1,1 @@
+"""From a state to token ids, and from sampled text back to a command."""

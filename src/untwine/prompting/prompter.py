@@ -1,0 +1,123 @@
+"""The two prompt layouts (method.md section 1).
+
+`append`  a chat that only grows: every step's prompt is a prefix of the next one, so a whole
+          episode is one token sequence.
+`window`  one question per step with the task, the last `history` pairs and the current
+          observation. The fixed parts come first, so that steps share the longest possible head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from untwine.config import PromptConfig
+from untwine.prompting.chat import Chat
+from untwine.records import Episode
+
+SYSTEM = {
+    False: "You act in a text environment to solve a task. Reply with one command.",
+    True: (
+        "You act in a text environment to solve a task. Think inside <think></think>, "
+        "then give one command inside <action></action>."
+    ),
+}
+JUDGE_SYSTEM = (
+    "You judge actions in a text environment. Say whether the action helps to solve the task: "
+    "good or bad."
+)
+VERDICT_WORDS = {"good": "good", "flawed": "bad"}
+
+
+class Prompter:
+    """Builds prompts for one model and one layout."""
+
+    def __init__(self, chat: Chat, config: PromptConfig) -> None:
+        self.chat = chat
+        self.config = config
+
+    def begin(
+        self, goal: str, observation: str, admissible: Sequence[str] | None = None
+    ) -> Conversation:
+        """The conversation of a new episode."""
+        return Conversation(self, goal, observation, admissible)
+
+    def opening_ids(
+        self,
+        goal: str,
+        past: Sequence[tuple[str, str]],
+        observation: str,
+        admissible: Sequence[str] | None,
+    ) -> tuple[int, ...]:
+        user = _state_text(goal, past, self._seen(observation, admissible))
+        return self.chat.opening(SYSTEM[self.config.thoughts], user)
+
+    def follow_up_ids(
+        self, reply_ids: tuple[int, ...], observation: str, admissible: Sequence[str] | None
+    ) -> tuple[int, ...]:
+        return self.chat.follow_up(reply_ids, self._seen(observation, admissible))
+
+    def verdict_ids(self, episode: Episode, t: int, command: str | None = None) -> tuple[int, ...]:
+        """Prompt that asks whether an action of step `t` is good or bad.
+
+        command   the action in question; by default the one that was taken
+        """
+        step = episode.steps[t]
+        first = max(0, t - self.config.history)
+        past = [(s.observation, _shown(s.command, s.text)) for s in episode.steps[first:t]]
+        candidate = command if command is not None else _shown(step.command, step.text)
+        user = _state_text(episode.goal, past, step.observation)
+        return self.chat.opening(JUDGE_SYSTEM, f"{user}\n\nAction: {candidate}\nGood or bad?")
+
+    def _seen(self, observation: str, admissible: Sequence[str] | None) -> str:
+        if not self.config.list_admissible or admissible is None:
+            return observation
+        return f"{observation}\n\nPossible commands: {'; '.join(admissible)}"
+
+
+class Conversation:
+    """The prompt of one episode as it goes on."""
+
+    def __init__(
+        self,
+        prompter: Prompter,
+        goal: str,
+        observation: str,
+        admissible: Sequence[str] | None = None,
+    ) -> None:
+        self._prompter = prompter
+        self._goal = goal
+        self._observation = observation
+        self._past: list[tuple[str, str]] = []
+        self.prompt_ids = prompter.opening_ids(goal, (), observation, admissible)
+
+    def advance(
+        self,
+        reply_ids: tuple[int, ...],
+        shown_action: str,
+        observation: str,
+        admissible: Sequence[str] | None = None,
+    ) -> None:
+        """Move on by one step: the model replied `reply_ids`, the environment answered.
+
+        shown_action   the action as `window` prompts show it later
+        """
+        prompter = self._prompter
+        self._past.append((self._observation, shown_action))
+        self._observation = observation
+        if prompter.config.layout == "append":
+            glue = prompter.follow_up_ids(reply_ids, observation, admissible)
+            self.prompt_ids = self.prompt_ids + reply_ids + glue
+        else:
+            past = self._past[-prompter.config.history :] if prompter.config.history else []
+            self.prompt_ids = prompter.opening_ids(self._goal, past, observation, admissible)
+
+
+def _state_text(goal: str, past: Sequence[tuple[str, str]], now: str) -> str:
+    parts = [f"Task: {goal}"]
+    parts += [f"{observation}\n> {action}" for observation, action in past]
+    parts.append(now)
+    return "\n\n".join(parts)
+
+
+def _shown(command: str | None, text: str) -> str:
+    return command if command is not None else " ".join(text.split())[:200]

@@ -1,0 +1,195 @@
+// The episode browser: a filtered list on one side, one episode step by step on the other.
+
+const FOLD = 320; // texts longer than this are folded
+
+function option(value, text) {
+  return el("option", { value }, text);
+}
+
+function select(label, choices) {
+  return el("select", { "aria-label": label }, ...choices.map(([value, text]) => option(value, text)));
+}
+
+function haystack(episode) {
+  const steps = episode.steps.flatMap((s) => [s.observation, s.thought, s.command, s.raw, s.invalid, s.feedback, ...(s.labels ?? []).map((l) => l.kind)]);
+  return [episode.goal, episode.ref, ...steps].filter(Boolean).join("\n").toLowerCase();
+}
+
+function verdictOf(step) {
+  const labels = step.labels ?? [];
+  if (labels.some((label) => label.verdict === "flawed")) return "flawed";
+  return labels.length ? "good" : "";
+}
+
+const MARK = { good: "\u25b2", flawed: "\u25bc", "": "\u00b7" };
+
+class Browser {
+  constructor(root, data) {
+    this.root = root;
+    this.runs = data.runs;
+    this.all = data.episodes;
+    this.all.forEach((episode, i) => { episode.key = i; });
+    this.biggest = Math.max(1e-9, ...this.all.flatMap((e) => e.steps.map((s) => Math.abs(s.advantage ?? 0))));
+    this.list = el("ol", { class: "list", "aria-label": "Episodes" });
+    this.detail = el("article", { "aria-live": "polite", "aria-label": "Episode" });
+    this.count = el("p", { class: "note", role: "status" });
+    this.root.append(this.filters(), this.count, el("div", { class: "browse" }, this.list, this.detail));
+    document.addEventListener("keydown", (event) => this.key(event));
+    this.filter();
+  }
+
+  filters() {
+    const unique = (of) => [...new Set(this.all.map(of))];
+    const iterations = unique((e) => e.iteration).sort((a, b) => a - b);
+    this.run = select("Run", [["", "All runs"], ...this.runs.map((r, i) => [i, r.label])]);
+    this.iteration = select("Iteration", [["", "All iterations"], ...iterations.map((i) => [i, `Iteration ${i}`])]);
+    this.task = select("Task", [["", "All tasks"], ...unique((e) => e.task).sort().map((t) => [`=${t}`, t])]);
+    this.ending = select("Success", [["", "Any ending"], ["yes", "Success"], ["no", "No success"]]);
+    this.flawed = el("input", { type: "checkbox" });
+    this.text = el("input", { type: "search", placeholder: "Search goals, texts, commands", "aria-label": "Search" });
+    for (const input of [this.run, this.iteration, this.task, this.ending, this.flawed]) {
+      input.addEventListener("change", () => this.filter());
+    }
+    this.text.addEventListener("input", () => this.filter());
+    return el("div", { class: "filters" }, this.runs.length > 1 ? this.run : null, this.iteration, this.task, this.ending,
+      el("label", {}, this.flawed, "with a flawed step"), this.text);
+  }
+
+  filter() {
+    const words = this.text.value.trim().toLowerCase();
+    this.shown = this.all.filter((episode) =>
+      (this.run.value === "" || episode.run === Number(this.run.value))
+      && (this.iteration.value === "" || episode.iteration === Number(this.iteration.value))
+      && (this.task.value === "" || `=${episode.task}` === this.task.value)
+      && (this.ending.value === "" || episode.success === (this.ending.value === "yes"))
+      && (!this.flawed.checked || episode.flawed > 0)
+      && (!words || (episode.words ??= haystack(episode)).includes(words)));
+    this.list.replaceChildren(...this.shown.map((episode) => this.entry(episode)));
+    this.list.hidden = !this.shown.length;
+    this.say();
+    this.open(this.shown.includes(this.current) ? this.current : this.shown[0]);
+  }
+
+  say() {
+    const left = this.runs.reduce((sum, run) => sum + run.episodes.recorded - run.episodes.embedded, 0);
+    const files = this.runs.reduce((sum, run) => sum + run.episodes.files, 0);
+    const read = this.runs.reduce((sum, run) => sum + run.episodes.iterations.length, 0);
+    let text = `${this.shown.length} of ${this.all.length} episodes. `;
+    text += read < files ? `Embedded are the first, middle and last recorded iteration of ${this.runs.length > 1 ? "each run" : `the ${files}`}` : "Embedded is every recorded iteration";
+    text += left > 0 ? `; ${left} more episodes of them were left out to keep this file small.` : ".";
+    this.count.replaceChildren(text, el("span", { class: "keys" }, " ", el("kbd", {}, "j"), " and ", el("kbd", {}, "k"), " move through them."));
+  }
+
+  entry(episode) {
+    const sub = [`it. ${episode.iteration}`, `${episode.steps.length} steps`];
+    if (episode.flawed) sub.push(`${episode.flawed} flawed`);
+    if (this.runs.length > 1) sub.unshift(this.runs[episode.run].label);
+    return el("li", {}, el("button", { type: "button", "data-key": episode.key, onclick: () => this.open(episode) },
+      el("span", { class: episode.success ? "mark-yes" : "mark-no", title: episode.ended }, episode.success ? "\u2713" : "\u2717"),
+      el("span", { class: "what" }, episode.task),
+      el("span", {}, short(episode.outcome ?? 0)),
+      el("span", { class: "sub" }, sub.join(" · "))));
+  }
+
+  open(episode) {
+    this.current = episode;
+    for (const button of this.list.querySelectorAll("button")) {
+      const here = Number(button.dataset.key) === episode?.key;
+      button.setAttribute("aria-current", String(here));
+      if (here) this.reveal(button);
+    }
+    if (!episode) {
+      this.detail.replaceChildren(el("p", { class: "empty" }, "No episode matches these filters."));
+      return;
+    }
+    const head = [episode.ref, `iteration ${episode.iteration}`, `outcome ${short(episode.outcome ?? 0)}`,
+      `score ${short(episode.score ?? 0)}`, { success: "solved", failure: "failed", limit: "step limit reached" }[episode.ended] ?? episode.ended];
+    if (this.runs.length > 1) head.unshift(this.runs[episode.run].label);
+    const steps = episode.steps.map((step) => this.step(step));
+    this.detail.replaceChildren(
+      el("div", { class: "detail-head" }, ...head.map((text) => el("span", {}, text))),
+      el("p", { class: "goal" }, episode.goal),
+      this.group(episode), this.strip(episode, steps), ...steps);
+  }
+
+  reveal(button) {
+    const list = this.list.getBoundingClientRect();
+    const box = button.getBoundingClientRect();
+    if (box.top < list.top) this.list.scrollTop -= list.top - box.top;
+    if (box.bottom > list.bottom) this.list.scrollTop += box.bottom - list.bottom;
+  }
+
+  group(episode) {
+    const mates = this.all.filter((e) => e.run === episode.run && e.iteration === episode.iteration && e.group === episode.group);
+    if (mates.length < 2) return null;
+    return el("div", { class: "group" }, "Its group, by outcome:", ...mates.map((mate) =>
+      el("button", { type: "button", "aria-current": String(mate === episode), title: mate.id, onclick: () => this.open(mate) }, short(mate.outcome ?? 0))));
+  }
+
+  strip(episode, steps) {
+    return el("div", { class: "strip" }, "Steps:", ...episode.steps.map((step, i) => {
+      const verdict = verdictOf(step);
+      return el("button", {
+        type: "button", class: `chip ${verdict}`, title: `step ${step.index}${verdict ? `, ${verdict}` : ""}`,
+        onclick: () => steps[i].scrollIntoView({ block: "start" }),
+      }, `${MARK[verdict]}${step.index}`);
+    }));
+  }
+
+  step(step) {
+    const chips = (step.labels ?? []).map((label) => {
+      const verdict = label.verdict === "good" ? "good" : "flawed";
+      return el("span", { class: `chip ${verdict}` }, `${MARK[verdict]} ${label.verdict}: ${label.kind}`, el("small", {}, `${label.source} ${percent(label.confidence)}`));
+    });
+    const command = known(step.command)
+      ? el("div", { class: step.invalid ? "command refused" : "command" }, step.command)
+      : el("div", { class: "command refused" }, step.raw ?? "(empty)");
+    return el("section", { class: `step ${verdictOf(step)}`, "aria-label": `Step ${step.index}` },
+      el("div", { class: "step-head" }, el("span", { class: "no" }, `Step ${step.index}`), ...chips, this.numbers(step)),
+      known(step.observation) ? this.long(step.observation) : null,
+      step.thought ? el("p", { class: "text thought" }, step.thought) : null,
+      command,
+      step.invalid ? el("div", { class: "reason" }, `\u26a0 not valid: ${step.invalid}`) : null,
+      known(step.feedback) && step.feedback !== "" ? this.long(step.feedback) : null);
+  }
+
+  numbers(step) {
+    const parts = [];
+    if (step.reward) parts.push(el("span", {}, `outcome ${step.reward > 0 ? "+" : ""}${short(step.reward)}`));
+    if (known(step.advantage)) {
+      parts.push(this.bar(step.advantage), el("span", { title: "advantage" }, `A ${step.advantage > 0 ? "+" : ""}${short(step.advantage)}`));
+    }
+    if (known(step.logprob)) parts.push(el("span", { title: `mean log-probability of ${step.tokens} tokens` }, `log p ${short(step.logprob)}`));
+    return el("span", { class: "numbers" }, ...parts);
+  }
+
+  bar(advantage) {
+    const box = svg("svg", { class: "adv", viewBox: "0 0 64 10", "aria-hidden": "true" });
+    box.append(svg("rect", { x: 0, y: 1, width: 64, height: 8, rx: 2, class: "back" }));
+    const width = Math.max(1, (31 * Math.abs(advantage)) / this.biggest);
+    box.append(svg("rect", { x: advantage < 0 ? 32 - width : 32, y: 1, width, height: 8, class: advantage < 0 ? "down" : "up" }));
+    box.append(svg("line", { x1: 32, x2: 32, y1: 0, y2: 10 }));
+    return box;
+  }
+
+  long(text) {
+    if (text.length <= FOLD) return el("p", { class: "text says" }, text);
+    const first = text.slice(0, 140).replace(/\s+/g, " ");
+    return el("details", {}, el("summary", {}, `${first}\u2026 (${text.length} characters)`), el("p", { class: "text says" }, text));
+  }
+
+  key(event) {
+    const typing = event.target instanceof Element && event.target.closest("input[type=search], select, textarea");
+    if (typing || event.ctrlKey || event.metaKey || event.altKey || (event.key !== "j" && event.key !== "k")) return;
+    const next = this.shown[this.shown.indexOf(this.current) + (event.key === "j" ? 1 : -1)];
+    if (!next) return;
+    this.open(next);
+    if (this.root.getBoundingClientRect().top > window.innerHeight / 2) this.root.scrollIntoView();
+  }
+}
+
+function showEpisodes(data) {
+  const root = document.getElementById("browser");
+  if (data.episodes.length) new Browser(root, data);
+  else root.append(el("p", { class: "empty" }, "No episodes were recorded, or none could be read."));
+}

@@ -1,0 +1,1 @@
+"""Training: demonstrations, cold start, the reinforcement-learning loop, run directories."""

@@ -1,0 +1,185 @@
+"""Expert episodes, played in the environment: text for the tokenizer, data for the cold start."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from untwine.envs.pool import EnvPool, Lost, ResetRequest, StepRequest
+from untwine.envs.protocol import Reset
+from untwine.errors import EnvError
+from untwine.prompting.prompter import Prompter
+from untwine.records import Episode, Label, Observation, Step, TaskRef
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One command of a transcript; `expert` is false for a command put in as noise."""
+
+    before: Observation
+    command: str
+    after: Observation
+    expert: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """A solved episode as text, before any model is known."""
+
+    ref: TaskRef
+    goal: str
+    moves: tuple[Move, ...]
+
+    def texts(self) -> Iterator[str]:
+        """Everything in it that a tokenizer should know."""
+        yield self.goal
+        for move in self.moves:
+            yield move.before.text
+            yield move.command
+        yield self.moves[-1].after.text
+
+
+def play_experts(
+    pool: EnvPool,
+    refs: Sequence[TaskRef],
+    max_steps: int,
+    *,
+    noise: float = 0.0,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Transcript]:
+    """Play the expert of every ref; refs without an expert, or whose plan fails or is longer than
+    `max_steps`, are left out.
+
+    noise   chance that an expert command is preceded by another command of the same plan. A plan
+            that fails because of it is played again without.
+    """
+    plans = pool.experts([(ref.task, ref.variation) for ref in refs])
+    rng = random.Random(seed)
+    waiting = [
+        (ref, plan, _with_noise(plan, noise, rng))
+        for ref, plan in zip(refs, plans, strict=True)
+        if plan and len(plan) <= max_steps
+    ]
+    total, done = len(waiting), 0
+    found: dict[TaskRef, Transcript] = {}
+    for first in range(0, len(waiting), pool.slots):
+        chunk = waiting[first : first + pool.slots]
+        noisy = _play([(ref, moves) for ref, _, moves in chunk], pool)
+        failed = [
+            (ref, [(c, True) for c in plan]) for ref, plan, _ in chunk if ref not in noisy
+        ]
+        found |= noisy | _play(failed, pool)
+        done += len(chunk)
+        if on_progress:
+            on_progress(done, total)
+    return [found[ref] for ref, _, _ in waiting if ref in found]
+
+
+def demonstration(transcript: Transcript, prompter: Prompter) -> Episode:
+    """The transcript as an episode for one model.
+
+    Expert steps carry advantage 1 (they are imitated) and the label `expert`; noise steps carry no
+    advantage. Log-probabilities are 0: nothing was sampled.
+    """
+    end = prompter.chat.tokenizer.eos_token_id
+    moves = transcript.moves
+    conversation = prompter.begin(transcript.goal, moves[0].before.text, moves[0].before.admissible)
+    steps = []
+    for index, move in enumerate(moves):
+        written = (
+            f"<action>{move.command}</action>" if prompter.config.thoughts else move.command
+        )
+        action_ids = (*prompter.chat.word_ids(written), end)
+        steps.append(
+            Step(
+                index=index,
+                state_key=move.before.state_key,
+                observation=move.before.text,
+                prompt_ids=conversation.prompt_ids,
+                action_ids=action_ids,
+                logprobs=(0.0,) * len(action_ids),
+                text=written,
+                thought=None,
+                command=move.command,
+                invalid=move.after.invalid,
+                next_state_key=move.after.state_key,
+                feedback=move.after.text,
+                score=move.after.score,
+                outcome=move.after.outcome,
+                reward=move.after.outcome - move.before.outcome,
+                done=move.after.done,
+                admissible=move.before.admissible,
+                labels=(Label("expert", "good", "expert"),) if move.expert else (),
+                advantage=1.0 if move.expert else None,
+            )
+        )
+        conversation.advance(action_ids, move.command, move.after.text, move.after.admissible)
+    last = moves[-1].after
+    return Episode(
+        id=f"expert-{transcript.ref}",
+        ref=transcript.ref,
+        goal=transcript.goal,
+        steps=tuple(steps),
+        outcome=last.outcome,
+        score=last.score,
+        success=last.success,
+        ended="success",
+    )
+
+
+def _with_noise(
+    plan: Sequence[str], noise: float, rng: random.Random
+) -> list[tuple[str, bool]]:
+    moves = []
+    for command in plan:
+        if noise and rng.random() < noise:
+            moves.append((rng.choice(plan), False))
+        moves.append((command, True))
+    return moves
+
+
+def _play(
+    jobs: Sequence[tuple[TaskRef, list[tuple[str, bool]]]], pool: EnvPool, tries: int = 3
+) -> dict[TaskRef, Transcript]:
+    """Play up to `pool.slots` command lists side by side; those that end in success."""
+    if not jobs:
+        return {}
+    starts = pool.call(
+        {slot: ResetRequest(ref.task, ref.variation) for slot, (ref, _) in enumerate(jobs)}
+    )
+    goals: dict[int, str] = {}
+    now: dict[int, Observation] = {}
+    moves: dict[int, list[Move]] = {slot: [] for slot in range(len(jobs))}
+    lost: set[int] = set()
+    for slot, reply in starts.items():
+        if isinstance(reply, Reset):
+            goals[slot], now[slot] = reply
+        else:
+            lost.add(slot)
+    for k in range(max(len(commands) for _, commands in jobs)):
+        requests = {
+            slot: StepRequest(commands[k][0])
+            for slot, (_, commands) in enumerate(jobs)
+            if slot in now and k < len(commands) and not now[slot].done
+        }
+        for slot, reply in pool.call(requests).items():
+            if isinstance(reply, Lost):
+                lost.add(slot)
+                del now[slot]
+                continue
+            assert isinstance(reply, Observation)
+            command, expert = jobs[slot][1][k]
+            moves[slot].append(Move(now[slot], command, reply, expert))
+            now[slot] = reply
+    done = {
+        jobs[slot][0]: Transcript(jobs[slot][0], goals[slot], tuple(moves[slot]))
+        for slot, observation in now.items()
+        if observation.success
+    }
+    if lost:
+        if tries == 1:
+            raise EnvError("environment workers keep dying while experts are played")
+        done |= _play([jobs[slot] for slot in sorted(lost)], pool, tries - 1)
+    return done

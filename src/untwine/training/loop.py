@@ -1,0 +1,377 @@
+"""The training loop: cold start, then iterations of rollout, credit, labels and update.
+
+    groups  = collect(policy, tasks)          rollout.py
+    groups  = credit(label(groups))           credit/, gcd/labels.py
+    rows    = policy_rows(groups)             batch.py
+    update  = L_policy + lambda * L_gcd       training/update.py
+
+The loop knows no method by name: credit, labels and objective are looked up in their registries.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from untwine.batch import Row, policy_rows
+from untwine.config import Recipe
+from untwine.credit import credit_method
+from untwine.errors import Interrupted
+from untwine.evaluate.protocol import evaluate, evaluation_refs, step_measures, summarise
+from untwine.gcd.labels import agreed_verdict, label_group
+from untwine.gcd.verdicts import VerdictWords, verdict_samples
+from untwine.progress import Display
+from untwine.records import Group
+from untwine.rollout import RolloutStats
+from untwine.training.checkpoint import (
+    Position,
+    latest_checkpoint,
+    load_optimizer,
+    load_weights,
+    read_position,
+    save_checkpoint,
+)
+from untwine.training.cold_start import ColdStart
+from untwine.training.run_dir import RunDir, replace_folder
+from untwine.training.signals import StopRequest
+from untwine.training.update import Measures, Updater
+from untwine.training.workshop import TaskCursor, Workshop
+
+
+def train(recipe: Recipe, run_path: Path, display: Display, *, resume: bool = False) -> Path:
+    """Run a recipe in `run_path`; returns the folder of the trained model.
+
+    resume   continue from the newest checkpoint in `run_path`, exactly
+    Raises UntwineError subclasses; `Interrupted` after a signal, when everything has been saved.
+    """
+    with StopRequest() as stop:
+        return _Training(recipe, run_path, display, stop, resume).run()
+
+
+class _Training:
+    """State of one run, from the first expert episode to the last checkpoint."""
+
+    def __init__(
+        self, recipe: Recipe, path: Path, display: Display, stop: StopRequest, resume: bool
+    ) -> None:
+        self.recipe = recipe
+        self.path = path
+        self.display = display
+        self.stop = stop
+        self.credit = credit_method(recipe.credit.name, recipe.credit.options)
+        self.choices = random.Random(recipe.seed + 1)
+        self.sampling = torch.Generator().manual_seed(recipe.seed + 2)
+        self.checkpoint = latest_checkpoint(path) if resume else None
+        self.start = read_position(self.checkpoint) if self.checkpoint else None
+        if self.checkpoint is None:
+            self.run_dir = RunDir.create(path, recipe)
+        try:
+            # `initial` holds the policy as the iterations began: also the reference of the KL term
+            begun = self.start is not None and self.start.stage == "rl"
+            model = path / ("initial" if begun else "model") if resume else None
+            self.workshop = Workshop(recipe, display, model)
+        except BaseException:
+            if not resume:
+                self.run_dir.close("failed")
+            raise
+        self.policy = self.workshop.policy
+        self.collector = self.workshop.collector
+        self.words = VerdictWords(self.collector.prompter)
+        self.cursor = TaskCursor(self.workshop.refs, recipe.seed)
+        if self.start:
+            first = self.start.step if self.start.stage == "rl" else 0
+            self.run_dir = RunDir.resume(path, self.start.metric_lines, first)
+        else:
+            self._save_model()
+        self.run_dir.describe(model_parameters=self.policy.parameters)
+
+    def run(self) -> Path:
+        status = "failed"
+        try:
+            with self.workshop:
+                if self.start is None or self.start.stage == "cold_start":
+                    self._cold_start()
+                self._iterate()
+                self._save_model()
+            status = "finished"
+        except Interrupted:
+            status = "interrupted"
+            raise
+        finally:
+            self.run_dir.close(status)
+        return self.path / "model"
+
+    # Cold start
+
+    def _cold_start(self) -> None:
+        config = self.recipe.cold_start
+        updater = self._updater(config.optimizer)
+        first = self._restore(updater, "cold_start")
+        steps = config.steps if config.episodes else 0
+        if first < steps:
+            data = ColdStart(
+                self.recipe,
+                self.workshop.transcripts,
+                self.collector.prompter,
+                self.words,
+                self.choices,
+            )
+            self.display.line(
+                f"cold start: {len(self.workshop.transcripts)} expert episodes, "
+                f"{len(data.verdicts)} verdicts, {steps} steps"
+            )
+            self._imitate(data, updater, first, steps)
+        if steps or self.recipe.rl.iterations == 0:
+            self._evaluate("cold_start", steps)
+
+    def _imitate(self, data: ColdStart, updater: Updater, first: int, steps: int) -> None:
+        started = time.perf_counter()
+        with self.display.bar("cold start", steps, "step", first) as bar:
+            for step in range(first, steps):
+                measures = data.step(updater)
+                self.run_dir.log(
+                    "cold_start", step, **measures.values, seconds=time.perf_counter() - started
+                )
+                bar.update(step + 1, info=f"loss {measures.values['loss']:.3f}")
+                done = step + 1
+                due = done % self.recipe.checkpoint.cold_start_every == 0 or done == steps
+                if due or self.stop.requested:
+                    self._save(updater, self._position("cold_start", done, updater))
+                self.stop.check()
+
+    # Reinforcement learning
+
+    def _iterate(self) -> None:
+        config = self.recipe.rl
+        updater = self._updater(config.optimizer)
+        first = self._restore(updater, "rl")
+        if config.iterations and (self.start is None or self.start.stage != "rl"):
+            self._save_model("initial")
+            self._save(updater, self._position("rl", 0, updater))
+        every = self.recipe.evaluate.every
+        with self.display.bar("training", config.iterations, "iteration", first) as bar:
+            for iteration in range(first, config.iterations):
+                before = self._position("rl", iteration, updater)
+                try:
+                    if every and iteration and iteration % every == 0:
+                        self._evaluate("rl", iteration)
+                    info = self._iteration(updater, iteration)
+                except Interrupted:  # nothing of this iteration has touched the weights yet
+                    self._save(updater, before)
+                    raise
+                done = iteration + 1
+                bar.update(done, info=info)
+                due = done % self.recipe.checkpoint.every == 0 or done == config.iterations
+                if due or self.stop.requested:
+                    self._save(updater, self._position("rl", done, updater))
+                self.stop.check()
+        if config.iterations:
+            self._evaluate("rl", config.iterations)
+
+    def _iteration(self, updater: Updater, iteration: int) -> str:
+        recipe = self.recipe
+        started = time.perf_counter()
+        refs = self.cursor.take(recipe.rl.groups)
+        groups, stats = self._collect(refs, iteration)
+        groups = [self._judge(group) for group in groups]
+        rolled = time.perf_counter()
+        measures, counts = self._update(updater, groups, iteration)
+        self.run_dir.save_groups(iteration, groups)
+        values = {
+            **_rollout_measures(groups, stats),
+            **measures,
+            **counts,
+            "seconds_rollout": rolled - started,
+            "seconds_update": time.perf_counter() - rolled,
+        }
+        self.run_dir.log("rl", iteration, **values)
+        line = (
+            f"outcome {values['outcome_mean']:.2f}  success {values['success_rate']:.2f}  "
+            f"flawed {values['flawed_rate']:.2f}"
+        )
+        seconds = time.perf_counter() - started
+        self.display.line(f"iteration {iteration + 1}: {line}  ({seconds:.1f} s)")
+        return line
+
+    def _collect(self, refs: Sequence[Any], iteration: int) -> tuple[list[Group], RolloutStats]:
+        size = self.recipe.rl.group_size
+        with self.display.bar("  episodes", len(refs) * size, "episode") as bar:
+
+            def on_turn(done: int, total: int) -> None:
+                self.stop.check()
+                bar.update(done, total)
+
+            return self.collector.collect(
+                refs, size, self.sampling, prefix=f"{iteration:06d}-", on_turn=on_turn
+            )
+
+    def _judge(self, group: Group) -> Group:
+        gcd = self.recipe.gcd
+        labelled = label_group(group, gcd.labels, self.workshop.info, gcd.min_confidence)
+        if self.recipe.rl.drop_constant_groups and len(set(group.outcomes_G)) == 1:
+            return labelled.with_advantages([[None] * e.length for e in group.episodes])
+        return self.credit(labelled)
+
+    def _update(
+        self, updater: Updater, groups: Sequence[Group], iteration: int
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        rl, gcd = self.recipe.rl, self.recipe.gcd
+        weight = 0.0
+        verdicts: list[Row] = []
+        if gcd.objective != "none":
+            progress = iteration / max(rl.iterations - 1, 1)
+            weight = gcd.weight * gcd.schedule.at(progress)
+            episodes = [episode for group in groups for episode in group.episodes]
+            samples = verdict_samples(
+                episodes, self.collector.prompter, gcd.token_budget, self.choices
+            )
+            verdicts = self.words.rows(samples) if samples else []
+        taken: list[Measures] = []
+        tokens = 0
+        for _ in range(rl.epochs):
+            for part in self._minibatches(groups):
+                rows = policy_rows(part, self.recipe.loss.mean)
+                tokens += sum(row.length for row in rows)
+                if rows or verdicts:
+                    taken.append(updater.step(rows, verdicts, weight))
+        return _averaged(taken), {
+            "policy_tokens": tokens,
+            "verdicts": len(verdicts),
+            "gcd_weight": weight,
+            "optimizer_steps": updater.steps,
+        }
+
+    def _minibatches(self, groups: Sequence[Group]) -> list[list[Group]]:
+        """The groups in `rl.minibatches` random parts of about equal size."""
+        parts = self.recipe.rl.minibatches
+        if parts == 1:
+            return [list(groups)]
+        order = list(groups)
+        self.choices.shuffle(order)
+        return [order[k::parts] for k in range(parts) if order[k::parts]]
+
+    # Evaluation, saving, restoring
+
+    def _evaluate(self, phase: str, step: int) -> None:
+        config = self.recipe.evaluate
+        for set_name in config.sets if config.episodes else []:
+            refs = evaluation_refs(self.recipe.env, set_name, config.episodes)
+            with self.display.bar(f"evaluate {set_name}", len(refs), "episode") as bar:
+
+                def on_turn(done: int, total: int, bar: Any = bar) -> None:
+                    self.stop.check()
+                    bar.update(done, total)
+
+                groups = evaluate(
+                    self.collector,
+                    refs,
+                    self.recipe.seed,
+                    greedy=config.greedy,
+                    on_turn=on_turn,
+                )
+            numbers = summarise(groups, self.workshop.info)
+            self.run_dir.log("evaluate", step, set=set_name, phase=phase, **numbers)
+            low, high = numbers["success_interval"]
+            self.display.line(
+                f"{phase} on {set_name}: score {100 * numbers['outcome_mean']:.1f}, success "
+                f"{numbers['success_rate']:.2f} [{low:.2f}, {high:.2f}] "
+                f"({numbers['episodes']} episodes)"
+            )
+
+    def _updater(self, optimizer: Any) -> Updater:
+        return Updater(
+            self.policy,
+            optimizer,
+            self.recipe.loss,
+            self.words,
+            temperature=self.recipe.sampling.temperature,
+            microbatch_tokens=self.recipe.rl.microbatch_tokens,
+        )
+
+    def _position(self, stage: Any, step: int, updater: Updater) -> Position:
+        return Position(
+            stage=stage,
+            step=step,
+            optimizer_steps=updater.steps,
+            cursor=self.cursor.position,
+            sampling=self.sampling.get_state(),
+            choices=self.choices.getstate(),
+            metric_lines=self.run_dir.metric_lines,
+        )
+
+    def _save(self, updater: Updater, position: Position) -> None:
+        save_checkpoint(
+            self.path / "checkpoints",
+            self.policy.model,
+            updater.optimizer,
+            position,
+            self.recipe.checkpoint.keep,
+        )
+
+    def _restore(self, updater: Updater, stage: str) -> int:
+        """Take up the checkpoint if it belongs to this stage; the step to begin with."""
+        if self.start is None or self.checkpoint is None or self.start.stage != stage:
+            return 0
+        load_weights(self.checkpoint, self.policy.model)
+        load_optimizer(self.checkpoint, updater.optimizer)
+        updater.steps = self.start.optimizer_steps
+        self.cursor.position = self.start.cursor
+        self.sampling.set_state(self.start.sampling)
+        self.choices.setstate(self.start.choices)
+        return self.start.step
+
+    def _save_model(self, name: str = "model") -> None:
+        scratch = self.path / f".{name}-partial"
+        self.policy.save(scratch)
+        replace_folder(scratch, self.path / name)
+
+
+def _rollout_measures(groups: Sequence[Group], stats: RolloutStats) -> dict[str, Any]:
+    episodes = [episode for group in groups for episode in group.episodes]
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for episode in episodes:
+        by_task[episode.ref.task].append(episode.outcome)
+    advantages: dict[str, list[float]] = {"good": [], "flawed": []}
+    for episode in episodes:
+        for step in episode.steps:
+            verdict = agreed_verdict(step)
+            if verdict and step.advantage is not None:
+                advantages[verdict].append(step.advantage)
+    return {
+        "outcome_mean": sum(e.outcome for e in episodes) / len(episodes),
+        "success_rate": sum(e.success for e in episodes) / len(episodes),
+        **step_measures(episodes),
+        **{f"advantage_{k}": sum(v) / len(v) if v else None for k, v in advantages.items()},
+        "groups_kept": sum(
+            any(s.advantage is not None for e in g.episodes for s in e.steps) for g in groups
+        ),
+        "episodes_lost": stats.episodes_lost,
+        "env_steps": stats.env_steps,
+        "sampled_tokens": stats.sampled_tokens,
+        "prompt_tokens": stats.prompt_tokens,
+        "computed_tokens": stats.computed_tokens,
+        "outcome_by_task": {t: sum(v) / len(v) for t, v in sorted(by_task.items())},
+    }
+
+
+def _averaged(taken: Sequence[Measures]) -> dict[str, float]:
+    """Means over optimizer steps; tokens, seconds are summed and ratio_max is the largest."""
+    names = {name for measures in taken for name in measures.values}
+    result: dict[str, float] = {}
+    for name in sorted(names):
+        values = [m.values[name] for m in taken if name in m.values]
+        if name == "ratio_max":
+            result[name] = max(values)
+        elif name.startswith("seconds_") or name == "gcd_tokens":
+            result[name] = sum(values)
+        else:
+            result[name] = sum(values) / len(values)
+    return result
+
+

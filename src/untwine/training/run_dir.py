@@ -1,0 +1,148 @@
+"""The run directory: everything a run leaves behind.
+
+    RUN/
+      recipe.yaml     the recipe as resolved
+      run.json        versions, machine, seed, command, status
+      metrics.jsonl   one JSON object per line; `stage` is cold_start, rl or evaluate
+      tensorboard/    the same numbers
+      episodes/       every episode of every iteration (episodes.py)
+      checkpoints/    state to continue from (checkpoint.py)
+      initial/        the policy as the iterations began, an ordinary Hugging Face folder
+      model/          the policy at the end, the same
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import untwine
+from untwine.config import Recipe, load_recipe
+from untwine.episodes import write_groups
+from untwine.errors import CheckpointError
+from untwine.records import Group
+
+
+class RunDir:
+    """Writes a run directory. Make one with `create` or `resume`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lines = _count_lines(path / "metrics.jsonl")
+        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(path / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe) -> RunDir:
+        """A fresh directory. CheckpointError when `path` already holds something."""
+        if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
+            raise CheckpointError(
+                f"{path} already exists; choose another --run, continue it with --resume, "
+                "or delete it first"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        run = cls(path)
+        run.describe(
+            name=recipe.name,
+            seed=recipe.seed,
+            untwine=untwine.__version__,
+            torch=torch.__version__,
+            python=platform.python_version(),
+            platform=platform.platform(),
+            cpus=os.cpu_count(),
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=" ".join(["untwine", *sys.argv[1:]]),
+            status="running",
+        )
+        return run
+
+    @classmethod
+    def resume(cls, path: Path, metric_lines: int, first_iteration: int) -> RunDir:
+        """Reopen a directory and take back what was written after the checkpoint."""
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        scratch = path / "metrics.partial"
+        scratch.write_text("".join(lines[:metric_lines]), encoding="utf-8")
+        scratch.replace(path / "metrics.jsonl")
+        for file in (path / "episodes").glob("iter-*"):
+            if int(file.name[5:11]) >= first_iteration:
+                file.unlink()
+        run = cls(path)
+        run.describe(status="running")
+        return run
+
+    @property
+    def metric_lines(self) -> int:
+        return self._lines
+
+    def describe(self, **values: Any) -> None:
+        """Merge values into run.json."""
+        file = self.path / "run.json"
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        scratch = file.with_suffix(".partial")
+        scratch.write_text(json.dumps(known | values, indent=2), encoding="utf-8")
+        scratch.replace(file)
+
+    def log(self, stage: str, step: int, **values: Any) -> None:
+        """Append one line of metrics."""
+        record = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        self._lines += 1
+        tag = f"{stage}/{values['set']}" if "set" in values else stage
+        for name, value in _scalars(values):
+            self._board.add_scalar(f"{tag}/{name}", value, step)  # type: ignore[no-untyped-call]
+
+    def save_groups(self, iteration: int, groups: Sequence[Group]) -> None:
+        write_groups(self.path / "episodes" / f"iter-{iteration:06d}.jsonl.gz", groups)
+
+    def close(self, status: str) -> None:
+        self.describe(status=status)
+        self._metrics.close()
+        self._board.close()  # type: ignore[no-untyped-call]
+
+
+def run_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run directory. CheckpointError when `path` is none."""
+    if not (path / "recipe.yaml").is_file():
+        raise CheckpointError(f"{path} is no run directory: it holds no recipe.yaml")
+    return load_recipe(path / "recipe.yaml", overrides)
+
+
+def episode_files(path: Path) -> list[Path]:
+    """Episode files of a run directory, oldest first."""
+    return sorted((path / "episodes").glob("iter-*.jsonl.gz"))
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put a finished folder in the place of an old one."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(target)
+    new.replace(target)
+
+
+def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append((prefix + name, float(value)))
+    return found
+
+
+def _count_lines(file: Path) -> int:
+    return len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0

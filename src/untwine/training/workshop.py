@@ -1,0 +1,132 @@
+"""Everything a recipe needs in order to act, put together once: pool, policy, collector."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from untwine.config import EnvConfig, Recipe
+from untwine.envs.pool import EnvPool
+from untwine.envs.registry import get_family
+from untwine.envs.splits import load_splits
+from untwine.errors import EnvError
+from untwine.policy.loading import Policy, check_exactness, load_policy
+from untwine.policy.sampler import Sampler
+from untwine.progress import Display
+from untwine.records import TaskRef
+from untwine.rollout import Collector
+from untwine.training.demonstrations import Transcript, play_experts
+
+
+def open_pool(env: EnvConfig, *, list_commands: bool = False) -> EnvPool:
+    """The pool a recipe asks for; `list_commands` has every observation list the commands."""
+    options = {**env.options, "list_commands": True} if list_commands else env.options
+    return EnvPool(
+        env.name,
+        options,
+        workers=env.workers,
+        sessions=env.sessions,
+        timeout_s=env.timeout_s,
+    )
+
+
+def training_refs(env: EnvConfig) -> list[TaskRef]:
+    """The task instances of the training set. EnvError when there are none."""
+    refs = load_splits(env.name, env.splits).refs(
+        env.train_set, tasks=env.tasks, limit=env.variations
+    )
+    if not refs:
+        raise EnvError(f"set {env.train_set!r} of environment {env.name!r} is empty")
+    return list(refs)
+
+
+class TaskCursor:
+    """Hands out task instances: every pass over them in a new order that depends on the seed and
+    the number of the pass only, so the place in the stream is one integer."""
+
+    def __init__(self, refs: Sequence[TaskRef], seed: int, position: int = 0) -> None:
+        self._refs = list(refs)
+        self._seed = seed
+        self.position = position
+
+    def take(self, count: int) -> list[TaskRef]:
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> TaskRef:
+        passes, index = divmod(self.position, len(self._refs))
+        order = list(range(len(self._refs)))
+        random.Random(f"{self._seed}/{passes}").shuffle(order)
+        self.position += 1
+        return self._refs[order[index]]
+
+
+class Workshop:
+    """Pool, policy and collector of one recipe. Close it, or use it as a context.
+
+    model   folder to load the policy from; by default what the recipe says
+    """
+
+    def __init__(self, recipe: Recipe, display: Display, model: Path | None = None) -> None:
+        self.recipe = recipe
+        self.display = display
+        self.info = get_family(recipe.env.name).catalogue.info
+        self.refs = training_refs(recipe.env)
+        prompt = recipe.prompt
+        self.pool = open_pool(
+            recipe.env, list_commands=prompt.list_admissible or prompt.only_admissible
+        )
+        self._transcripts: list[Transcript] | None = None
+        try:
+            policy = recipe.policy
+            if model is not None:
+                policy = policy.model_copy(update={"model": str(model)})
+            self.policy = load_policy(policy, self._texts, recipe.seed)
+            self.collector = make_collector(self.policy, self.pool, recipe)
+        except BaseException:
+            self.pool.close()
+            raise
+
+    def __enter__(self) -> Workshop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.close()
+
+    @property
+    def transcripts(self) -> list[Transcript]:
+        """Expert episodes for tokenizer and cold start, played on first use."""
+        if self._transcripts is None:
+            config = self.recipe.cold_start
+            wanted = config.episodes or 64
+            refs = TaskCursor(self.refs, self.recipe.seed).take(min(wanted, len(self.refs)))
+            with self.display.bar("expert episodes", len(refs), "episode") as bar:
+                self._transcripts = play_experts(
+                    self.pool,
+                    refs,
+                    self.recipe.env.max_steps,
+                    noise=config.noise,
+                    seed=self.recipe.seed,
+                    on_progress=bar.update,
+                )
+            if not self._transcripts:
+                raise EnvError(
+                    "no expert episode could be played on the training tasks: they have no expert, "
+                    "or its plans are longer than env.max_steps"
+                )
+        return self._transcripts
+
+    def _texts(self) -> Iterator[str]:
+        for transcript in self.transcripts:
+            yield from transcript.texts()
+
+
+def make_collector(policy: Policy, pool: EnvPool, recipe: Recipe) -> Collector:
+    """A collector for a policy whose sampling has been checked against a plain forward pass."""
+    import torch
+
+    probe = Sampler(policy, recipe.sampling, torch.Generator())
+    check_exactness(policy, probe.logits_piecewise)
+    return Collector(
+        policy, pool, recipe.env.name, recipe.env.max_steps, recipe.prompt, recipe.sampling
+    )

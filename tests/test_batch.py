@@ -1,0 +1,141 @@
+"""Rows, micro-batches and the policy gradient against step-by-step fp64 references."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.builders import REF, make_episode, make_step
+from untwine.batch import completion_row, microbatches, policy_rows, score
+from untwine.config import LossConfig, OptimizerConfig, PromptConfig
+from untwine.credit.grpo import grpo
+from untwine.gcd.verdicts import VerdictWords
+from untwine.policy.loading import Policy
+from untwine.prompting.prompter import Prompter
+from untwine.records import Episode, Group
+from untwine.training.update import Updater
+
+
+def chat_episode(rng: random.Random, id: str, outcome: float, grow: bool, vocabulary: int) -> Episode:
+    """An episode whose prompts grow (append) or are drawn anew (window)."""
+    steps = []
+    prompt = [rng.randrange(3, vocabulary) for _ in range(rng.randrange(1, 12))]
+    for t in range(rng.randrange(1, 5)):
+        action = [rng.randrange(3, vocabulary) for _ in range(rng.randrange(1, 5))]
+        steps.append(make_step(t, prompt=prompt, action=action))
+        tail = [rng.randrange(3, vocabulary) for _ in range(rng.randrange(0, 8))]
+        prompt = [*prompt, *action, *tail] if grow else [*prompt[:2], *tail, 7]
+    return make_episode(outcome, steps, id=id)
+
+
+def random_group(seed: int, grow: bool, vocabulary: int, size: int = 4) -> Group:
+    rng = random.Random(seed)
+    episodes = [
+        chat_episode(rng, f"e{g}", rng.choice([0.0, 0.3, 1.0]), grow, vocabulary) for g in range(size)
+    ]
+    return Group(REF, tuple(episodes))
+
+
+def reference_gradient(policy: Policy, groups: list[Group], mean: str) -> dict[str, torch.Tensor]:
+    """One forward and backward pass per step, in double precision, straight from the definition."""
+    model: Any = copy.deepcopy(policy.model).double()
+    trained = [[s for s in e.steps if s.advantage is not None] for g in groups for e in g.episodes]
+    trained = [steps for steps in trained if steps]
+    all_tokens = sum(len(s.action_ids) for steps in trained for s in steps)
+    all_steps = sum(len(steps) for steps in trained)
+    for steps in trained:
+        episode_tokens = sum(len(s.action_ids) for s in steps)
+        for step in steps:
+            n = len(step.action_ids)
+            unit = {
+                "token": 1 / all_tokens,
+                "step": 1 / (all_steps * n),
+                "episode": 1 / (len(trained) * episode_tokens),
+            }[mean]
+            ids = torch.tensor([step.prompt_ids + step.action_ids])
+            logits = model(input_ids=ids, use_cache=False).logits[0, -n - 1 : -1]
+            logp = logits.log_softmax(-1).gather(-1, ids[0, -n:, None])[:, 0]
+            ratio = (logp - torch.tensor(step.logprobs, dtype=torch.float32).double()).exp()
+            clipped = ratio.clamp(0.8, 1.2)
+            a = step.advantage
+            (-torch.minimum(ratio * a, clipped * a).sum() * unit).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def updater_gradient(policy: Policy, groups: list[Group], mean: Any, budget: int) -> dict[str, torch.Tensor]:
+    updater = Updater(
+        policy,
+        OptimizerConfig(lr=1e-12, grad_clip=1e9),
+        LossConfig(mean=mean),
+        VerdictWords(Prompter(policy.chat, PromptConfig())),
+        temperature=1.0,
+        microbatch_tokens=budget,
+    )
+    updater.step(policy_rows(groups, mean), [], 0.0)
+    return {name: p.grad.double() for name, p in policy.model.named_parameters()}
+
+
+@pytest.mark.parametrize("mean", ["token", "step", "episode"])
+@pytest.mark.parametrize("grow", [True, False])
+@pytest.mark.parametrize("budget", [40, 100_000])
+def test_gradient_equals_separate_steps_in_double_precision(
+    policy: Policy, mean: str, grow: bool, budget: int
+) -> None:
+    vocabulary = len(policy.tokenizer)
+    groups = [random_group(seed, grow, vocabulary) for seed in range(3)]
+    groups = [g.with_advantages(grpo(g)) for g in groups]
+    got, want = updater_gradient(policy, groups, mean, budget), reference_gradient(policy, groups, mean)
+    gap = sum(float(((got[n] - want[n]) ** 2).sum()) for n in want) ** 0.5
+    size = sum(float((want[n] ** 2).sum()) for n in want) ** 0.5
+    assert size > 0
+    assert gap / size < 1e-5
+
+
+def test_a_growing_chat_becomes_one_row_and_a_window_stays_apart(policy: Policy) -> None:
+    grown = random_group(1, True, 100).episodes[0]
+    apart = random_group(1, False, 100).episodes[0]
+    assert min(grown.length, apart.length) > 1
+
+    def rows_of(episode: Episode) -> int:
+        group = Group(REF, (episode,)).with_advantages([[1.0] * episode.length])
+        return len(policy_rows([group], "token"))
+
+    assert rows_of(grown) == 1
+    assert rows_of(apart) == apart.length
+
+
+def test_steps_without_advantage_are_context_only() -> None:
+    episode = make_episode(
+        1.0,
+        [make_step(0, prompt=[1, 2], action=[3]), make_step(1, prompt=[1, 2, 3, 4], action=[5, 6])],
+    )
+    group = Group(REF, (episode,)).with_advantages([[None, 0.5]])
+    (row,) = policy_rows([group], "token")
+    assert row.ids.tolist() == [1, 2, 3, 4, 5, 6]
+    assert row.targets.tolist() == [4, 5]
+    assert row.weights.tolist() == [0.5, 0.5]
+    assert policy_rows([group.with_advantages([[None, None]])], "token") == []
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=20), st.integers(1, 200))
+def test_microbatches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    rows = [completion_row([1] * (n - 1), [2], 1.0) for n in lengths]
+    batches = list(microbatches(rows, budget))
+    assert sorted(r.length for b in batches for r in b) == sorted(lengths)
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(r.length for r in batch) <= budget
+
+
+def test_scores_do_not_depend_on_the_neighbours_in_the_batch(policy: Policy) -> None:
+    rows = [completion_row(list(range(5, 5 + n)), [9, 10], 1.0) for n in (3, 17, 8)]
+    with torch.no_grad():
+        together = score(policy, rows).logprobs_N
+        alone = torch.cat([score(policy, [row]).logprobs_N for row in rows])
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
