@@ -282,6 +282,7 @@ class Catalogue:
     """The task instances of the family, by formula."""
 
     info = INFO
+    held_out_tasks = ("tidy",)
 
     def tasks(self) -> tuple[str, ...]:
         return TASKS

@@ -55,9 +55,7 @@ class SplitFile:
     sets: Sets
     checksum: str
 
-    def refs(
-        self, set_name: str, tasks: Sequence[str] = (), limit: int = 0
-    ) -> tuple[TaskRef, ...]:
+    def refs(self, set_name: str, tasks: Sequence[str] = (), limit: int = 0) -> tuple[TaskRef, ...]:
         """The instances of a set, by task (all of them, or those in `tasks`) and variation.
 
         limit  the first so many variations of each task; 0 means all

@@ -7,7 +7,8 @@ function showTheme() {
   const apply = () => {
     if (mode === "auto") document.documentElement.removeAttribute("data-theme");
     else document.documentElement.setAttribute("data-theme", mode);
-    button.textContent = `Theme: ${mode}`;
+    button.replaceChildren(el("span", { class: "wide" }, "Theme: "), mode);
+    button.setAttribute("aria-label", `Colour theme: ${mode}`);
   };
   try {
     const kept = localStorage.getItem("untwine-theme");

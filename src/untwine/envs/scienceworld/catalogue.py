@@ -1,7 +1,7 @@
 """The 30 tasks of ScienceWorld and their variations, known without starting Java.
 
 `catalogue.json` holds what the server of scienceworld 1.2.3 says; a test compares the two.
-`python -m untwine.envs.scienceworld.catalogue` writes it anew (needs Java).
+`python -m untwine.envs.scienceworld` writes it anew (needs Java).
 """
 
 from __future__ import annotations
@@ -101,15 +101,3 @@ def ask_server(server: Any) -> dict[str, dict[str, Any]]:
             "test": format_ranges(server.getVariationsTest()),
         }
     return tasks
-
-
-def write_catalogue() -> None:
-    """Write `catalogue.json` from the installed server. EnvError without Java."""
-    from untwine.envs.scienceworld.jvm import get_jvm, package_version
-
-    tree = {"scienceworld": package_version(), "tasks": ask_server(get_jvm().new_server())}
-    CATALOGUE_FILE.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write_catalogue()

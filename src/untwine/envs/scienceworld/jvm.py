@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ _AMBIGUOUS = "Ambiguous request"
 _CHOICE = re.compile(r"^(\d+):\t(.*)$", re.MULTILINE)
 
 
-class JvmDied(RuntimeError):
+class SimulatorError(RuntimeError):
+    """The simulator threw an exception of its own; the JVM lives on."""
+
+
+class JvmDiedError(RuntimeError):
     """The JVM does not answer any more. The pool replaces the process that used it."""
 
 
@@ -120,7 +125,7 @@ class Jvm:
         self._highest_id = FIRST_FREE_ID
 
     def _silence(self) -> None:
-        """The server prints every step at length; drop that inside the JVM, where it costs least."""
+        """The server prints every step at length; drop that inside the JVM."""
         stream = self.gateway.jvm.java.io.FileOutputStream(os.devnull)
         self.gateway.jvm.java.lang.System.setOut(self.gateway.jvm.java.io.PrintStream(stream))
 
@@ -198,7 +203,7 @@ class Session:
     command for the number. The server's order of the choices varies from run to run, so they are
     sorted here; a command that is no number of the list cancels the request, at no cost of time.
 
-    Every method raises JvmDied when the JVM does not answer.
+    Every method raises JvmDiedError when the JVM does not answer.
     """
 
     def __init__(self, jvm: Jvm) -> None:
@@ -210,22 +215,22 @@ class Session:
         """Begin an episode. EnvError when the server refuses the instance."""
         self._choices = []
         self._call(self.jvm.keep_ids_apart)
-        problem = self._call(self._server.load, task, variation, simplifications, gold)
+        problem = self._ask("load", task, variation, simplifications, gold)
         self._call(self.jvm.keep_ids_apart)
         if problem:
             raise EnvError(f"ScienceWorld refuses {task}/{variation}: {problem}")
         # the server keeps the score of the last episode until the first step of the next one
-        self._call(getattr(self._server, "score_$eq"), 0.0)
-        self._call(getattr(self._server, "isComplete_$eq"), False)
+        self._ask("score_$eq", 0.0)
+        self._ask("isComplete_$eq", False)
 
     def step(self, command: str) -> str:
-        """Send a command; what the server answers. ValueError when the server threw something."""
+        """Send a command; what the server answers. SimulatorError when it throws something."""
         if self._choices:
             choices, self._choices = self._choices, []
             if re.fullmatch(r"[0-9]{1,6}", command) and int(command) < len(choices):
-                return str(self._call(self._server.step, choices[int(command)]))
-            self._call(lambda: self._server.agentInterface().get().inputParser().clearAmbiguousState())
-        reply = str(self._call(self._server.step, command))
+                return str(self._ask("step", choices[int(command)]))
+            self._call(lambda: self._agent().inputParser().clearAmbiguousState())
+        reply = str(self._ask("step", command))
         return self._sort_choices(reply) if reply.startswith(_AMBIGUOUS) else reply
 
     def _sort_choices(self, reply: str) -> str:
@@ -236,49 +241,56 @@ class Session:
             lines
         )
 
-    @property
-    def choosing(self) -> bool:
-        """The next command may be the number of a choice."""
-        return bool(self._choices)
-
     def score(self) -> int:
         """0 to 100, or -100 after a mistake that ends the episode."""
-        return round(100 * float(self._call(self._server.getScore)))
+        return round(100 * float(self._ask("getScore")))
 
     def completed(self) -> bool:
-        return bool(self._call(self._server.getCompleted))
+        return bool(self._ask("getCompleted"))
 
     def broken(self) -> bool:
         """The simulator failed in this world and will do nothing more in it."""
-        return bool(self._call(lambda: self._server.agentInterface().get().isInErrorState()))
+        return bool(self._call(lambda: self._agent().isInErrorState()))
 
     def look(self) -> str:
         """The room, at no cost of time."""
-        return str(self._call(self._server.freeActionLook))
+        return str(self._ask("freeActionLook"))
 
     def inventory(self) -> str:
         """What the agent carries, at no cost of time."""
-        return str(self._call(self._server.freeActionInventory))
+        return str(self._ask("freeActionInventory"))
 
     def goal(self) -> str:
-        return str(self._call(self._server.getTaskDescription))
+        return str(self._ask("getTaskDescription"))
 
     def gold_commands(self) -> list[str]:
         """The solution, after a load with gold=True."""
-        return [str(command) for command in self._call(self._server.getGoldActionSequence)]
+        return self._lines("getGoldActionSequence")
 
     def valid_commands(self) -> list[str]:
         if self._choices:
             return [str(i) for i in range(len(self._choices))]
-        return [str(c) for c in self._call(self._server.getValidActionObjectCombinations)]
+        return self._lines("getValidActionObjectCombinations")
 
-    def _call(self, method: Any, *arguments: Any) -> Any:
+    def _lines(self, name: str) -> list[str]:
+        """A list of strings, joined in the JVM: its items would cost a round trip each."""
+        join = self.jvm.gateway.jvm.java.lang.String.join
+        text = str(self._call(lambda: join("\n", getattr(self._server, name)())))
+        return text.split("\n") if text else []
+
+    def _agent(self) -> Any:
+        return self._server.agentInterface().get()
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        return self._call(lambda: getattr(self._server, name)(*arguments))
+
+    def _call(self, action: Callable[[], Any]) -> Any:
         from py4j.protocol import Py4JError, Py4JJavaError
 
         try:
-            return method(*arguments)
+            return action()
         except Py4JJavaError as error:
-            raise ValueError(f"the simulator threw {error.java_exception}") from error
+            raise SimulatorError(f"the simulator threw {error.java_exception}") from error
         except (Py4JError, OSError) as error:
             forget_jvm(self.jvm)
-            raise JvmDied(f"the JVM of ScienceWorld does not answer: {error}") from error
+            raise JvmDiedError(f"the JVM of ScienceWorld does not answer: {error}") from error

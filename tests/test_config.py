@@ -1,0 +1,79 @@
+"""Recipes: what is accepted, and the sentence for what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from untwine.config import Recipe, ScheduleConfig, all_keys, load_recipe
+from untwine.errors import ConfigError
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "r.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
+    file = write(tmp_path, "seed: 1\nrl: {groups: 4}\n")
+    recipe = load_recipe(file, ["rl.groups=6", "env.tasks=[a, b]", "loss.kl=1.0e-3", "seed=7"])
+    assert (recipe.rl.groups, recipe.env.tasks, recipe.loss.kl, recipe.seed) == (6, ["a", "b"], 1e-3, 7)
+
+
+def test_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, "env: {tasks: [fetch]}\n"))
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+
+
+def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, "")) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("a: [1,\n", [], "not valid YAML in line"),
+        ("- a\n- b\n", [], "must hold sections"),
+        ("rl: {iteration: 3}\n", [], "unknown key 'rl.iteration'. Did you mean 'rl.iterations'"),
+        ("polcy: {}\n", [], "unknown key 'polcy'. Did you mean 'policy'"),
+        ("rl: {iterations: many}\n", [], "rl.iterations: input should be a valid integer"),
+        ("rl: 3\n", [], "rl: input should be"),
+        ("sampling: {temperature: 0}\n", [], "sampling.temperature: input should be greater than 0"),
+        ("loss: {mean: sequence}\n", [], "loss.mean: input should be 'token', 'step' or 'episode'"),
+        ("policy: {tiny: {heads: 5}}\n", [], "hidden_size must be a multiple of heads"),
+        ("", ["seed"], "not of the form section.key=value"),
+        ("", ["rl.lr.x=1"], "unknown key 'rl.lr'"),
+        ("seed: 3\n", ["seed.x=1"], "'seed' holds a value, not a section"),
+        ("", ["rl.groups=[1"], "not valid YAML"),
+    ],
+)
+def test_one_sentence(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(tmp_path, text), overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_missing_file_folder_and_binary(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is missing"):
+        load_recipe(tmp_path / "nothing.yaml")
+    with pytest.raises(ConfigError, match="is a folder"):
+        load_recipe(tmp_path)
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(ConfigError):
+        load_recipe(tmp_path / "b.yaml")
+
+
+def test_every_key_is_listed_once() -> None:
+    keys = all_keys()
+    assert len(keys) == len(set(keys))
+    assert {"seed", "rl.optimizer.lr", "policy.tiny.layers"} <= set(keys)
+
+
+def test_schedule() -> None:
+    assert ScheduleConfig(kind="constant", start=0.5, end=9).at(0.7) == 0.5
+    assert ScheduleConfig(kind="linear", start=1.0, end=0.0).at(0.25) == 0.75
+    assert ScheduleConfig(kind="linear", start=1.0, end=0.0).at(2.0) == 0.0
