@@ -1,27 +1,26 @@
-"""GRPO and GCD in one file: an agent learns to walk through a small house.
+"""GRPO and GCD in one file: a small transformer learns to bring things through a house.
 
 The whole method, to be read from top to bottom. Only the house comes from the package.
 
 GRPO (arXiv 2402.03300). G episodes of one task form a group; R_g is the return of episode g:
 
     A_g = (R_g - mean R) / (std R + eps)                      one advantage for every step of g
-    L_policy = - mean over action tokens of min(rho A, clip(rho, 1 - e, 1 + e) A)
+    L_policy = - mean over action tokens of min(rho A, clip(rho, 1 - c, 1 + c) A)
     rho = pi(token) / pi_old(token)
 
 GCD (arXiv 2509.23870). The same weights also learn to judge actions. A verdict prompt is the
-acting prompt, then an action, then <judge>; the answer is the word `good` or `flawed`:
+acting prompt, an action and <judge>; the answer is the word `good` or `flawed`:
 
     L = L_policy + lambda * cross-entropy(verdict word)
 
-Shape suffixes: G episodes of a group, N episodes or samples, B rows of a batch, T tokens.
+Shape suffixes: N samples or episodes, G episodes of a group, B rows of a batch, T tokens, D width,
+H heads, V vocabulary.
 
-Left out, because one pass over one batch on one small model does not need it (the package has it):
-  - KV cache: every sampled token reads its whole prompt again. The package keeps the cache.
-  - KL to a reference policy and an entropy bonus: short runs do not drift far.
-  - Minibatches and epochs: there is one optimizer step per batch, so rho is 1 up to rounding and
-    the clip never binds. It is written out because it is half of the equation.
-  - Labels from branches, groups or experts: the verdicts come from three plain rules.
-  - Prompts with history: the model reads the last command and what the house answered.
+Left out, and found in the package: the KV cache (here each sampled token reads its whole prompt
+again), a KL penalty and an entropy bonus (the run is short), verdicts in the warm start, labels
+that need other episodes or branches (here three plain rules), and a history longer than the last
+command. Training is on a handful of houses, so most of what is learnt is how to walk in these;
+the return in houses never trained on is printed beside it.
 
     python examples/one_file_loop.py --iterations 30 --seed 0
 """
@@ -41,17 +40,18 @@ from torch import Tensor, nn
 
 from untwine.envs.protocol import Env
 from untwine.envs.registry import make_env
+from untwine.envs.splits import load_splits
 from untwine.records import Observation
 
 PAD, END, JUDGE, GOOD, FLAWED = range(5)
-TASK = "fetch"
-SPECIAL = ("<pad>", "<end>", "<judge>", "good", "flawed")
-VOCAB, MAX_WORDS, GROUPS, G, MAX_STEPS, ROWS = 96, 4, 8, 8, 12, 256
+SPECIAL = ("<pad>", "<end>", "<judge>", "<good>", "<flawed>")
+VOCAB, MAX_WORDS, MAX_STEPS = 96, 4, 10
+HOUSES, G, MINIBATCHES, WARM_BATCH = 8, 16, 4, 32
+Pair = tuple[list[int], list[int]]  # prompt ids, answer ids
 
 
-# ---- the text: one token per word --------------------------------------------------------------
 class Words:
-    """A vocabulary that takes in new words as they are met, up to VOCAB."""
+    """One token per word; takes in new words as they are met, up to VOCAB."""
 
     def __init__(self) -> None:
         self.ids = {word: i for i, word in enumerate(SPECIAL)}
@@ -65,43 +65,43 @@ class Words:
         return " ".join(words[i] if i < len(words) else "<unused>" for i in ids if i != END)
 
 
-# ---- the model: a causal transformer -----------------------------------------------------------
 class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x_BTD: Tensor, mask_B1TT: Tensor) -> Tensor:
         B, T, D = x_BTD.shape
-        q, k, v = self.qkv(self.norm1(x_BTD)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TT)
-        x_BTD = x_BTD + self.out(mixed.transpose(1, 2).reshape(B, T, D))
-        return x_BTD + self.mlp(self.norm2(x_BTD))
+        qkv = self.qkv(self.norm1(x_BTD)).view(B, T, 3, self.heads, -1)
+        q_BHTD, k_BHTD, v_BHTD = qkv.permute(2, 0, 3, 1, 4)
+        mixed_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=mask_B1TT)
+        x_BTD = x_BTD + self.out(mixed_BHTD.transpose(1, 2).reshape(B, T, D))
+        hidden: Tensor = self.down(F.gelu(self.up(self.norm2(x_BTD))))
+        return x_BTD + hidden
 
 
 class Policy(nn.Module):
-    def __init__(self, vocab: int = VOCAB, width: int = 64, heads: int = 4, layers: int = 2) -> None:
+    """A causal transformer of 0.1 million weights."""
+
+    def __init__(self, width: int = 64, heads: int = 4, layers: int = 2) -> None:
         super().__init__()
-        self.embed, self.position = nn.Embedding(vocab, width), nn.Embedding(128, width)
+        self.embed, self.position = nn.Embedding(VOCAB, width), nn.Embedding(128, width)
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.normal_(self.position.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits of shape (B, T, vocab); rows are padded on the left."""
-        real_BT = tokens_BT != PAD
-        position_BT = (real_BT.cumsum(1) - 1).clamp(min=0)
+        """Logits of shape (B, T, V); rows are padded on the left."""
         T = tokens_BT.shape[1]
+        real_BT = tokens_BT != PAD
         causal_TT = torch.ones(T, T, dtype=torch.bool).tril()
-        # A padding row must see something, or its softmax is 0/0: it sees itself.
+        # Padding has nothing to look at, and its softmax would be 0/0: it looks at itself.
         mask_BTT = (causal_TT & real_BT[:, None, :]) | torch.eye(T, dtype=torch.bool)
-        x_BTD = self.embed(tokens_BT) + self.position(position_BT)
+        x_BTD = self.embed(tokens_BT) + self.position((real_BT.cumsum(1) - 1).clamp(min=0))
         for block in self.blocks:
             x_BTD = block(x_BTD, mask_BTT[:, None])
         return F.linear(self.norm(x_BTD), self.embed.weight)
@@ -112,44 +112,38 @@ def pad_left(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[PAD] * (longest - len(row)) + list(row) for row in rows])
 
 
-def answer_logp(policy: Policy, samples: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
-    """log pi of each answer token, for (prompt, answer) pairs; one (T,) tensor per pair."""
-    logp = []
-    for start in range(0, len(samples), ROWS):
-        part = samples[start : start + ROWS]
-        tokens_BT = pad_left([prompt + answer for prompt, answer in part])
-        longest = max(len(answer) for _, answer in part)
-        # Row t predicts token t + 1, and answers lie at the right edge.
-        logits_BTV = policy(tokens_BT)[:, -longest - 1 : -1]
-        target_BT = tokens_BT[:, -longest:]
-        logp_BT = logits_BTV.log_softmax(-1).gather(-1, target_BT[..., None])[..., 0]
-        logp += [row_T[-len(answer) :] for row_T, (_, answer) in zip(logp_BT, part, strict=True)]
-    return logp
+def answer_logp(policy: Policy, pairs: Sequence[Pair]) -> list[Tensor]:
+    """log pi of the answer's tokens: one (T,) tensor for each (prompt, answer)."""
+    tokens_BT = pad_left([prompt + answer for prompt, answer in pairs])
+    longest = max(len(answer) for _, answer in pairs)
+    # Position t predicts token t + 1, and the answers lie at the right edge.
+    logp_BTV = policy(tokens_BT)[:, -longest - 1 : -1].log_softmax(-1)
+    logp_BT = logp_BTV.gather(-1, tokens_BT[:, -longest:, None])[..., 0]
+    return [row_T[-len(answer) :] for row_T, (_, answer) in zip(logp_BT, pairs, strict=True)]
 
 
 @torch.no_grad()
 def sample_actions(policy: Policy, prompts: Sequence[list[int]]) -> list[tuple[list[int], Tensor]]:
-    """One action for every prompt, all at once, up to <end> or MAX_WORDS words, with its log pi."""
+    """One action for every prompt, all at once, with its log pi: the pi_old of the ratio."""
     tokens_BT = pad_left(prompts)
+    width = tokens_BT.shape[1]
     for _ in range(MAX_WORDS + 1):
-        logits_BV = policy(tokens_BT)[:, -1]
-        tokens_BT = torch.cat([tokens_BT, torch.multinomial(logits_BV.softmax(-1), 1)], dim=1)
-        new_BT = tokens_BT[:, len(max(prompts, key=len)) :]
-        if bool((new_BT == END).any(1).all()):
+        p_BV = policy(tokens_BT)[:, -1].softmax(-1)
+        tokens_BT = torch.cat([tokens_BT, torch.multinomial(p_BV, 1)], dim=1)
+        if (tokens_BT[:, width:] == END).any(1).all():
             break
-    answers = [row[: row.index(END) + 1] if END in row else row for row in new_BT.tolist()]
-    logp = answer_logp(policy, list(zip(prompts, answers, strict=True)))
-    return list(zip(answers, logp, strict=True))
+    rows = tokens_BT[:, width:].tolist()
+    actions = [row[: row.index(END) + 1] if END in row else row for row in rows]
+    old_logp = answer_logp(policy, list(zip(prompts, actions, strict=True)))
+    return list(zip(actions, old_logp, strict=True))
 
 
-# ---- rollout -----------------------------------------------------------------------------------
 @dataclass
 class Step:
     prompt: list[int]
     action: list[int]
     old_logp_T: Tensor
-    verdict: int
-    advantage: float = 0.0
+    verdict: int  # GOOD or FLAWED
 
 
 @dataclass
@@ -168,157 +162,155 @@ def rule_verdict(before: Observation, after: Observation, seen: set[str]) -> int
     return FLAWED if after.state_key in seen or after.score < before.score else GOOD
 
 
-def rollout(policy: Policy, words: Words, envs: Sequence[Env], starts: Sequence[int]) -> list[Episode]:
-    """Play one episode per start, all in step."""
-    resets = [env.reset(TASK, v) for env, v in zip(envs, starts, strict=False)]
-    now = [reset.observation for reset in resets]
-    last = ["" for _ in starts]
+def rollout(policy: Policy, words: Words, envs: list[Env], houses: Sequence[int]) -> list[Episode]:
+    """One episode for each entry of `houses`, all played at once."""
+    resets = [env.reset("fetch", house) for env, house in zip(envs, houses, strict=True)]
+    now, last = [reset.observation for reset in resets], ["" for _ in resets]
     seen = [{observation.state_key} for observation in now]
-    episodes = [Episode() for _ in starts]
+    episodes = [Episode() for _ in resets]
     for _ in range(MAX_STEPS):
         alive = [n for n, observation in enumerate(now) if not observation.done]
         if not alive:
             break
         prompts = [words.encode(prompt_text(resets[n].goal, last[n], now[n].text)) for n in alive]
         actions = sample_actions(policy, prompts)
-        for n, prompt, (action, logp_T) in zip(alive, prompts, actions, strict=True):
+        for n, prompt, (action, old_logp_T) in zip(alive, prompts, actions, strict=True):
             before, last[n] = now[n], words.decode(action)
             now[n] = envs[n].step(last[n])
             verdict = rule_verdict(before, now[n], seen[n])
+            episodes[n].steps.append(Step(prompt, action, old_logp_T, verdict))
             seen[n].add(now[n].state_key)
-            episodes[n].steps.append(Step(prompt, action, logp_T, verdict))
     for episode, observation in zip(episodes, now, strict=True):
         episode.outcome, episode.success = observation.outcome, observation.success
     return episodes
 
 
-# ---- the method --------------------------------------------------------------------------------
+def mean_return(episodes: Sequence[Episode]) -> float:
+    return sum(e.outcome for e in episodes) / len(episodes)
+
+
 def group_advantages(rewards_G: Tensor, eps: float = 1e-4) -> Tensor:
-    """GRPO: each episode counts once, whatever its length. A group without spread gives zeros."""
-    centred_G = rewards_G - rewards_G.mean()
-    return centred_G / (rewards_G.std(unbiased=False) + eps)
+    """Each episode counts once, whatever its length. A group without spread gives zeros."""
+    return (rewards_G - rewards_G.mean()) / (rewards_G.std(unbiased=False) + eps)
 
 
-def policy_loss(logp_T: Tensor, old_logp_T: Tensor, advantage_T: Tensor, clip: float = 0.2) -> Tensor:
+def policy_loss(logp_T: Tensor, old_logp_T: Tensor, adv_T: Tensor, clip: float = 0.2) -> Tensor:
     ratio_T = (logp_T - old_logp_T).exp()
-    clipped_T = ratio_T.clamp(1 - clip, 1 + clip)
-    return -torch.minimum(ratio_T * advantage_T, clipped_T * advantage_T).mean()
+    return -torch.minimum(ratio_T * adv_T, ratio_T.clamp(1 - clip, 1 + clip) * adv_T).mean()
 
 
-def right_verdict_share(logits_NV: Tensor, target_N: Tensor) -> float:
+def verdict_pairs(steps: Sequence[Step], rng: random.Random, most: int = 64) -> list[Pair]:
+    """Verdict prompts and words: each prompt once, as many good as flawed, in random order."""
+    known = {(*s.prompt, *s.action, JUDGE): s.verdict for s in steps}
+    of = {word: [p for p, verdict in known.items() if verdict == word] for word in (GOOD, FLAWED)}
+    each = min(most, *map(len, of.values()))
+    pairs = [(list(p), [word]) for word in of for p in rng.sample(of[word], each)]
+    return rng.sample(pairs, len(pairs))
+
+
+@torch.no_grad()
+def verdict_accuracy(policy: Policy, pairs: Sequence[Pair]) -> float:
     """Share of verdict prompts where the right word is the likelier of the two."""
+    if not pairs:
+        return 0.5
+    logits_NV = policy(pad_left([prompt for prompt, _ in pairs]))[:, -1]
     says_flawed_N = logits_NV[:, FLAWED] > logits_NV[:, GOOD]
-    return float((says_flawed_N == (target_N == FLAWED)).float().mean())
+    return (says_flawed_N == torch.tensor([w[0] == FLAWED for _, w in pairs])).float().mean().item()
 
 
-def balanced(good, flawed, rng: random.Random, most: int) -> list[tuple[list[int], list[int]]]:
-    """(verdict prompt, verdict word) pairs, as many good as flawed ones."""
-    fewer = min(len(good), len(flawed), most)
-    return [(p, [GOOD]) for p in rng.sample(good, fewer)] + [(p, [FLAWED]) for p in rng.sample(flawed, fewer)]
+def update(optimizer: torch.optim.Optimizer, policy: Policy, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
 
-def split(verdicts):
-    return [list(p) for p, v in verdicts.items() if v == GOOD], [list(p) for p, v in verdicts.items() if v == FLAWED]
 
-def expert_samples(env, words, variations, rng):
-    """Behaviour cloning: the expert's steps. Verdicts: its actions, and flawed ones beside them."""
-    imitation, verdicts = [], {}
-    for variation in variations:
-        plan = env.expert(TASK, variation) or ()
-        goal, now = env.reset(TASK, variation)
-        last, seen = "", {now.state_key}
-        commands = sorted({f"{verb} {way}{door}" for verb, door in (("go", ""), ("open", " door")) for way in ("north", "south", "east", "west")} | {c for c in plan if c[:2] != "go"})
+def expert_pairs(words: Words, env: Env, houses: Sequence[int]) -> list[Pair]:
+    """Acting prompt and the expert's command, for every step of its episodes."""
+    pairs = []
+    for house in houses:
+        plan, last = env.expert("fetch", house) or (), ""
+        goal, observation = env.reset("fetch", house)
         for command in plan:
-            prompt = words.encode(prompt_text(goal, last, now.text))
-            here = env.snapshot()
-            for c in (command, *commands):
-                after = env.step(c)
-                v = rule_verdict(now, after, seen)
-                verdicts[*prompt, *words.encode(c), END, JUDGE] = v
-                env.restore(here)
-            imitation.append((prompt, [*words.encode(command), END]))
-            now, last = env.step(command), command
-            seen.add(now.state_key)
-    return imitation, verdicts
+            prompt = words.encode(prompt_text(goal, last, observation.text))
+            pairs.append((prompt, [*words.encode(command), END]))
+            observation, last = env.step(command), command
+    return pairs
+
+
+def train_on(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    episodes: Sequence[Episode],
+    verdicts: Sequence[Pair],
+    weight: float,
+    rng: random.Random,
+) -> None:
+    """One pass over a batch of episodes, in minibatches; GRPO plus lambda times GCD."""
+    rewards_NG = torch.tensor([e.outcome for e in episodes]).view(-1, G)
+    advantages_N = torch.cat([group_advantages(rewards_G) for rewards_G in rewards_NG]).tolist()
+    steps = [(s, a) for e, a in zip(episodes, advantages_N, strict=True) for s in e.steps if a]
+    rng.shuffle(steps)
+    for m in range(MINIBATCHES):
+        part, judged = steps[m::MINIBATCHES], verdicts[m::MINIBATCHES]
+        loss = torch.zeros((), requires_grad=True)
+        if part:
+            logp = answer_logp(policy, [(s.prompt, s.action) for s, _ in part])
+            adv_T = torch.cat([torch.full_like(s.old_logp_T, a) for s, a in part])
+            old_logp_T = torch.cat([s.old_logp_T for s, _ in part])
+            loss = loss + policy_loss(torch.cat(logp), old_logp_T, adv_T)
+        if judged and weight:
+            loss = loss - weight * torch.cat(answer_logp(policy, judged)).mean()
+        update(optimizer, policy, loss)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--gcd-weight", type=float, default=0.5, help="lambda; 0 is plain GRPO")
+    parser.add_argument("--gcd-weight", type=float, default=0.2, help="lambda; 0 is plain GRPO")
     parser.add_argument("--warm-steps", type=int, default=300, help="steps of behaviour cloning")
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--warm-lr", type=float, default=2e-3)
-    parser.add_argument("--houses", type=int, default=16)
-    parser.add_argument("--mb", type=int, default=4)
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)
-    rng = random.Random(args.seed)
-    began = time.perf_counter()
+    rng, began = random.Random(args.seed), time.perf_counter()
 
-    envs = [make_env("rooms", {"rooms": 4, "distractors": 0}) for _ in range(GROUPS * G)]
-    words = Words()
-    imitation, verdicts = expert_samples(envs[0], words, range(900), rng)
-    policy = Policy()
-    gf = split(verdicts)
-    print("param", sum(p.numel() for p in policy.parameters()), len(words.ids), len(imitation), len(verdicts), sum(v==FLAWED for v in verdicts.values()), time.perf_counter()-began)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.warm_lr)
-    for i in range(args.warm_steps):
-        loss = -torch.cat(answer_logp(policy, rng.sample(imitation, 32))).mean()
-        if args.gcd_weight:
-            loss = loss - args.gcd_weight * torch.cat(answer_logp(policy, balanced(*gf, rng, 16))).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if i % 100 == 99: print(loss.item())
-    def evaluate():
-        eps = rollout(policy, words, envs, [v % args.houses for v in range(64)])
-        print(sum(e.outcome for e in eps)/len(eps), sum(e.success for e in eps)/len(eps))
-        eps = rollout(policy, words, envs, range(900, 900+GROUPS*G))
-        eps += rollout(policy, words, envs, range(900, 900+GROUPS*G))
-        return sum(e.outcome for e in eps)/len(eps), sum(e.success for e in eps)/len(eps)
-    print(evaluate(), time.perf_counter()-began)
-    if args.iterations==0:
-        for v in (0,1,2,900,901):
-            [ep]=rollout(policy, words, envs, [v])
-            print(envs[0].expert(TASK,v))
-            for st in ep.steps: print(words.decode(st.prompt), '=>', words.decode(st.action), SPECIAL[st.verdict], round(st.old_logp_T.sum().exp().item(),2))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.98))
-    for iteration in range(args.iterations):
-        t0=time.perf_counter()
-        starts = [v for v in rng.sample(range(args.houses), GROUPS) for _ in range(G)]
-        episodes = rollout(policy, words, envs, starts)
-        t1=time.perf_counter()
-        rewards_NG = torch.tensor([e.outcome for e in episodes]).view(GROUPS, G)
-        advantages_N = torch.cat([group_advantages(r) for r in rewards_NG]).tolist()
-        for e, a in zip(episodes, advantages_N):
-            for s in e.steps: s.advantage = a
-        steps = [s for e in episodes for s in e.steps]
-        trained = [s for s in steps if s.advantage]
-        vs = balanced(*split({(*s.prompt, *s.action, JUDGE): s.verdict for s in steps}), rng, 64)
-        acc = float("nan")
-        if vs:
-          with torch.no_grad():
-            logits = policy(pad_left([p for p, _ in vs]))[:, -1]
-          acc = right_verdict_share(logits, torch.tensor([v[0] for _, v in vs]))
-        rng.shuffle(trained); rng.shuffle(vs)
-        for m in range(args.mb):
-            part, vpart = trained[m::args.mb], vs[m::args.mb]
-            loss = torch.zeros(())
-            if part:
-                logp_T = torch.cat(answer_logp(policy, [(s.prompt, s.action) for s in part]))
-                adv_T = torch.cat([torch.full((len(s.action),), s.advantage) for s in part])
-                loss = policy_loss(logp_T, torch.cat([s.old_logp_T for s in part]), adv_T)
-            if vpart and args.gcd_weight:
-                loss = loss - args.gcd_weight * torch.cat(answer_logp(policy, vpart)).mean()
-            if loss.grad_fn is None: continue
-            optimizer.zero_grad(); loss.backward()
-            nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            optimizer.step()
-        print(iteration, f"{rewards_NG.mean():.3f} {sum(e.success for e in episodes)/64:.2f} flawed {sum(s.verdict == FLAWED for s in steps)/len(steps):.2f} acc {acc:.2f} n {len(vs)} steps {len(steps)} {t1-t0:.2f} {time.perf_counter()-t1:.2f}")
-    print(evaluate(), time.perf_counter()-began)
-    return {}
+    splits, words, policy = load_splits("rooms", "default"), Words(), Policy()
+    houses = [ref.variation for ref in splits.refs("train", ["fetch"])]
+    unseen = [ref.variation for ref in splits.refs("L0", ["fetch"])]
+    envs = [make_env("rooms", {"rooms": 4, "distractors": 0}) for _ in range(HOUSES * G)]
+
+    imitation = expert_pairs(words, envs[0], houses)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3)
+    for _ in range(args.warm_steps):
+        pairs = rng.sample(imitation, WARM_BATCH)
+        update(optimizer, policy, -torch.cat(answer_logp(policy, pairs)).mean())
+    unseen_before = mean_return(rollout(policy, words, envs[: len(unseen)], unseen))
+
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=6e-4, betas=(0.9, 0.98))
+    history = []
+    for iteration in range(args.iterations + 1):
+        # The last round only measures; the first measures the cold start before it trains on it.
+        episodes = rollout(policy, words, envs, [h for h in houses[:HOUSES] for _ in range(G)])
+        verdicts = verdict_pairs([step for e in episodes for step in e.steps], rng)
+        accuracy = verdict_accuracy(policy, verdicts)
+        success = sum(e.success for e in episodes) / len(episodes)
+        history.append((mean_return(episodes), success, accuracy))
+        print(
+            f"iteration {iteration:3d}  return {history[-1][0]:.3f}  success {success:.3f}  "
+            f"verdict accuracy {accuracy:.3f}  {time.perf_counter() - began:5.1f} s",
+            flush=True,
+        )
+        if iteration < args.iterations:
+            train_on(policy, optimizer, episodes, verdicts, args.gcd_weight, rng)
+
+    names = ("return", "success", "verdict_accuracy")
+    result = {f"cold_{name}": value for name, value in zip(names, history[0], strict=True)}
+    result |= {f"final_{name}": value for name, value in zip(names, history[-1], strict=True)}
+    result["unseen_return_before"] = unseen_before
+    result["unseen_return_after"] = mean_return(rollout(policy, words, envs[: len(unseen)], unseen))
+    print("  ".join(f"{name} {value:.3f}" for name, value in result.items()))
+    return result
 
 
 if __name__ == "__main__":

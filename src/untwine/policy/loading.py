@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from untwine.config import PolicyConfig
 from untwine.errors import ModelError
@@ -67,6 +68,7 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder that `load_policy` and others read."""
+        transformers_logging.disable_progress_bar()
         self.model.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
 

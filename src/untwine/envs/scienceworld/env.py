@@ -99,7 +99,7 @@ class ScienceWorldEnv:
         return Reset(session.goal().strip(), self._observe("", None))
 
     def step(self, command: str) -> Observation:
-        """Send one command; after the end of the episode, the last observation again. JvmDiedError."""
+        """Send one command; after the end, the last observation again. JvmDiedError."""
         if self._instance is None or self._session is None:
             raise RuntimeError("reset has to come before step")
         if self._last is not None and self._last.done:

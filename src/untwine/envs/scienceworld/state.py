@@ -18,6 +18,7 @@ import re
 _READING = re.compile(r"-?\d+(?:\.\d+)?(?= (?:degrees|ticks))")
 _ASIDE = re.compile(r", (?=which\b|currently\b|with\b)")
 _LIST = re.compile(r"\b(is|see|with): ([^:.]*)")
+_CONTAINING = "containing "
 _INNERMOST = re.compile(r"\(([^()]*)\)")
 
 
@@ -38,7 +39,9 @@ def canonical(description: str) -> str:
 def _canonical_thing(text: str) -> str:
     text = _ASIDE.sub(" ", _READING.sub("#", text))
     while found := _INNERMOST.search(text):  # brackets replace parentheses, from the inside out
-        text = f"{text[: found.start()]}[{_sorted_list(found[1])}]{text[found.end() :]}"
+        inner = found[1].removeprefix(_CONTAINING)
+        verb = _CONTAINING if inner != found[1] else ""
+        text = f"{text[: found.start()]}[{verb}{_sorted_list(inner)}]{text[found.end() :]}"
     return _sorted_list(text)
 
 
