@@ -196,6 +196,10 @@ def test_closing_twice_ends_the_workers() -> None:
     pids = [pid_of(a) for a in starts.values()]
     pool.close()
     pool.close()
+    with pytest.raises(ValueError, match="closed"):
+        pool.call({0: StepRequest("x")})
+    with pytest.raises(ValueError, match="closed"):
+        pool.experts([("count", 0)])
     assert all(wait_gone(pid) for pid in pids)
 
 

@@ -88,6 +88,8 @@ class EnvPool:
         passed: dict[int, list[tuple[int, Request]]] = {}
         replies: dict[int, Reset | Observation | Lost] = {}
         for slot, request in requests.items():
+            if not self.slots:
+                raise ValueError("the pool is closed")
             if not 0 <= slot < self.slots:
                 raise ValueError(f"there is no slot {slot}, only 0 to {self.slots - 1}")
             if isinstance(request, ResetRequest):
@@ -199,6 +201,8 @@ class EnvPool:
         Runs in environments of its own, so live episodes go on undisturbed (unless a worker dies).
         EnvError when the same instance fails `ATTEMPTS` times, or is unknown.
         """
+        if not self.slots:
+            raise ValueError("the pool is closed")
         found: dict[int, tuple[str, ...] | None] = {}
         failed = [0] * len(refs)
         todo = deque(range(len(refs)))
@@ -239,7 +243,7 @@ class EnvPool:
         ]
 
     def close(self) -> None:
-        """End all workers and environments. Safe to call twice."""
+        """End all workers and environments; no slots remain. Safe to call twice."""
         self._here.close()
         for worker in self._workers:
             with contextlib.suppress(OSError):

@@ -109,7 +109,7 @@ def load_splits(env: str, name_or_path: str | Path) -> SplitFile:
     except OSError as error:
         raise EnvError(f"split file {path} cannot be read: {error.strerror}") from error
     checksum = hashlib.sha256(content).hexdigest()
-    if packaged and _known_checksums().get(path.name) != checksum:
+    if packaged and _known_checksums(FOLDER).get(path.name) != checksum:
         raise EnvError(
             f"split file {path.name} differs from its checksum in SHA256SUMS; reinstall untwine, "
             "or give a changed copy by its path"
@@ -207,7 +207,7 @@ def write_splits(
     return path
 
 
-def _known_checksums(folder: Path = FOLDER) -> dict[str, str]:
+def _known_checksums(folder: Path) -> dict[str, str]:
     path = folder / "SHA256SUMS"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return {file: checksum for checksum, file in (line.split("  ", 1) for line in lines)}

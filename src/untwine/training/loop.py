@@ -131,13 +131,12 @@ class _Training:
             self._evaluate("cold_start", steps)
 
     def _imitate(self, data: ColdStart, updater: Updater, first: int, steps: int) -> None:
-        started = time.perf_counter()
         with self.display.bar("cold start", steps, "step", first) as bar:
             for step in range(first, steps):
+                started = time.perf_counter()
                 measures = data.step(updater)
-                self.run_dir.log(
-                    "cold_start", step, **measures.values, seconds=time.perf_counter() - started
-                )
+                seconds = time.perf_counter() - started
+                self.run_dir.log("cold_start", step, **measures.values, seconds=seconds)
                 bar.update(step + 1, info=f"loss {measures.values['loss']:.3f}")
                 done = step + 1
                 due = done % self.recipe.checkpoint.cold_start_every == 0 or done == steps

@@ -19,6 +19,7 @@ import atexit
 import contextlib
 import importlib.metadata
 import importlib.util
+import multiprocessing
 import os
 import re
 import shutil
@@ -109,6 +110,9 @@ class Jvm:
                 java_path=java,
                 return_proc=True,
                 daemonize_redirect=True,
+                # the interrupt key must not reach it; a worker's group gets no such signal, and
+                # the pool needs to have the JVM in that group
+                create_new_process_group=multiprocessing.parent_process() is None,
                 cwd=str(workdir),
             )
         except (OSError, ValueError) as error:  # ValueError: it ended without naming its port

@@ -1,0 +1,132 @@
+"""Runs that are killed or stopped continue exactly: same parameters, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+RECIPE = {
+    "name": "resume",
+    "env": {"name": "rooms", "tasks": ["fetch"], "max_steps": 8, "sessions": 8},
+    "policy": {
+        "model": "tiny",
+        "threads": 1,
+        "tiny": {
+            "hidden_size": 32,
+            "layers": 1,
+            "heads": 2,
+            "kv_heads": 1,
+            "intermediate_size": 64,
+            "vocab_size": 400,
+        },
+    },
+    "sampling": {"max_new_tokens": 6},
+    "cold_start": {"episodes": 12, "steps": 30, "batch_tokens": 512, "verdict_weight": 0.3, "noise": 0.3},
+    "rl": {"iterations": 6, "groups": 3, "group_size": 4, "minibatches": 2, "epochs": 2,
+           "optimizer": {"lr": 1.0e-3}, "drop_constant_groups": False},
+    "loss": {"kl": 0.01, "entropy": 0.01},
+    "gcd": {"objective": "generative/ce", "token_budget": 2048},
+    "evaluate": {"every": 2, "sets": ["L0"], "episodes": 6},
+    "checkpoint": {"cold_start_every": 10},
+}  # fmt: skip
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "untwine", "train", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> int:
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode in (0, -9, 130, 143), errors.decode()
+    return process.returncode
+
+
+def rows(run: Path, stage: str = "rl") -> list[dict[str, object]]:
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [r for line in lines if line.endswith("}") and (r := json.loads(line))["stage"] == stage]
+
+
+def wait_for(run: Path, stage: str, count: int, process: subprocess.Popen[bytes]) -> None:
+    limit = time.monotonic() + 90
+    while len(rows(run, stage)) < count:
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(recipe file, run directory of a run that was never interrupted)."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    assert finish(start(str(recipe), "--run", str(folder / "run"))) == 0
+    return recipe, folder / "run"
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    ours, theirs = (load_file(r / "model" / "model.safetensors") for r in (run, reference))
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert ours[name].tobytes() == theirs[name].tobytes(), name
+    volatile = {"time", "seconds", "seconds_rollout", "seconds_update", "seconds_policy", "seconds_gcd"}
+    for stage in ("cold_start", "rl", "evaluate"):
+        assert [{k: v for k, v in r.items() if k not in volatile} for r in rows(run, stage)] == [
+            {k: v for k, v in r.items() if k not in volatile} for r in rows(reference, stage)
+        ]
+    names = [f.name for f in sorted((run / "episodes").iterdir())]
+    assert names == [f.name for f in sorted((reference / "episodes").iterdir())]
+    for name in names:
+        assert (run / "episodes" / name).read_bytes() == (reference / "episodes" / name).read_bytes()
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("stage", "count", "signum"),
+    [
+        ("cold_start", 14, signal.SIGKILL),
+        ("rl", 4, signal.SIGKILL),
+        ("rl", 1, signal.SIGTERM),
+        pytest.param("rl", 1, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("rl", 4, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("cold_start", 14, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_run_continues_bit_for_bit(
+    unbroken: tuple[Path, Path], tmp_path: Path, stage: str, count: int, signum: signal.Signals
+) -> None:
+    recipe, reference = unbroken
+    run = tmp_path / "run"
+    process = start(str(recipe), "--run", str(run))
+    wait_for(run, stage, count, process)
+    process.send_signal(signum)
+    code = finish(process)
+    assert code == (-9 if signum is signal.SIGKILL else 143)
+    if signum is signal.SIGTERM:
+        assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    assert finish(start("--resume", str(run))) == 0
+    assert_same(run, reference)
+
+
+def test_a_finished_run_can_be_extended(unbroken: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, reference = unbroken
+    run = tmp_path / "run"
+    assert finish(start(str(recipe), "--run", str(run), "rl.iterations=4")) == 0
+    assert finish(start("--resume", str(run), "rl.iterations=6")) == 0
+    ours, theirs = (load_file(r / "model" / "model.safetensors") for r in (run, reference))
+    assert all(ours[n].tobytes() == theirs[n].tobytes() for n in theirs)
