@@ -69,7 +69,9 @@ def make_episode(
 def make_group(outcomes: Sequence[float], lengths: Sequence[int] | None = None) -> Group:
     lengths = lengths or [2] * len(outcomes)
     episodes = [
-        make_episode(r, [make_step(t, state=f"s{t}", after=f"s{t + 1}") for t in range(n)], id=f"e{g}")
+        make_episode(
+            r, [make_step(t, state=f"s{t}", after=f"s{t + 1}") for t in range(n)], id=f"e{g}"
+        )
         for g, (r, n) in enumerate(zip(outcomes, lengths, strict=True))
     ]
     return Group(REF, tuple(episodes))

@@ -22,7 +22,9 @@ from untwine.records import Episode, Group
 from untwine.training.update import Updater
 
 
-def chat_episode(rng: random.Random, id: str, outcome: float, grow: bool, vocabulary: int) -> Episode:
+def chat_episode(
+    rng: random.Random, id: str, outcome: float, grow: bool, vocabulary: int
+) -> Episode:
     """An episode whose prompts grow (append) or are drawn anew (window)."""
     steps = []
     prompt = [rng.randrange(3, vocabulary) for _ in range(rng.randrange(1, 12))]
@@ -37,7 +39,8 @@ def chat_episode(rng: random.Random, id: str, outcome: float, grow: bool, vocabu
 def random_group(seed: int, grow: bool, vocabulary: int, size: int = 4) -> Group:
     rng = random.Random(seed)
     episodes = [
-        chat_episode(rng, f"e{g}", rng.choice([0.0, 0.3, 1.0]), grow, vocabulary) for g in range(size)
+        chat_episode(rng, f"e{g}", rng.choice([0.0, 0.3, 1.0]), grow, vocabulary)
+        for g in range(size)
     ]
     return Group(REF, tuple(episodes))
 
@@ -68,7 +71,9 @@ def reference_gradient(policy: Policy, groups: list[Group], mean: str) -> dict[s
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def updater_gradient(policy: Policy, groups: list[Group], mean: Any, budget: int) -> dict[str, torch.Tensor]:
+def updater_gradient(
+    policy: Policy, groups: list[Group], mean: Any, budget: int
+) -> dict[str, torch.Tensor]:
     updater = Updater(
         policy,
         OptimizerConfig(lr=1e-12, grad_clip=1e9),
@@ -90,7 +95,10 @@ def test_gradient_equals_separate_steps_in_double_precision(
     vocabulary = len(policy.tokenizer)
     groups = [random_group(seed, grow, vocabulary) for seed in range(3)]
     groups = [g.with_advantages(grpo(g)) for g in groups]
-    got, want = updater_gradient(policy, groups, mean, budget), reference_gradient(policy, groups, mean)
+    got, want = (
+        updater_gradient(policy, groups, mean, budget),
+        reference_gradient(policy, groups, mean),
+    )
     gap = sum(float(((got[n] - want[n]) ** 2).sum()) for n in want) ** 0.5
     size = sum(float((want[n] ** 2).sum()) for n in want) ** 0.5
     assert size > 0
@@ -123,9 +131,13 @@ def test_steps_without_advantage_are_context_only() -> None:
     assert policy_rows([group.with_advantages([[None, None]])], "token") == []
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=20), st.integers(1, 200))
-def test_microbatches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+def test_microbatches_hold_every_row_once_within_the_budget(
+    lengths: list[int], budget: int
+) -> None:
     rows = [completion_row([1] * (n - 1), [2], 1.0) for n in lengths]
     batches = list(microbatches(rows, budget))
     assert sorted(r.length for b in batches for r in b) == sorted(lengths)

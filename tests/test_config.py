@@ -19,7 +19,12 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
     file = write(tmp_path, "seed: 1\nrl: {groups: 4}\n")
     recipe = load_recipe(file, ["rl.groups=6", "env.tasks=[a, b]", "loss.kl=1.0e-3", "seed=7"])
-    assert (recipe.rl.groups, recipe.env.tasks, recipe.loss.kl, recipe.seed) == (6, ["a", "b"], 1e-3, 7)
+    assert (recipe.rl.groups, recipe.env.tasks, recipe.loss.kl, recipe.seed) == (
+        6,
+        ["a", "b"],
+        1e-3,
+        7,
+    )
 
 
 def test_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
@@ -40,7 +45,11 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
         ("polcy: {}\n", [], "unknown key 'polcy'. Did you mean 'policy'"),
         ("rl: {iterations: many}\n", [], "rl.iterations: input should be a valid integer"),
         ("rl: 3\n", [], "rl: input should be"),
-        ("sampling: {temperature: 0}\n", [], "sampling.temperature: input should be greater than 0"),
+        (
+            "sampling: {temperature: 0}\n",
+            [],
+            "sampling.temperature: input should be greater than 0",
+        ),
         ("loss: {mean: sequence}\n", [], "loss.mean: input should be 'token', 'step' or 'episode'"),
         ("policy: {tiny: {heads: 5}}\n", [], "hidden_size must be a multiple of heads"),
         ("", ["seed"], "not of the form section.key=value"),

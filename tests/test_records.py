@@ -43,7 +43,7 @@ def test_new_advantages_leave_the_old_group_alone() -> None:
     changed = group.with_advantages([[0.5, None], [-0.5, -0.5]])
     assert [s.advantage for s in changed.episodes[0].steps] == [0.5, None]
     assert all(s.advantage is None for e in group.episodes for s in e.steps)
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         group.with_advantages([[0.5]])
 
 
@@ -82,9 +82,14 @@ def episodes(draw: st.DrawFn, id: str) -> Episode:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_episodes_read_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_episodes_read_back_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     groups = [
-        Group(REF, tuple(data.draw(episodes(f"g{g}e{i}")) for i in range(data.draw(st.integers(1, 2)))))
+        Group(
+            REF,
+            tuple(data.draw(episodes(f"g{g}e{i}")) for i in range(data.draw(st.integers(1, 2)))),
+        )
         for g in range(data.draw(st.integers(1, 2)))
     ]
     file = tmp_path_factory.mktemp("episodes") / "iter-000001.jsonl.gz"

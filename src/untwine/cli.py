@@ -34,7 +34,8 @@ Overrides = Annotated[
 @app.command()
 def train(
     recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe, such as recipes/smoke.yaml.")
+        Path | None,
+        typer.Argument(metavar="[RECIPE]", help="A recipe, such as recipes/smoke.yaml."),
     ] = None,
     overrides: Overrides = None,
     run: Annotated[
@@ -207,7 +208,9 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(
+        f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True
+    )
     sys.exit(code)
 
 

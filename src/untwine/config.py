@@ -46,12 +46,16 @@ class EnvConfig(Section):
 class PromptConfig(Section):
     """How a state becomes tokens."""
 
-    layout: Literal["append", "window"] = Field("append", description="a growing chat, or the last `history` steps")
+    layout: Literal["append", "window"] = Field(
+        "append", description="a growing chat, or the last `history` steps"
+    )
     history: Natural = Field(2, description="past (observation, action) pairs shown by `window`")
     thoughts: bool = Field(False, description="let the model think before it acts")
     list_admissible: bool = Field(False, description="list the admissible commands in the prompt")
     only_admissible: bool = Field(False, description="refuse commands outside the admissible list")
-    max_tokens: Positive = Field(4096, description="longest prompt; an episode that outgrows it ends")
+    max_tokens: Positive = Field(
+        4096, description="longest prompt; an episode that outgrows it ends"
+    )
 
 
 class TinyConfig(Section):
@@ -160,7 +164,9 @@ class RLConfig(Section):
 
 class EvaluateConfig(Section):
     every: Natural = Field(0, description="iterations between evaluations; 0 only at the end")
-    sets: list[str] = Field(default_factory=lambda: ["L0", "L1"], description="sets of the split file")
+    sets: list[str] = Field(
+        default_factory=lambda: ["L0", "L1"], description="sets of the split file"
+    )
     episodes: Natural = Field(64, description="episodes per set; 0 skips the evaluation")
     greedy: bool = Field(False, description="take the most likely token instead of sampling")
 
@@ -200,7 +206,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     if path.is_dir() or not path.exists():
         kind = "a folder" if path.is_dir() else "missing"
-        raise ConfigError(f"recipe {path} is {kind}; recipes are YAML files such as recipes/smoke.yaml")
+        raise ConfigError(
+            f"recipe {path} is {kind}; recipes are YAML files such as recipes/smoke.yaml"
+        )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -92,15 +92,14 @@ def _wait(
     with StopRequest() as stop, display.bar("iterations", total, "iteration") as bar:
         while any(process.poll() is None for process in arms.values()):
             rows = {name: _rows(out / name, "rl") for name in arms}
-            latest = [
-                f"{name} {own[-1]['outcome_mean']:.2f}" for name, own in rows.items() if own
-            ]
+            latest = [f"{name} {own[-1]['outcome_mean']:.2f}" for name, own in rows.items() if own]
             bar.update(sum(len(own) for own in rows.values()), info="outcome " + ", ".join(latest))
             try:
                 stop.check()
             except Interrupted as error:
                 raise Interrupted(
-                    f"stopped; the arms are saved, continue each with `untwine train --resume {out}/grpo`",
+                    "stopped; the arms are saved, continue each with "
+                    f"`untwine train --resume {out}/grpo` (or gcd)",
                     error.signum,
                 ) from None
             time.sleep(1.0)

@@ -78,7 +78,10 @@ def _java() -> tuple[str, str]:
     elif found := shutil.which("java"):
         binary, source = Path(found), "from PATH"
     else:
-        return "[yellow]missing[/yellow]", "ScienceWorld needs it: pip install 'untwine\\[scienceworld]'"
+        return (
+            "[yellow]missing[/yellow]",
+            "ScienceWorld needs it: pip install 'untwine\\[scienceworld]'",
+        )
     try:
         shown = subprocess.run(
             [binary, "-version"], capture_output=True, text=True, timeout=20, check=False

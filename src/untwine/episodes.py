@@ -15,7 +15,6 @@ import dataclasses
 import gzip
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def write_groups(path: Path, groups: Sequence[Group]) -> None:
                 advantages.append(math.nan if step.advantage is None else step.advantage)
                 before = step.prompt_ids + step.action_ids
             lines.append(json.dumps(_episode_text(number, episode), ensure_ascii=False))
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "token_ids": np.array(tokens, dtype=np.int32),
         "logprobs": np.array(logprobs, dtype=np.float32),
         "advantages": np.array(advantages, dtype=np.float64),
@@ -66,7 +65,7 @@ def write_groups(path: Path, groups: Sequence[Group]) -> None:
     scratch = path.with_suffix(".partial")
     with gzip.GzipFile(scratch, "wb", compresslevel=5, mtime=0) as out:
         out.write(("\n".join(lines) + "\n").encode())
-    os.replace(scratch, path)
+    scratch.replace(path)
 
 
 def read_groups(path: Path) -> list[Group]:

@@ -69,9 +69,7 @@ class Display:
 
     def bar(self, description: str, total: int, unit: str = "it", done: int = 0) -> Bar:
         """A bar for a piece of work of `total` units."""
-        task = self._progress.add_task(
-            description, total=total, completed=done, unit=unit, info=""
-        )
+        task = self._progress.add_task(description, total=total, completed=done, unit=unit, info="")
         return Bar(self._progress, task)
 
 

@@ -188,12 +188,15 @@ class Collector:
         for slot, (_, live) in running.items():
             text, over = self.policy.chat.decode(samples[slot].ids)
             only = live.observation.admissible if self.prompt.only_admissible else None
-            replies[slot] = text, parse_reply(
+            replies[slot] = (
                 text,
-                ended=over,
-                thoughts=self.prompt.thoughts,
-                blocked=self.info.blocked,
-                admissible=only,
+                parse_reply(
+                    text,
+                    ended=over,
+                    thoughts=self.prompt.thoughts,
+                    blocked=self.info.blocked,
+                    admissible=only,
+                ),
             )
             stats.sampled_tokens += len(samples[slot].ids)
         answers = self.pool.call(
@@ -219,11 +222,10 @@ class Collector:
         self, live: _Live, sample: Sample, text: str, reply: Reply, answer: Observation | None
     ) -> None:
         before = live.observation
-        if answer is None:  # the parser refused the reply; nothing reached the environment
-            assert reply.problem is not None
-            feedback, after, invalid = PROBLEM_FEEDBACK[reply.problem], before, reply.problem
-        else:
-            feedback, after, invalid = answer.text, answer, answer.invalid
+        # without an answer the parser refused the reply, and nothing reached the environment
+        after = answer or before
+        invalid = after.invalid if answer else reply.problem
+        feedback = answer.text if answer else PROBLEM_FEEDBACK[reply.problem or "empty"]
         conversation = live.conversation
         live.steps.append(
             Step(

@@ -41,9 +41,6 @@ def observation_of(answer: object) -> Observation:
     return answer
 
 
-# --- without Java ---------------------------------------------------------------------------------
-
-
 def test_protocol_and_catalogue() -> None:
     assert isinstance(CATALOGUE, Catalogue)
     assert isinstance(make_env("scienceworld"), Env)
@@ -153,9 +150,6 @@ def test_expert_cache_survives_bad_files_and_two_writers(tmp_path: Path) -> None
         assert one.get("boil", 0) is None
         one.put("boil", 0, good)
         assert one.get("boil", 0) == good
-
-
-# --- with Java ------------------------------------------------------------------------------------
 
 
 @java
@@ -269,7 +263,7 @@ def test_ambiguous_commands(env: ScienceWorldEnv) -> None:
 
 @java
 def test_admissible_commands_are_valid(cache: Path) -> None:
-    env = make_env("scienceworld", {"cache_dir": str(cache), "admissible": True})
+    env = make_env("scienceworld", {"cache_dir": str(cache), "list_commands": True})
     _, first = env.reset("boil", 0)
     assert first.admissible is not None
     assert "open door to kitchen" in first.admissible

@@ -61,6 +61,8 @@ class FakeEnv:
         if task == "fragile" and self.flag and not os.path.exists(self.flag):  # noqa: PTH110
             with open(self.flag, "w"):  # noqa: PTH123
                 os._exit(4)
+        if task == "slow":
+            time.sleep(0.3)
         if task == "unknown":
             raise EnvError("unknown task 'unknown'")
         return None if variation % 2 else (f"{task} {variation}",)

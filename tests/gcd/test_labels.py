@@ -61,7 +61,9 @@ def branching_group(returns: list[float], takers: set[int]) -> Group:
     for g, value in enumerate(returns):
         command = "left" if g in takers else "right"
         episodes.append(
-            make_episode(value, [make_step(0, state="s", after=f"x{g}", command=command)], id=f"e{g}")
+            make_episode(
+                value, [make_step(0, state="s", after=f"x{g}", command=command)], id=f"e{g}"
+            )
         )
     return Group(REF, tuple(episodes))
 

@@ -30,13 +30,17 @@ def labelled(*pairs: tuple[str, str, Label]) -> Episode:
     )
 
 
-def take(episodes: list[Episode], prompter: Prompter, budget: int = 10**6, seed: int = 0) -> list[str]:
+def take(
+    episodes: list[Episode], prompter: Prompter, budget: int = 10**6, seed: int = 0
+) -> list[str]:
     samples = verdict_samples(episodes, prompter, budget, random.Random(seed))
     return [s.verdict for s in samples]
 
 
 def test_classes_are_balanced(prompter: Prompter) -> None:
-    episode = labelled(*[(f"s{i}", "go", GOOD) for i in range(7)], ("t", "go", BAD), ("u", "go", BAD))
+    episode = labelled(
+        *[(f"s{i}", "go", GOOD) for i in range(7)], ("t", "go", BAD), ("u", "go", BAD)
+    )
     assert sorted(take([episode], prompter)) == ["flawed", "flawed", "good", "good"]
 
 
@@ -69,7 +73,9 @@ def test_prompt_shows_task_state_and_action(prompter: Prompter) -> None:
     assert "eat box" in prompter.chat.tokenizer.decode(prompter.verdict_ids(episode, 0, "eat box"))
 
 
-def test_loss_is_the_mean_cross_entropy_of_the_right_word(policy: Policy, prompter: Prompter) -> None:
+def test_loss_is_the_mean_cross_entropy_of_the_right_word(
+    policy: Policy, prompter: Prompter
+) -> None:
     words = VerdictWords(prompter)
     episode = labelled(("a", "go", GOOD), ("b", "eat", BAD))
     samples = verdict_samples([episode], prompter, 10**6, random.Random(0))

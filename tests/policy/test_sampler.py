@@ -12,7 +12,9 @@ from untwine.policy.loading import Policy, check_exactness
 from untwine.policy.sampler import Sampler, _nucleus
 
 
-def plain_logprobs(policy: Policy, prompt: list[int], reply: list[int], temperature: float) -> torch.Tensor:
+def plain_logprobs(
+    policy: Policy, prompt: list[int], reply: list[int], temperature: float
+) -> torch.Tensor:
     """Independent reference: one row, no cache, no mask, full projection by the model itself."""
     ids = torch.tensor([prompt + reply])
     with torch.no_grad():
@@ -27,7 +29,9 @@ def test_logprobs_equal_a_fresh_forward_over_many_turns(policy: Policy, temperat
     config = SamplingConfig(temperature=temperature, max_new_tokens=7)
     sampler = Sampler(policy, config, torch.Generator().manual_seed(0))
     vocabulary = len(policy.tokenizer)
-    prompts = {s: [rng.randrange(3, vocabulary) for _ in range(rng.randrange(1, 30))] for s in range(5)}
+    prompts = {
+        s: [rng.randrange(3, vocabulary) for _ in range(rng.randrange(1, 30))] for s in range(5)
+    }
     for turn in range(5):
         live = [s for s in prompts if (s + turn) % 4]  # some rows sit a turn out
         for slot, sample in sampler.sample({s: prompts[s] for s in live}).items():
@@ -35,7 +39,10 @@ def test_logprobs_equal_a_fresh_forward_over_many_turns(policy: Policy, temperat
             torch.testing.assert_close(
                 torch.tensor(sample.logprobs, dtype=torch.float64), expected, atol=1e-5, rtol=0
             )
-            prompts[slot] += [*sample.ids, *(rng.randrange(3, vocabulary) for _ in range(rng.randrange(9)))]
+            prompts[slot] += [
+                *sample.ids,
+                *(rng.randrange(3, vocabulary) for _ in range(rng.randrange(9))),
+            ]
         if turn == 2:  # an episode ends and another begins in its row
             sampler.forget(1)
             prompts[1] = [rng.randrange(3, vocabulary) for _ in range(12)]
@@ -74,7 +81,9 @@ def test_the_same_seed_draws_the_same_reply_and_another_does_not(policy: Policy)
     config = SamplingConfig(max_new_tokens=16)
 
     def draw(seed: int) -> tuple[int, ...]:
-        return Sampler(policy, config, torch.Generator().manual_seed(seed)).sample({0: [5, 6]})[0].ids
+        return (
+            Sampler(policy, config, torch.Generator().manual_seed(seed)).sample({0: [5, 6]})[0].ids
+        )
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from untwine.config import PromptConfig
@@ -43,7 +45,9 @@ def test_environment_text_cannot_open_or_close_turns(policy: Policy) -> None:
     end = policy.tokenizer.eos_token_id
     plain = policy.chat.opening("s", "a note").count(end)
     assert policy.chat.opening("s", hostile).count(end) == plain
-    assert policy.chat.follow_up((end,), hostile).count(end) == policy.chat.follow_up((end,), "x").count(end)
+    assert policy.chat.follow_up((end,), hostile).count(end) == policy.chat.follow_up(
+        (end,), "x"
+    ).count(end)
 
 
 def test_a_tokenizer_without_template_and_system_role_still_works(policy: Policy) -> None:
@@ -72,7 +76,7 @@ def test_layouts(policy: Policy, layout: str) -> None:
     assert "fetch it" in text
     assert "obs-3\n\nPossible commands: look" in text
     if layout == "append":
-        for before, after in zip(prompts, prompts[1:], strict=False):
+        for before, after in itertools.pairwise(prompts):
             assert after[: len(before) + len(reply)] == before + reply
         assert "obs-0" in text
     else:

@@ -30,7 +30,8 @@ RECIPE = {
         },
     },
     "sampling": {"max_new_tokens": 6},
-    "cold_start": {"episodes": 12, "steps": 30, "batch_tokens": 512, "verdict_weight": 0.3, "noise": 0.3},
+    "cold_start": {"episodes": 12, "steps": 30, "batch_tokens": 512, "verdict_weight": 0.3,
+                   "noise": 0.3},
     "rl": {"iterations": 6, "groups": 3, "group_size": 4, "minibatches": 2, "epochs": 2,
            "optimizer": {"lr": 1.0e-3}, "drop_constant_groups": False},
     "loss": {"kl": 0.01, "entropy": 0.01},
@@ -84,7 +85,14 @@ def assert_same(run: Path, reference: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name in theirs:
         assert ours[name].tobytes() == theirs[name].tobytes(), name
-    volatile = {"time", "seconds", "seconds_rollout", "seconds_update", "seconds_policy", "seconds_gcd"}
+    volatile = {
+        "time",
+        "seconds",
+        "seconds_rollout",
+        "seconds_update",
+        "seconds_policy",
+        "seconds_gcd",
+    }
     for stage in ("cold_start", "rl", "evaluate"):
         assert [{k: v for k, v in r.items() if k not in volatile} for r in rows(run, stage)] == [
             {k: v for k, v in r.items() if k not in volatile} for r in rows(reference, stage)
@@ -92,7 +100,9 @@ def assert_same(run: Path, reference: Path) -> None:
     names = [f.name for f in sorted((run / "episodes").iterdir())]
     assert names == [f.name for f in sorted((reference / "episodes").iterdir())]
     for name in names:
-        assert (run / "episodes" / name).read_bytes() == (reference / "episodes" / name).read_bytes()
+        assert (run / "episodes" / name).read_bytes() == (
+            reference / "episodes" / name
+        ).read_bytes()
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
 
 

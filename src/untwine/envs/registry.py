@@ -23,6 +23,11 @@ def register_family(name: str, target: str) -> None:
     _FAMILIES[name] = target
 
 
+def family_target(name: str) -> str | None:
+    """Where the family called `name` is defined ("module:attribute"), or None."""
+    return _FAMILIES.get(name)
+
+
 def family_names() -> tuple[str, ...]:
     return tuple(sorted(_FAMILIES))
 
@@ -30,8 +35,8 @@ def family_names() -> tuple[str, ...]:
 def get_family(name: str) -> EnvFamily:
     """The family called `name`; EnvError with the nearest known name otherwise."""
     if name not in _FAMILIES:
-        known = ", ".join(family_names())
-        raise EnvError(f"unknown environment {name!r}; known are {known}.{nearest(name, _FAMILIES)}")
+        known, hint = ", ".join(family_names()), nearest(name, _FAMILIES)
+        raise EnvError(f"unknown environment {name!r}; known are {known}.{hint}")
     module, _, attribute = _FAMILIES[name].partition(":")
     family = getattr(importlib.import_module(module), attribute)
     assert isinstance(family, EnvFamily)

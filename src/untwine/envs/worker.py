@@ -150,7 +150,7 @@ class Worker:
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        target = registry._FAMILIES[name]
+        target = registry.family_target(name)
         self.process = context.Process(
             target=_serve, args=(theirs, name, target, dict(options)), daemon=True
         )

@@ -1,4 +1,4 @@
-"""`untwine evaluate`: the fixed sets, played by the policy of a run, another model, or at random."""
+"""`untwine evaluate`: the fixed sets, played by a run's policy, another model, or at random."""
 
 from __future__ import annotations
 

@@ -87,9 +87,7 @@ def _step(index: int, before: Observation, command: str, after: Observation) -> 
     )
 
 
-def _episode(
-    ref: TaskRef, index: int, goal: str, steps: list[Step], last: Observation
-) -> Episode:
+def _episode(ref: TaskRef, index: int, goal: str, steps: list[Step], last: Observation) -> Episode:
     ended = "limit" if not last.done else "success" if last.success else "failure"
     return Episode(
         id=f"random-{index:04d}",

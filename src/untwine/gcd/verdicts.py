@@ -36,8 +36,9 @@ def verdict_samples(
     """Balanced verdict samples from labelled episodes.
 
     Steps without a label are left out, and so are those whose labels disagree, in one step or
-    between steps with the same task, state and command; of such equal steps one is kept; both classes get the same number of samples, drawn at
-    random, until `budget` tokens are used. Returns [] when one class is empty.
+    between steps with the same task, state and command; of such equal steps one is kept. Both
+    classes get the same number of samples, drawn at random, until `budget` tokens are used.
+    Returns [] when one class is empty.
     """
     first_seen: dict[tuple[str, str, str], tuple[Episode, int]] = {}
     verdicts: dict[tuple[str, str, str], set[Verdict]] = defaultdict(set)

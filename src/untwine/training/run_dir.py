@@ -1,14 +1,14 @@
 """The run directory: everything a run leaves behind.
 
-    RUN/
-      recipe.yaml     the recipe as resolved
-      run.json        versions, machine, seed, command, status
-      metrics.jsonl   one JSON object per line; `stage` is cold_start, rl or evaluate
-      tensorboard/    the same numbers
-      episodes/       every episode of every iteration (episodes.py)
-      checkpoints/    state to continue from (checkpoint.py)
-      initial/        the policy as the iterations began, an ordinary Hugging Face folder
-      model/          the policy at the end, the same
+RUN/
+  recipe.yaml     the recipe as resolved
+  run.json        versions, machine, seed, command, status
+  metrics.jsonl   one JSON object per line; `stage` is cold_start, rl or evaluate
+  tensorboard/    the same numbers
+  episodes/       every episode of every iteration (episodes.py)
+  checkpoints/    state to continue from (checkpoint.py)
+  initial/        the policy as the iterations began, an ordinary Hugging Face folder
+  model/          the policy at the end, the same
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RunDir:
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(path / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(path / "tensorboard"))
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> RunDir:
@@ -104,7 +104,7 @@ class RunDir:
         self._lines += 1
         tag = f"{stage}/{values['set']}" if "set" in values else stage
         for name, value in _scalars(values):
-            self._board.add_scalar(f"{tag}/{name}", value, step)  # type: ignore[no-untyped-call]
+            self._board.add_scalar(f"{tag}/{name}", value, step)
 
     def save_groups(self, iteration: int, groups: Sequence[Group]) -> None:
         write_groups(self.path / "episodes" / f"iter-{iteration:06d}.jsonl.gz", groups)
@@ -112,7 +112,7 @@ class RunDir:
     def close(self, status: str) -> None:
         self.describe(status=status)
         self._metrics.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
 
 def run_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

