@@ -121,7 +121,7 @@ def sample_actions(policy: Policy, prompts: Sequence[list[int]]) -> list[tuple[l
 class Step(NamedTuple):
     prompt: list[int]
     action: list[int]
-    old_logp_T: Tensor  # noqa: N815
+    old_logp_T: Tensor
     verdict: int  # GOOD or FLAWED
 
 

@@ -54,9 +54,14 @@ def policy_rows(groups: Sequence[Group], mean: LossMean) -> list[Row]:
     return rows
 
 
-def imitation_rows(episode: Episode) -> list[Row]:
-    """Rows for imitating the steps of one episode that carry an advantage (weight 1 a token)."""
-    return _episode_rows(episode, [1.0] * episode.length)
+def imitation_rows(episode: Episode, text_weight: float = 0.0) -> list[Row]:
+    """Rows for imitating the steps of one episode that carry an advantage.
+
+    Their tokens have weight 1. With a `text_weight`, all other tokens are targets of that weight
+    and advantage 0: the model also learns the environment's text, and to copy from it.
+    """
+    rows = _episode_rows(episode, [1.0] * episode.length)
+    return [_with_text(row, text_weight) for row in rows] if text_weight > 0 else rows
 
 
 def completion_row(prompt_ids: Sequence[int], completion_ids: Sequence[int], weight: float) -> Row:
@@ -127,6 +132,20 @@ def score(policy: Policy, rows: Sequence[Row], temperature: float = 1.0) -> Targ
         gather("weights"),
         gather("old_logprobs"),
         gather("advantages"),
+    )
+
+
+def _with_text(row: Row, text_weight: float) -> Row:
+    weights = np.full(row.length, text_weight, dtype=np.float32)
+    advantages = np.zeros(row.length, dtype=np.float32)
+    weights[row.targets] = row.weights
+    advantages[row.targets] = row.advantages
+    return Row(
+        ids=row.ids,
+        targets=np.arange(1, row.length, dtype=np.int64),
+        weights=weights[1:],
+        old_logprobs=np.zeros(row.length - 1, dtype=np.float32),
+        advantages=advantages[1:],
     )
 
 

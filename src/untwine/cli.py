@@ -194,7 +194,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except UntwineError as error:
         _fail(str(error), error.exit_code)
     except click.exceptions.NoSuchOption as error:
@@ -205,6 +205,7 @@ def main() -> None:
         _fail("stopped", 130)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str, code: int) -> None:

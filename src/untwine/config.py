@@ -80,7 +80,9 @@ class PolicyConfig(Section):
     """The language model that acts."""
 
     model: str = Field("tiny", description="preset (tiny, smollm2), Hugging Face id, or folder")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="computation type; weights stay in float32"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     threads: Natural = Field(0, description="torch threads; 0 keeps the default")
     tiny: TinyConfig = TinyConfig()
@@ -98,16 +100,24 @@ class OptimizerConfig(Section):
     weight_decay: Rate = 0.0
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
     warmup: Natural = Field(0, description="steps of linear warm-up")
+    final: Fraction = Field(
+        1.0, description="share of the rate that is left at the end, reached linearly"
+    )
 
 
 class ColdStartConfig(Section):
-    """Imitation of expert episodes, mixed with verdict data (method.md section 7)."""
+    """Imitation of expert episodes, mixed with verdict data."""
 
     episodes: Natural = Field(0, description="expert episodes; 0 skips the cold start")
     steps: Natural = Field(200, description="optimizer steps")
     batch_tokens: Positive = Field(4096, description="tokens per optimizer step")
     verdict_weight: Rate = Field(0.0, description="weight of the verdict loss; 0 leaves it out")
-    noise: Fraction = Field(0.0, description="share of expert steps preceded by a random command")
+    text_weight: Rate = Field(
+        0.0, description="weight of predicting the environment's own text, for models from scratch"
+    )
+    noise: Fraction = Field(
+        0.0, description="chance that another command of the plan comes before an expert step"
+    )
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, warmup=20)
 
 
@@ -117,7 +127,7 @@ class CreditConfig(Section):
 
 
 class LossConfig(Section):
-    """Clipped surrogate (method.md section 2)."""
+    """Clipped surrogate, with KL penalty and entropy bonus as options."""
 
     clip_low: Fraction = 0.2
     clip_high: Rate = 0.2
@@ -141,14 +151,14 @@ class ScheduleConfig(Section):
 
 
 class GCDConfig(Section):
-    """The actor also learns to tell good actions from bad ones (method.md section 7)."""
+    """The actor also learns to tell good actions from bad ones."""
 
     objective: Literal["none", "generative/ce"] = "none"
     weight: Rate = Field(0.5, description="lambda")
     schedule: ScheduleConfig = ScheduleConfig()
     labels: list[str] = Field(default_factory=lambda: ["rule", "group"])
     min_confidence: Fraction = 0.5
-    token_budget: Positive = Field(8192, description="verdict tokens per iteration, at most")
+    token_budget: Positive = Field(8192, description="verdict tokens per optimizer step, at most")
 
 
 class RLConfig(Section):

@@ -67,7 +67,7 @@ class Label:
     """A verdict on one step.
 
     source      who says so: rule, group, branch, expert, judge
-    verdict     good or flawed (method.md section 3)
+    verdict     good or flawed (docs/concepts.md)
     kind        the reason in one word: invalid, no_effect, repeat, undo, progress, ...
     confidence  in (0, 1]; a source in doubt gives no label at all
     """
@@ -84,8 +84,8 @@ class Step:
 
     prompt_ids    token ids of the acting prompt, exactly as the model read them
     action_ids    token ids as sampled, the end-of-turn token included when it was sampled
-    logprobs      log-probability of each action id under the sampling policy
-                  (temperature 1, untruncated distribution), len == len(action_ids)
+    logprobs      log-probability of each action id under the sampling policy (divided by the
+                  temperature, before any truncation), len == len(action_ids)
     text          the action decoded, for people
     thought       the part before the command, if any
     command       the command sent to the environment; None when the parser refused the text

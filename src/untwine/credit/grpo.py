@@ -1,4 +1,4 @@
-"""Group relative policy optimisation (Shao et al., arXiv 2402.03300; method.md section 2)."""
+"""Group relative policy optimisation (Shao et al., arXiv 2402.03300, section 4.1)."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class EnvInfo:
     """What an environment family offers.
 
     deterministic   the same commands give the same observations, so a run can be repeated exactly
-    snapshots       `snapshot` and `restore` work (method.md section 3)
+    snapshots       `snapshot` and `restore` work
     lists_commands  `admissible` works
     has_expert      `expert` works
     remote          starts a heavy process of its own (a JVM): keep it in spawned workers

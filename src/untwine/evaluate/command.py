@@ -16,7 +16,7 @@ from untwine.evaluate.protocol import evaluate, evaluation_refs, summarise
 from untwine.evaluate.random_agent import play_random
 from untwine.policy.loading import load_policy
 from untwine.progress import Display
-from untwine.training.workshop import make_collector, open_pool
+from untwine.workshop import make_collector, open_pool
 
 
 def evaluate_run(

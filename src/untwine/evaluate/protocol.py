@@ -21,8 +21,14 @@ from untwine.rollout import Collector
 
 def evaluation_refs(env: EnvConfig, set_name: str, episodes: int) -> list[TaskRef]:
     """The `episodes` instances of a set that are played, spread evenly over its tasks. A set with
-    fewer instances is played several times."""
-    refs = load_splits(env.name, env.splits).refs(set_name, tasks=env.tasks)
+    fewer instances is played several times.
+
+    Of `env.tasks` those count that the set has; a set that has none of them (L2, the held-out
+    task types) is played with all its tasks. EnvError when the set does not exist.
+    """
+    splits = load_splits(env.name, env.splits)
+    tasks = [task for task in env.tasks if task in splits.sets.get(set_name, {})]
+    refs = splits.refs(set_name, tasks=tasks)
     by_task: dict[str, list[TaskRef]] = defaultdict(list)
     for ref in refs:
         by_task[ref.task].append(ref)
@@ -51,8 +57,7 @@ def evaluate(
 def summarise(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
     """Means with 95 % intervals over episodes: percentile bootstrap for the outcome, Wilson for
     success. Rates of flawed and invalid steps are per step."""
-    labelled = [label_group(group, ["rule"], info) for group in groups]
-    episodes = [episode for group in labelled for episode in group.episodes]
+    episodes = [episode for group in groups for episode in group.episodes]
     by_task: dict[str, list[Episode]] = defaultdict(list)
     for episode in episodes:
         by_task[episode.ref.task].append(episode)
@@ -64,7 +69,7 @@ def summarise(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
         "outcome_interval": list(bootstrap_interval(outcomes)),
         "success_rate": successes / len(episodes),
         "success_interval": list(wilson_interval(successes, len(episodes))),
-        **step_measures(episodes),
+        **step_measures(groups, info),
         "by_task": {
             task: {
                 "episodes": len(own),
@@ -76,13 +81,16 @@ def summarise(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
     }
 
 
-def step_measures(episodes: Sequence[Episode]) -> dict[str, Any]:
-    """Length, and shares of steps that are invalid or flawed by rule, with the kinds."""
+def step_measures(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
+    """Length, and shares of steps that are invalid or flawed by rule, with the kinds; whatever
+    labels the training uses."""
+    labelled = [label_group(group, ["rule"], info) for group in groups]
+    episodes = [episode for group in labelled for episode in group.episodes]
     steps = [step for episode in episodes for step in episode.steps]
     kinds: dict[str, int] = defaultdict(int)
     for step in steps:
         for label in step.labels:
-            if label.source == "rule" and label.verdict == "flawed":
+            if label.verdict == "flawed":
                 kinds[label.kind] += 1
     n = max(len(steps), 1)
     return {

@@ -95,7 +95,7 @@ class VerdictWords:
 
 
 def verdict_loss(targets: Targets) -> torch.Tensor:
-    """Cross-entropy on the verdict tokens, weighted (method.md section 7, form `ce`)."""
+    """Cross-entropy on the verdict tokens, weighted (form `ce` of docs/methods/gcd.md)."""
     return -(targets.weights_N * targets.logprobs_N).sum()
 
 

@@ -1,4 +1,4 @@
-"""The two prompt layouts (method.md section 1).
+"""The two prompt layouts.
 
 `append`  a chat that only grows: every step's prompt is a prefix of the next one, so a whole
           episode is one token sequence.

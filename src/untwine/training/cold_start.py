@@ -1,5 +1,4 @@
-"""Cold start: imitation of expert episodes, mixed with verdict data made from the same episodes
-(method.md section 7)."""
+"""Cold start: imitation of expert episodes, mixed with verdict data made from the same episodes (docs/methods/gcd.md)."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from untwine.gcd.labels import label_group
 from untwine.gcd.verdicts import VerdictWords, verdict_samples
 from untwine.prompting.prompter import Prompter
 from untwine.records import Episode, Group
-from untwine.training.demonstrations import Transcript, demonstration
+from untwine.demonstrations import Transcript, demonstration
 from untwine.training.update import Measures, Updater
 
 
@@ -31,7 +30,9 @@ class ColdStart:
         self._config = recipe.cold_start
         self._rng = rng
         episodes = [demonstration(t, prompter) for t in transcripts]
-        self.rows: list[Row] = [row for e in episodes for row in imitation_rows(e)]
+        self.rows: list[Row] = [
+            row for e in episodes for row in imitation_rows(e, self._config.text_weight)
+        ]
         self.verdicts: list[Row] = []
         if self._config.verdict_weight > 0:
             info = get_family(recipe.env.name).catalogue.info

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from untwine.batch import Row, policy_rows
-from untwine.config import Recipe
+from untwine.config import OptimizerConfig, Recipe
 from untwine.credit import credit_method
+from untwine.envs.protocol import EnvInfo
 from untwine.errors import Interrupted
 from untwine.evaluate.protocol import evaluate, evaluation_refs, step_measures, summarise
 from untwine.gcd.labels import agreed_verdict, label_group
@@ -41,7 +42,7 @@ from untwine.training.cold_start import ColdStart
 from untwine.training.run_dir import RunDir, replace_folder
 from untwine.training.signals import StopRequest
 from untwine.training.update import Measures, Updater
-from untwine.training.workshop import TaskCursor, Workshop
+from untwine.workshop import TaskCursor, Workshop
 
 
 def train(recipe: Recipe, run_path: Path, display: Display, *, resume: bool = False) -> Path:
@@ -65,6 +66,8 @@ class _Training:
         self.display = display
         self.stop = stop
         self.credit = credit_method(recipe.credit.name, recipe.credit.options)
+        for name in recipe.evaluate.sets:  # a wrong name is said before any work is done
+            evaluation_refs(recipe.env, name, recipe.evaluate.episodes)
         self.choices = random.Random(recipe.seed + 1)
         self.sampling = torch.Generator().manual_seed(recipe.seed + 2)
         self.checkpoint = latest_checkpoint(path) if resume else None
@@ -86,7 +89,7 @@ class _Training:
         self.cursor = TaskCursor(self.workshop.refs, recipe.seed)
         if self.start:
             first = self.start.step if self.start.stage == "rl" else 0
-            self.run_dir = RunDir.resume(path, self.start.metric_lines, first)
+            self.run_dir = RunDir.resume(path, recipe, self.start.metric_lines, first)
         else:
             self._save_model()
         self.run_dir.describe(model_parameters=self.policy.parameters)
@@ -111,7 +114,7 @@ class _Training:
 
     def _cold_start(self) -> None:
         config = self.recipe.cold_start
-        updater = self._updater(config.optimizer)
+        updater = self._updater(config.optimizer, config.steps)
         first = self._restore(updater, "cold_start")
         steps = config.steps if config.episodes else 0
         if first < steps:
@@ -148,7 +151,9 @@ class _Training:
 
     def _iterate(self) -> None:
         config = self.recipe.rl
-        updater = self._updater(config.optimizer)
+        updater = self._updater(
+            config.optimizer, config.iterations * config.epochs * config.minibatches
+        )
         first = self._restore(updater, "rl")
         if config.iterations and (self.start is None or self.start.stage != "rl"):
             self._save_model("initial")
@@ -183,7 +188,7 @@ class _Training:
         measures, counts = self._update(updater, groups, iteration)
         self.run_dir.save_groups(iteration, groups)
         values = {
-            **_rollout_measures(groups, stats),
+            **_rollout_measures(groups, stats, self.workshop.info),
             **measures,
             **counts,
             "seconds_rollout": rolled - started,
@@ -283,7 +288,7 @@ class _Training:
                 f"({numbers['episodes']} episodes)"
             )
 
-    def _updater(self, optimizer: Any) -> Updater:
+    def _updater(self, optimizer: OptimizerConfig, total_steps: int) -> Updater:
         return Updater(
             self.policy,
             optimizer,
@@ -291,6 +296,7 @@ class _Training:
             self.words,
             temperature=self.recipe.sampling.temperature,
             microbatch_tokens=self.recipe.rl.microbatch_tokens,
+            total_steps=total_steps,
         )
 
     def _position(self, stage: Any, step: int, updater: Updater) -> Position:
@@ -331,7 +337,9 @@ class _Training:
         replace_folder(scratch, self.path / name)
 
 
-def _rollout_measures(groups: Sequence[Group], stats: RolloutStats) -> dict[str, Any]:
+def _rollout_measures(
+    groups: Sequence[Group], stats: RolloutStats, info: EnvInfo
+) -> dict[str, Any]:
     episodes = [episode for group in groups for episode in group.episodes]
     by_task: dict[str, list[float]] = defaultdict(list)
     for episode in episodes:
@@ -345,7 +353,7 @@ def _rollout_measures(groups: Sequence[Group], stats: RolloutStats) -> dict[str,
     return {
         "outcome_mean": sum(e.outcome for e in episodes) / len(episodes),
         "success_rate": sum(e.success for e in episodes) / len(episodes),
-        **step_measures(episodes),
+        **step_measures(groups, info),
         **{f"advantage_{k}": sum(v) / len(v) if v else None for k, v in advantages.items()},
         "groups_kept": sum(
             any(s.advantage is not None for e in g.episodes for s in e.steps) for g in groups

@@ -71,8 +71,9 @@ class RunDir:
         return run
 
     @classmethod
-    def resume(cls, path: Path, metric_lines: int, first_iteration: int) -> RunDir:
+    def resume(cls, path: Path, recipe: Recipe, metric_lines: int, first_iteration: int) -> RunDir:
         """Reopen a directory and take back what was written after the checkpoint."""
+        (path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         scratch = path / "metrics.partial"
         scratch.write_text("".join(lines[:metric_lines]), encoding="utf-8")

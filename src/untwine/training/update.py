@@ -1,5 +1,6 @@
-"""One optimizer step: L = L_policy + lambda * L_gcd, summed over micro-batches (method.md section
-7). The loop, the cold start and the tests all go through `Updater`."""
+"""One optimizer step: L = L_policy + lambda * L_gcd, summed over micro-batches.
+
+The loop, the cold start and the tests all go through `Updater`."""
 
 from __future__ import annotations
 
@@ -45,13 +46,16 @@ class Updater:
         *,
         temperature: float,
         microbatch_tokens: int,
+        total_steps: int = 0,
     ) -> None:
+        """total_steps: optimizer steps of the whole stage, for the decay of the learning rate."""
         self.policy = policy
         self.loss = loss
         self.words = words
         self.temperature = temperature
         self.microbatch_tokens = microbatch_tokens
         self.config = optimizer
+        self.total_steps = total_steps
         self.steps = 0
         self._parameters = [p for p in policy.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -82,16 +86,27 @@ class Updater:
     def imitate(
         self, rows: Sequence[Row], verdict_rows: Sequence[Row], verdict_weight: float
     ) -> Measures:
-        """One step of imitation: mean cross-entropy per token, plus the verdict loss."""
+        """One step of imitation: mean cross-entropy per token, plus the verdict loss.
+
+        Tokens with an advantage are the expert's; the others are text (`imitation_rows`), whose
+        mean cross-entropy is added with its weight.
+        """
         measures = Measures()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = sum(len(row.targets) for row in rows)
+        tokens = max(1, sum(int((row.advantages != 0).sum()) for row in rows))
+        others = max(1, sum(len(row.targets) for row in rows) - tokens)
         for batch in microbatches(rows, self.microbatch_tokens):
             targets = score(self.policy, batch)
-            loss = -targets.logprobs_N.sum() / tokens
-            loss.backward()  # type: ignore[no-untyped-call]
-            right = (targets.logits_NV.argmax(-1) == targets.ids_N).sum() / tokens
-            measures.add(loss=loss.detach(), token_accuracy=right)
+            acted_N = targets.advantages_N != 0
+            loss = -targets.logprobs_N[acted_N].sum() / tokens
+            text_N = -targets.logprobs_N * targets.weights_N * ~acted_N
+            (loss + text_N.sum() / others).backward()  # type: ignore[no-untyped-call]
+            right_N = targets.logits_NV.argmax(-1) == targets.ids_N
+            measures.add(
+                loss=loss.detach(),
+                text_loss=text_N.sum().detach() / others,
+                token_accuracy=(right_N & acted_N).sum() / tokens,
+            )
         self._verdict_backward(verdict_rows, verdict_weight, measures)
         self._apply(measures)
         return measures
@@ -141,6 +156,13 @@ class Updater:
             measures.add(gcd_loss=loss.detach(), gcd_tokens=sum(row.length for row in batch))
         measures.add(verdict_accuracy=right / len(rows))
 
+    def _learning_rate(self) -> float:
+        """Linear warm-up, then linear decay to the `final` share of the rate."""
+        config = self.config
+        warm = min(1.0, (self.steps + 1) / config.warmup) if config.warmup else 1.0
+        progress = min(1.0, self.steps / self.total_steps) if self.total_steps else 0.0
+        return config.lr * warm * (1.0 - (1.0 - config.final) * progress)
+
     def _apply(self, measures: Measures) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.grad_clip)
         if not torch.isfinite(norm):
@@ -148,9 +170,8 @@ class Updater:
                 f"the gradient is not finite after {self.steps} optimizer steps; lower the "
                 "learning rate or use policy.dtype=float32 (the last checkpoint is intact)"
             )
-        warm = min(1.0, (self.steps + 1) / self.config.warmup) if self.config.warmup else 1.0
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * warm
+            group["lr"] = self._learning_rate()
         self.optimizer.step()
         self.steps += 1
         measures.add(grad_norm=norm)

@@ -104,7 +104,6 @@ class Jvm:
                 javaopts=[
                     f"-Xmx{heap_mb}m",
                     "-XX:+UseSerialGC",
-                    "-XX:TieredStopAtLevel=1",
                     "-XX:+ExitOnOutOfMemoryError",
                 ],
                 java_path=java,

@@ -16,11 +16,15 @@ from untwine.policy.sampler import Sampler
 from untwine.progress import Display
 from untwine.records import TaskRef
 from untwine.rollout import Collector
-from untwine.training.demonstrations import Transcript, play_experts
+from untwine.demonstrations import Transcript, play_experts
 
 
 def open_pool(env: EnvConfig, *, list_commands: bool = False) -> EnvPool:
     """The pool a recipe asks for; `list_commands` has every observation list the commands."""
+    if get_family(env.name).catalogue.info.remote and env.workers == 0:
+        raise EnvError(
+            f"environment {env.name!r} needs worker processes; set env.workers=1 or more"
+        )
     options = {**env.options, "list_commands": True} if list_commands else env.options
     return EnvPool(
         env.name,
