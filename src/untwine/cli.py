@@ -6,14 +6,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from untwine.errors import ConfigError, UntwineError, nearest
+from untwine.errors import ConfigError, UntwineError
 
 app = typer.Typer(
     name="untwine",
@@ -197,18 +196,18 @@ def main() -> None:
         code = app(standalone_mode=False)
     except UntwineError as error:
         _fail(str(error), error.exit_code)
-    except click.exceptions.NoSuchOption as error:
-        _fail(error.format_message() + nearest(error.option_name, error.possibilities or []), 2)
-    except click.UsageError as error:
-        _fail(error.format_message() + " (see --help)", 2)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         _fail("stopped", 130)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+    except typer.Exit as error:
+        code = error.exit_code
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not a fault of the command line
+            raise
+        _fail(error.format_message() + " (see --help)", 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     Console(stderr=True).print(
         f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from untwine.config import EnvConfig, Recipe
+from untwine.demonstrations import Transcript, play_experts
 from untwine.envs.pool import EnvPool
 from untwine.envs.registry import get_family
 from untwine.envs.splits import load_splits
@@ -16,7 +17,6 @@ from untwine.policy.sampler import Sampler
 from untwine.progress import Display
 from untwine.records import TaskRef
 from untwine.rollout import Collector
-from untwine.demonstrations import Transcript, play_experts
 
 
 def open_pool(env: EnvConfig, *, list_commands: bool = False) -> EnvPool:

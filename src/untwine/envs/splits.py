@@ -99,6 +99,7 @@ def load_splits(env: str, name_or_path: str | Path) -> SplitFile:
     packaged = not (text.endswith(".json") or "/" in text or "\\" in text)
     path = FOLDER / f"{env}-{text}.json" if packaged else Path(text)
     if packaged and not path.is_file():
+        get_family(env)  # an unknown environment is the likelier mistake
         names = [p.stem.removeprefix(f"{env}-") for p in sorted(FOLDER.glob(f"{env}-*.json"))]
         known = f"known are {', '.join(names)}" if names else "there is none"
         raise EnvError(

@@ -1,4 +1,4 @@
-"""Cold start: imitation of expert episodes, mixed with verdict data made from the same episodes (docs/methods/gcd.md)."""
+"""Cold start: imitation of expert episodes, mixed with verdict data from the same episodes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from untwine.batch import Row, imitation_rows
 from untwine.config import Recipe
+from untwine.demonstrations import Transcript, demonstration
 from untwine.envs.registry import get_family
 from untwine.gcd.labels import label_group
 from untwine.gcd.verdicts import VerdictWords, verdict_samples
 from untwine.prompting.prompter import Prompter
 from untwine.records import Episode, Group
-from untwine.demonstrations import Transcript, demonstration
 from untwine.training.update import Measures, Updater
 
 

@@ -1,0 +1,186 @@
+"""The command line: bad input gets one sentence and the right exit code, good input works."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.training.test_resume import RECIPE
+from untwine.cli import main
+from untwine.config import load_recipe
+
+TINY = {
+    **RECIPE,
+    "rl": {"iterations": 1, "groups": 2, "group_size": 4},
+    "loss": {},
+    "evaluate": {"sets": ["L0"], "episodes": 4},
+}
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def untwine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["untwine", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        captured = capsys.readouterr()
+        code = exit_info.value.code
+        return Result(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(TINY))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, made once."""
+    from untwine.progress import Display
+    from untwine.training.loop import train
+
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(TINY))
+    train(load_recipe(folder / "recipe.yaml"), folder / "run", Display(quiet=True))
+    return folder / "run"
+
+
+def assert_refused(result: Result, code: int, *words: str) -> None:
+    assert result.code == code, result.err
+    assert "Traceback" not in result.err
+    assert result.err.count("error:") == 1
+    for word in words:
+        assert word in " ".join(result.err.split()), result.err
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "words"),
+    [
+        ("rl.iteration=3", 2, ["unknown key 'rl.iteration'", "Did you mean 'rl.iterations'"]),
+        ("rl.groups=many", 2, ["rl.groups", "valid integer"]),
+        ("env.name=romms", 3, ["unknown environment 'romms'", "Did you mean 'rooms'"]),
+        ("env.tasks=[fetsh]", 3, ["fetsh", "Did you mean 'fetch'"]),
+        ("env.train_set=trian", 3, ["trian", "train"]),
+        ("env.splits=nowhere", 3, ["nowhere"]),
+        ("env.options={roms: 4}", 3, ["no option 'roms'", "Did you mean 'rooms'"]),
+        ("evaluate.sets=[L7]", 3, ["L7"]),
+        ("policy.model=./nothing-here", 4, ["no model folder ./nothing-here"]),
+        ("policy.device=cuda:99", 4, ["not usable here"]),
+        ("credit.name=gppo", 2, ["unknown credit method", "Did you mean 'grpo'"]),
+        ("gcd.labels=[rules]", 2, ["unknown label source", "Did you mean 'rule'"]),
+        ("prompt.max_tokens=20", 1, ["only 20 fit"]),
+    ],
+)
+def test_train_refuses(
+    untwine, recipe: Path, tmp_path: Path, override: str, code: int, words: list[str]
+) -> None:  # type: ignore[no-untyped-def]
+    arguments = ["train", recipe, override, "--run", tmp_path / "run", "cold_start.steps=1"]
+    assert_refused(untwine(*arguments), code, *words)
+
+
+def test_broken_recipe_files(untwine, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert_refused(untwine("train", tmp_path / "no.yaml"), 2, "is missing")
+    (tmp_path / "broken.yaml").write_text("rl: {groups: [\n")
+    assert_refused(untwine("train", tmp_path / "broken.yaml"), 2, "not valid YAML in line")
+    assert_refused(untwine("train"), 2, "name a recipe")
+
+
+def test_folders_that_are_no_models(untwine, recipe: Path, tmp_path: Path, finished: Path) -> None:  # type: ignore[no-untyped-def]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    run = tmp_path / "run"
+    refused = untwine("train", recipe, f"policy.model={empty}", "--run", run)
+    assert_refused(refused, 4, "is no model folder", "config.json")
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(finished / "model", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused = untwine("train", recipe, f"policy.model={tmp_path / 'cut'}", "--run", run)
+    assert_refused(refused, 4, "cannot load model")
+
+
+def test_an_existing_run_is_not_overwritten(untwine, recipe: Path, finished: Path) -> None:  # type: ignore[no-untyped-def]
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert_refused(untwine("train", recipe, "--run", finished), 5, "already exists", "--resume")
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_damaged_checkpoints_are_named_and_nothing_is_lost(  # type: ignore[no-untyped-def]
+    untwine, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    metrics = (run / "metrics.jsonl").read_bytes()
+    assert_refused(untwine("train", "--resume", run), 5, "damaged", newest.name)
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    (newest / "state.json").write_text('{"format"')
+    assert_refused(untwine("train", "--resume", run), 5, "damaged")
+    shutil.rmtree(run / "checkpoints")
+    assert_refused(untwine("train", "--resume", run), 5, "no checkpoint")
+    assert_refused(untwine("train", "--resume", tmp_path / "nowhere"), 5, "no run directory")
+
+
+def test_evaluate_prints_numbers_for_machines(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]
+    result = untwine("evaluate", finished, "--sets", "L0,L2", "--episodes", "5", "--json")
+    assert result.code == 0, result.err
+    rows = json.loads(result.out)
+    assert [(row["set"], row["episodes"]) for row in rows] == [("L0", 5), ("L2", 5)]
+    assert all(0 <= row["outcome_mean"] <= 1 for row in rows)
+    assert set(rows[1]["by_task"]) == {"tidy"}
+
+
+def test_evaluate_at_random_and_unknown_sets(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]
+    result = untwine("evaluate", finished, "--model", "random", "--episodes", "6")
+    assert result.code == 0, result.err
+    assert "random" in result.out
+    assert_refused(untwine("evaluate", finished, "--sets", "L9"), 3, "L9")
+
+
+def test_report(untwine, finished: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    page = tmp_path / "page.html"
+    assert untwine("report", finished, "--out", page).code == 0
+    assert page.stat().st_size > 10_000
+    numbers = json.loads(untwine("report", finished, "--json").out)
+    assert numbers
+    assert_refused(untwine("report", tmp_path / "nothing"), 5, "does not exist")
+
+
+def test_play_lists_tasks_and_plays(untwine, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    assert "fetch" in untwine("play", "rooms").out
+    lines = iter(["/commands", "dance", "/expert", "/nonsense", "/quit"])
+    monkeypatch.setattr("rich.console.Console.input", lambda *_, **__: next(lines))
+    result = untwine("play", "rooms", "fetch", "3")
+    assert result.code == 0
+    assert "unknown_command" in result.out
+    assert_refused(untwine("play", "rooms", "fetch", "99999"), 3, "99999")
+    assert_refused(untwine("play", "rooms", "jump"), 3, "jump")
+    assert_refused(untwine("play", "roms"), 3, "Did you mean 'rooms'")
+
+
+def test_doctor_and_version(untwine) -> None:  # type: ignore[no-untyped-def]
+    result = untwine("doctor")
+    assert result.code == 0
+    assert "environment rooms" in result.out
+    assert "untwine 0." in untwine("--version").out
+
+
+def test_unknown_commands_and_options(untwine) -> None:  # type: ignore[no-untyped-def]
+    assert_refused(untwine("trian"), 2, "trian", "train")
+    assert_refused(untwine("train", "--resum", "x"), 2, "--resum", "--resume")
