@@ -5,7 +5,8 @@
 #   VENV         where the virtual environment goes
 #   PYTHON       interpreter it is made with
 #   TORCH_INDEX  package index for torch only; empty takes pip's own. Without an NVIDIA GPU,
-#                TORCH_INDEX=https://download.pytorch.org/whl/cpu saves a large download
+#                the CPU wheels of PyTorch (their address: "Get started" on pytorch.org) are
+#                a much smaller download
 #   OUT          where `make demo` puts its runs; must not exist yet
 #   PYTEST_ARGS  passed on to pytest
 VENV ?= .venv

@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.builders import make_group
+from untwine.credit.grpo import grpo
 from untwine.envs.registry import make_env
 
 PATH = Path(__file__).parents[1] / "examples" / "one_file_loop.py"
@@ -30,17 +32,25 @@ def loop() -> ModuleType:
 
 
 def test_advantages_have_zero_mean_and_unit_spread(loop: ModuleType) -> None:
-    advantages_G = loop.group_advantages(torch.tensor([0.0, 0.3, 1.0, 1.0]))
+    advantages_G = torch.tensor(loop.group_advantages([0.0, 0.3, 1.0, 1.0]))
     assert advantages_G.mean().abs() < 1e-6
-    assert advantages_G.std(unbiased=False).item() == pytest.approx(1.0, abs=1e-3)
+    assert advantages_G.std().item() == pytest.approx(1.0, abs=1e-3)
     assert advantages_G[0] < advantages_G[1] < advantages_G[2]
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("size", [1, 12])
 def test_constant_groups_teach_nothing(loop: ModuleType, value: float, size: int) -> None:
-    advantages_G = loop.group_advantages(torch.full((size,), value))
+    advantages_G = torch.tensor(loop.group_advantages([value] * size))
     torch.testing.assert_close(advantages_G, torch.zeros(size), atol=1e-3, rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    "returns_G", [[1.0, 0.0, 0.0, 0.0], [0.3, 0.3, 0.3], [0.3, 0.3001], [0.7], [0.0, 0.3, 1.0] * 4]
+)
+def test_advantages_are_those_of_the_package(loop: ModuleType, returns_G: list[float]) -> None:
+    expected_G = [row[0] for row in grpo(make_group(returns_G))]
+    assert loop.group_advantages(returns_G) == pytest.approx(expected_G, abs=1e-9)
 
 
 def test_clip_stops_the_gradient_only_where_the_ratio_has_gone_far_enough(loop: ModuleType) -> None:
@@ -54,7 +64,7 @@ def test_clip_stops_the_gradient_only_where_the_ratio_has_gone_far_enough(loop: 
 
 def test_padding_and_neighbours_do_not_change_log_probabilities(loop: ModuleType) -> None:
     torch.manual_seed(0)
-    policy = loop.Policy()
+    policy = loop.build_policy()
     pairs = [([5, 6, 7], [8, 1]), ([9, 10, 11, 12, 13, 14, 15], [16, 17, 18, 1]), ([5], [6])]
     together = loop.answer_logp(policy, pairs)
     for pair, logp_T in zip(pairs, together, strict=True):
@@ -64,34 +74,34 @@ def test_padding_and_neighbours_do_not_change_log_probabilities(loop: ModuleType
 
 def test_log_probabilities_are_of_the_next_token(loop: ModuleType) -> None:
     torch.manual_seed(0)
-    policy = loop.Policy()
+    policy = loop.build_policy()
     prompt = [5, 6, 7]
     total = sum(
-        loop.answer_logp(policy, [(prompt, [v])])[0].exp().item() for v in range(loop.VOCAB)
+        loop.answer_logp(policy, [(prompt, [v])])[0].exp().item() for v in range(len(loop.WORDS))
     )
     assert total == pytest.approx(1.0, abs=1e-4)
-    last_V = policy(torch.tensor([prompt]))[0, -1].log_softmax(-1)
+    last_V = policy(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
     assert loop.answer_logp(policy, [(prompt, [8])])[0].item() == pytest.approx(last_V[8].item())
 
 
 def test_rollout_keeps_sampled_tokens_and_their_log_probabilities(loop: ModuleType) -> None:
     torch.manual_seed(0)
-    policy, words = loop.Policy(), loop.Words()
+    policy = loop.build_policy()
     envs = [make_env("rooms", {"rooms": 4, "distractors": 0}) for _ in range(3)]
-    episodes = loop.rollout(policy, words, envs, [0, 0, 1])
-    assert [len(e.steps) for e in episodes] == [loop.MAX_STEPS] * 3
-    for step in (step for e in episodes for step in e.steps):
-        assert loop.END not in step.action[:-1]
-        (logp_T,) = loop.answer_logp(policy, [(step.prompt, step.action)])
+    episodes = loop.rollout(policy, envs, [0, 0, 1])
+    assert [len(steps) for steps, _ in episodes] == [loop.MAX_STEPS] * 3
+    for step in (step for steps, _ in episodes for step in steps):
+        _, action = step.pair
+        assert loop.END not in action[:-1]
+        (logp_T,) = loop.answer_logp(policy, [step.pair])
         torch.testing.assert_close(step.old_logp_T, logp_T.detach(), atol=1e-4, rtol=1e-4)
         # An untrained model writes nonsense, which changes nothing.
         assert step.verdict == loop.FLAWED
 
 
 def test_verdicts_are_balanced_and_each_prompt_comes_once(loop: ModuleType) -> None:
-    none = torch.zeros(1)
-    steps = [loop.Step([7], [8 + i % 9, 1], none, loop.FLAWED) for i in range(30)]
-    steps += [loop.Step([6], [8 + i, 1], none, loop.GOOD) for i in range(4)]
+    steps = [loop.Step(([7], [8 + i % 9, 1]), loop.FLAWED) for i in range(30)]
+    steps += [loop.Step(([6], [8 + i, 1]), loop.GOOD) for i in range(4)]
     pairs = loop.verdict_pairs(steps, random.Random(0))
     assert Counter(word for _, (word,) in pairs) == {loop.GOOD: 4, loop.FLAWED: 4}
     assert len({tuple(prompt) for prompt, _ in pairs}) == 8
@@ -99,16 +109,23 @@ def test_verdicts_are_balanced_and_each_prompt_comes_once(loop: ModuleType) -> N
     assert loop.verdict_pairs(steps[:30], random.Random(0)) == []
 
 
-def test_expert_verdicts_are_an_expert_action_and_a_flawed_one(loop: ModuleType) -> None:
-    words, env = loop.Words(), make_env("rooms", {"rooms": 4, "distractors": 0})
-    imitation, twos = loop.expert_data(words, env, range(20), random.Random(0))
-    assert len(imitation) == sum(len(env.expert("fetch", v) or ()) for v in range(20))
-    acted = [[*prompt, *action, loop.JUDGE] for prompt, action in imitation]
-    assert len(twos) > 20
-    for (good, good_word), (flawed, flawed_word) in twos:
-        assert good in acted
-        assert flawed not in acted
-        assert (good_word, flawed_word) == ([loop.GOOD], [loop.FLAWED])
+def test_expert_steps_are_expert_actions_and_flawed_ones_in_the_same_states(
+    loop: ModuleType,
+) -> None:
+    env = make_env("rooms", {"rooms": 4, "distractors": 0})
+    steps = loop.expert_steps(env, range(20), random.Random(0))
+    good = [step.pair for step in steps if step.verdict == loop.GOOD]
+    flawed = [step.pair for step in steps if step.verdict == loop.FLAWED]
+    plans = [env.expert("fetch", v) or () for v in range(20)]
+    assert [action for _, action in good] == [
+        [*loop.encode(command), loop.END] for plan in plans for command in plan
+    ]
+    assert len(good) + len(flawed) == len(steps)
+    assert len(flawed) > 20
+    acted_in = [prompt for prompt, _ in good]
+    for prompt, action in flawed:
+        assert prompt in acted_in
+        assert (prompt, action) not in good
 
 
 @pytest.mark.parametrize("weight", ["0", "0.1"])
@@ -121,10 +138,10 @@ def test_a_short_run_returns_finite_numbers(loop: ModuleType, weight: str) -> No
 
 @pytest.mark.slow
 def test_it_learns_over_the_cold_start(loop: ModuleType) -> None:
-    """Seed 0: return 0.27, after 15 iterations 0.65, after 30 0.83; verdicts 0.59, 0.73, 0.73.
+    """Seed 0: return 0.44, after 15 iterations 0.90, after 30 0.97; verdicts 0.56, 0.77, 0.89.
 
     Other machines round otherwise, so the margin asked for is half of the rise seen.
     """
     result = loop.main(["--iterations", "15", "--seed", "0"])
-    assert result["final_return"] > result["cold_return"] + 0.19
-    assert result["final_verdict_accuracy"] > 0.6
+    assert result["final_return"] > result["cold_return"] + 0.23
+    assert result["final_verdict_accuracy"] > 0.66

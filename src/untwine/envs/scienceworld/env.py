@@ -51,7 +51,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     simplifications: str = ""
-    heap_mb: int = Field(768, ge=128)
+    heap_mb: int = Field(1536, ge=128)
     observe: Literal["feedback", "room", "look", "full"] = "look"
     java: str = ""
     cache_dir: str = ""

@@ -3,7 +3,7 @@
 A gold path takes 0.1 to 17 seconds to compute, so each is kept in a file per task. It counts only
 when a replay in a freshly loaded world reaches 100: the path is cut where the replay is complete.
 A second version leaves out the commands that only look, for agents to whom the room is shown
-anyway; it is kept when its own replay reaches 100 too.
+anyway, and those that open what is open; it is kept when its own replay reaches 100 too.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from pathlib import Path
 
 from untwine.envs.scienceworld.jvm import Session
 
-FORMAT = 1
+FORMAT = 2
 TRIES = 2  # worlds with bees and seeds vary from run to run
 _LOOKING = re.compile(r"look around|inventory|task")
+_ALREADY = re.compile(r"is already open")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,8 @@ class Expert:
     """A verified solution, or a record that there is none (score below 100).
 
     commands  up to the command that completes the task
-    brief     the same without looking around; equal to `commands` when that does not solve it
+    brief     the same without looking around and opening what is open; equal to `commands` when
+              that does not solve it
     """
 
     score: int
@@ -45,29 +47,32 @@ def search(session: Session, task: str, variation: int, simplifications: str) ->
     """Compute and check the gold path; the session's episode is gone afterwards."""
     session.load(task, variation, simplifications, gold=True)
     gold = tuple(session.gold_commands())
-    score, used = replay(session, task, variation, simplifications, gold)
+    score, answers = replay(session, task, variation, simplifications, gold)
     if score != 100:
         return Expert(score, gold, gold)
-    commands = gold[:used]
-    short = tuple(c for c in commands if not _LOOKING.fullmatch(c))
-    score_short, used = replay(session, task, variation, simplifications, short)
-    return Expert(score, commands, short[:used] if score_short == 100 else commands)
+    commands = gold[: len(answers)]
+    short = tuple(
+        command
+        for command, answer in zip(commands, answers, strict=True)
+        if not _LOOKING.fullmatch(command) and not _ALREADY.search(answer)
+    )
+    score_short, answers = replay(session, task, variation, simplifications, short)
+    return Expert(score, commands, short[: len(answers)] if score_short == 100 else commands)
 
 
 def replay(
     session: Session, task: str, variation: int, simplifications: str, commands: Sequence[str]
-) -> tuple[int, int]:
-    """(final score, number of commands until completion) of the best of `TRIES` fresh worlds."""
-    best = (-100, len(commands))
+) -> tuple[int, list[str]]:
+    """Final score and the answers until completion, of the best of `TRIES` fresh worlds."""
+    best: tuple[int, list[str]] = (-101, [])
     for _ in range(TRIES):
         session.load(task, variation, simplifications)
-        used = len(commands)
-        for i, command in enumerate(commands):
-            session.step(command)
+        answers = []
+        for command in commands:
+            answers.append(session.step(command))
             if session.completed():
-                used = i + 1
                 break
-        best = max(best, (session.score(), used))
+        best = max(best, (session.score(), answers), key=lambda found: found[0])
         if best[0] == 100:
             break
     return best

@@ -155,7 +155,7 @@ _lock = threading.Lock()
 
 
 def get_jvm(
-    java: str = "", heap_mb: int = 768, simplifications: str = "", cache: Path | None = None
+    java: str = "", heap_mb: int = 1536, simplifications: str = "", cache: Path | None = None
 ) -> Jvm:
     """The JVM of this process for these settings, started when first asked for.
 
