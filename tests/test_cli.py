@@ -184,3 +184,20 @@ def test_doctor_and_version(untwine) -> None:  # type: ignore[no-untyped-def]
 def test_unknown_commands_and_options(untwine) -> None:  # type: ignore[no-untyped-def]
     assert_refused(untwine("trian"), 2, "trian", "train")
     assert_refused(untwine("train", "--resum", "x"), 2, "--resum", "--resume")
+
+
+def test_demo_ends_with_a_table_and_a_report(untwine, recipe: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "demo"
+    result = untwine("demo", "--recipe", recipe, "--out", out)
+    assert result.code == 0, result.err
+    for row in ("random commands", "cold start", "after GRPO", "after GRPO + GCD"):
+        assert row in result.out
+    assert "report.html" in result.out
+    page = (out / "report.html").read_text()
+    assert "demo-grpo" in page
+    assert "demo-gcd" in page
+    objectives = [load_recipe(out / arm / "recipe.yaml").gcd.objective for arm in ("grpo", "gcd")]
+    assert objectives == ["none", "generative/ce"]
+    again = untwine("demo", "--recipe", recipe, "--out", out)
+    assert again.code != 0
+    assert "already exists" in again.err

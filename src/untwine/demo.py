@@ -43,7 +43,7 @@ def run_demo(recipe_path: Path, out: Path, overrides: Sequence[str]) -> None:
         cold = recipe.model_copy(update={"rl": recipe.rl.model_copy(update={"iterations": 0})})
         train(cold, out / "cold", display)
         display.line("[bold]2/3[/bold] GRPO and GRPO + GCD from this cold start, side by side")
-        with _arms(recipe_path, out, overrides) as arms:
+        with _arms(recipe, recipe_path, out, overrides) as arms:
             random_rows = evaluate_random(recipe, recipe.evaluate.sets, 64, display)
             _wait(arms, out, recipe, display)
         display.line("[bold]3/3[/bold] report")
@@ -55,13 +55,14 @@ def run_demo(recipe_path: Path, out: Path, overrides: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _arms(
-    recipe_path: Path, out: Path, overrides: Sequence[str]
+    recipe: Recipe, recipe_path: Path, out: Path, overrides: Sequence[str]
 ) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     """Both arms as processes of their own; they end with this context."""
     common = [
         *overrides,
         f"policy.model={out / 'cold' / 'model'}",
         "policy.threads=1",
+        f"env.workers={max(1, recipe.env.workers // 2)}",
         "cold_start.episodes=0",
     ]
     extra = {"grpo": ["gcd.objective=none"], "gcd": ["gcd.objective=generative/ce"]}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 RECIPE = {
     "name": "resume",
@@ -80,6 +81,12 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return recipe, folder / "run"
 
 
+def board(run: Path, tag: str) -> list[tuple[int, float]]:
+    """(step, value) of every TensorBoard point, in the order they were written."""
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
 def assert_same(run: Path, reference: Path) -> None:
     ours, theirs = (load_file(r / "model" / "model.safetensors") for r in (run, reference))
     assert ours.keys() == theirs.keys()
@@ -97,6 +104,7 @@ def assert_same(run: Path, reference: Path) -> None:
         assert [{k: v for k, v in r.items() if k not in volatile} for r in rows(run, stage)] == [
             {k: v for k, v in r.items() if k not in volatile} for r in rows(reference, stage)
         ]
+    assert board(run, "rl/outcome_mean") == board(reference, "rl/outcome_mean")
     names = [f.name for f in sorted((run / "episodes").iterdir())]
     assert names == [f.name for f in sorted((reference / "episodes").iterdir())]
     for name in names:

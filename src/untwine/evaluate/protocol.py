@@ -13,7 +13,7 @@ import torch
 from untwine.config import EnvConfig
 from untwine.envs.protocol import EnvInfo
 from untwine.envs.splits import load_splits
-from untwine.evaluate.statistics import bootstrap_interval, wilson_interval
+from untwine.evaluate.statistics import bootstrap_interval, mean, wilson_interval
 from untwine.gcd.labels import label_group
 from untwine.records import Episode, Group, TaskRef
 from untwine.rollout import Collector
@@ -55,20 +55,26 @@ def evaluate(
 
 
 def summarise(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
-    """Means with 95 % intervals over episodes: percentile bootstrap for the outcome, Wilson for
-    success. Rates of flawed and invalid steps are per step."""
+    """Means with 95 % intervals: percentile bootstrap for the outcome, Wilson for success. Both
+    take the task instances as the sample, so playing one twice does not pass for two. Rates of
+    flawed and invalid steps are per step."""
     episodes = [episode for group in groups for episode in group.episodes]
     by_task: dict[str, list[Episode]] = defaultdict(list)
     for episode in episodes:
         by_task[episode.ref.task].append(episode)
-    outcomes = [e.outcome for e in episodes]
-    successes = sum(e.success for e in episodes)
+    by_ref: dict[TaskRef, list[Episode]] = defaultdict(list)
+    for episode in episodes:
+        by_ref[episode.ref].append(episode)
+    outcomes = [mean([e.outcome for e in own]) for own in by_ref.values()]
+    successes = sum(mean([e.success for e in own]) for own in by_ref.values())
+    n = len(by_ref)
     return {
         "episodes": len(episodes),
-        "outcome_mean": sum(outcomes) / len(outcomes),
+        "instances": n,
+        "outcome_mean": mean(outcomes),
         "outcome_interval": list(bootstrap_interval(outcomes)),
-        "success_rate": successes / len(episodes),
-        "success_interval": list(wilson_interval(successes, len(episodes))),
+        "success_rate": successes / n,
+        "success_interval": list(wilson_interval(successes, n)),
         **step_measures(groups, info),
         "by_task": {
             task: {

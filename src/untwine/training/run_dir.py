@@ -81,7 +81,10 @@ class RunDir:
         for file in (path / "episodes").glob("iter-*"):
             if int(file.name[5:11]) >= first_iteration:
                 file.unlink()
+        shutil.rmtree(path / "tensorboard", ignore_errors=True)
         run = cls(path)
+        for line in lines[:metric_lines]:
+            run._draw(json.loads(line))
         run.describe(status="running")
         return run
 
@@ -103,9 +106,14 @@ class RunDir:
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
         self._lines += 1
-        tag = f"{stage}/{values['set']}" if "set" in values else stage
+        self._draw(record)
+
+    def _draw(self, record: dict[str, Any]) -> None:
+        """Put one line of metrics into the TensorBoard file."""
+        tag = f"{record['stage']}/{record['set']}" if "set" in record else record["stage"]
+        values = {k: v for k, v in record.items() if k not in {"stage", "step", "time", "set"}}
         for name, value in _scalars(values):
-            self._board.add_scalar(f"{tag}/{name}", value, step)
+            self._board.add_scalar(f"{tag}/{name}", value, record["step"], record["time"])
 
     def save_groups(self, iteration: int, groups: Sequence[Group]) -> None:
         write_groups(self.path / "episodes" / f"iter-{iteration:06d}.jsonl.gz", groups)

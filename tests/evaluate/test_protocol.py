@@ -1,0 +1,42 @@
+"""Summaries of evaluations, by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.builders import REF, make_episode, make_step
+from untwine.envs.protocol import EnvInfo
+from untwine.evaluate.protocol import summarise
+from untwine.evaluate.statistics import bootstrap_interval, wilson_interval
+from untwine.records import Group
+
+INFO = EnvInfo(
+    "test", deterministic=True, snapshots=False, lists_commands=False, has_expert=False
+)  # fmt: skip
+
+
+def played(variation: int, outcome: float) -> Group:
+    ref = dataclasses.replace(REF, variation=variation)
+    episode = dataclasses.replace(make_episode(outcome, [make_step()]), ref=ref)
+    return Group(ref, (episode,))
+
+
+def test_means_and_intervals_of_instances_played_once() -> None:
+    outcomes = [1.0, 0.0, 0.5, 1.0]
+    found = summarise([played(v, outcome) for v, outcome in enumerate(outcomes)], INFO)
+    assert (found["episodes"], found["instances"]) == (4, 4)
+    assert found["outcome_mean"] == pytest.approx(0.625)
+    assert found["success_rate"] == pytest.approx(0.5)
+    assert found["outcome_interval"] == list(bootstrap_interval(outcomes))
+    assert found["success_interval"] == list(wilson_interval(2, 4))
+
+
+def test_an_instance_played_twice_counts_once_in_the_intervals() -> None:
+    once = summarise([played(v, float(v % 2)) for v in range(8)], INFO)
+    twice = summarise([played(v, float(v % 2)) for v in [*range(8), *range(8)]], INFO)
+    assert twice["episodes"] == 16
+    assert twice["instances"] == 8
+    for key in ("outcome_mean", "outcome_interval", "success_rate", "success_interval"):
+        assert twice[key] == once[key]
