@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-
 from tests.builders import REF, make_episode, make_step
+
 from untwine.envs.protocol import EnvInfo
 from untwine.evaluate.protocol import summarise
 from untwine.evaluate.statistics import bootstrap_interval, wilson_interval
