@@ -31,7 +31,7 @@ help: ## list the targets
 demo: $(VENV)/.installed-demo ## cold start, GRPO and GRPO+GCD on ScienceWorld, table and report
 	$(BIN)/untwine demo --out $(OUT)
 
-smoke: $(VENV)/.installed-demo ## the whole pipeline on the built-in rooms, in a minute or two
+smoke: $(VENV)/.installed-demo ## the whole pipeline on the built-in rooms, in under a minute
 	@run=runs/smoke-$$(date +%Y%m%d-%H%M%S); set -x; \
 		$(BIN)/untwine train recipes/smoke.yaml --run "$$run" && $(BIN)/untwine report "$$run"
 
