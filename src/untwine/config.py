@@ -118,6 +118,9 @@ class ColdStartConfig(Section):
     noise: Fraction = Field(
         0.0, description="chance that another command of the plan comes before an expert step"
     )
+    imitate_noise: bool = Field(
+        False, description="imitate those commands too, as from a demonstrator that errs"
+    )
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, warmup=20)
 
 

@@ -75,11 +75,13 @@ def play_experts(
     return [found[ref] for ref, _, _ in waiting if ref in found]
 
 
-def demonstration(transcript: Transcript, prompter: Prompter) -> Episode:
+def demonstration(
+    transcript: Transcript, prompter: Prompter, *, imitate_noise: bool = False
+) -> Episode:
     """The transcript as an episode for one model.
 
     Expert steps carry advantage 1 (they are imitated) and the label `expert`; noise steps carry no
-    advantage. Log-probabilities are 0: nothing was sampled.
+    label, and no advantage unless `imitate_noise`. Log-probabilities are 0: nothing was sampled.
     """
     end = prompter.chat.tokenizer.eos_token_id
     moves = transcript.moves
@@ -108,7 +110,7 @@ def demonstration(transcript: Transcript, prompter: Prompter) -> Episode:
                 done=move.after.done,
                 admissible=move.before.admissible,
                 labels=(Label("expert", "good", "expert"),) if move.expert else (),
-                advantage=1.0 if move.expert else None,
+                advantage=1.0 if move.expert or imitate_noise else None,
             )
         )
         conversation.advance(action_ids, move.command, move.after.text, move.after.admissible)

@@ -29,7 +29,8 @@ class ColdStart:
     ) -> None:
         self._config = recipe.cold_start
         self._rng = rng
-        episodes = [demonstration(t, prompter) for t in transcripts]
+        noisy = self._config.imitate_noise
+        episodes = [demonstration(t, prompter, imitate_noise=noisy) for t in transcripts]
         self.rows: list[Row] = [
             row for e in episodes for row in imitation_rows(e, self._config.text_weight)
         ]
