@@ -12,9 +12,9 @@ same name unless the goal forbids it; a fact that was not given is false.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from untwine.envs.alfworld.problem import Atom, Condition, Junction, Not, Problem
+from untwine.envs.alfworld.problem import Atom, Condition, Junction, Not, Problem, Quantified
 from untwine.errors import EnvError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ CHANGING = frozenset(
 
 # ("true",), ("false",), ("not", goal), ("and", goals), ("or", goals),
 # ("fact", predicate, number of the first argument, number of the second or 0)
-Goal: TypeAlias = tuple  # type: ignore[type-arg]
+Goal: TypeAlias = tuple[Any, ...]
 TRUE: Goal = ("true",)
 FALSE: Goal = ("false",)
 
@@ -138,6 +138,10 @@ class _Grounder:
         """Whether a conjunct that cannot change already fails, with the variables known so far."""
         if isinstance(part, Junction) and part.kind == "and":
             return any(self._impossible(inner, scope) for inner in part.parts)
+        if isinstance(part, Quantified) and part.kind == "exists":
+            hidden = {variable for variable, _ in part.variables}
+            outer = {k: v for k, v in scope.items() if k not in hidden}
+            return bool(part.variables) and self._impossible(part.part, outer)
         if not isinstance(part, Atom):
             return False
         if part.predicate in CHANGING or part.predicate == "=":
