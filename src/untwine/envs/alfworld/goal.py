@@ -35,7 +35,7 @@ CHANGING = frozenset(
     (*_BITS, "opened", "atlocation", "objectatlocation", "inreceptacle", "holds", "holdsany")
 ) | {"checked"}
 
-# ("true",), ("false",), ("not", goal), ("and", goals), ("or", goals),
+# ("true",), ("false",), ("checked", id), ("not", goal), ("and", goals), ("or", goals),
 # ("fact", predicate, number of the first argument, number of the second or 0)
 Goal: TypeAlias = tuple[Any, ...]
 TRUE: Goal = ("true",)
@@ -61,6 +61,8 @@ def ground(problem: Problem, numbers: Numbering, agent: str, where: str) -> tupl
 def is_true(goal: Goal, state: State) -> bool:
     """Whether a goal holds in a state."""
     kind = goal[0]
+    if kind == "checked":
+        return goal[1] in state.checked
     if kind == "fact":
         return _fact_holds(goal[1], goal[2], goal[3], state)
     if kind == "and":
@@ -69,7 +71,7 @@ def is_true(goal: Goal, state: State) -> bool:
         return any(is_true(part, state) for part in goal[1])
     if kind == "not":
         return not is_true(goal[1], state)
-    return kind == "true"
+    return goal == TRUE
 
 
 def _fact_holds(predicate: str, first: int, second: int, state: State) -> bool:
@@ -85,9 +87,7 @@ def _fact_holds(predicate: str, first: int, second: int, state: State) -> bool:
         return bool(state.opened >> first & 1)
     if predicate == "objectatlocation":
         return first in state.near[second]
-    if predicate == "holdsany":
-        return state.full
-    return first in state.checked  # the id itself stands for its number
+    return state.full  # holdsany
 
 
 class _Grounder:
@@ -159,7 +159,7 @@ class _Grounder:
             return TRUE if (predicate, *arguments) in self._facts else FALSE
         if predicate == "checked":
             self._tracks_checked = True
-            return ("fact", predicate, arguments[0], 0)
+            return ("checked", arguments[0])
         numbers = self._numbered(predicate, arguments)
         return FALSE if numbers is None else ("fact", predicate, *numbers)
 

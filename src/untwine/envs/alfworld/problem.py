@@ -240,8 +240,8 @@ def _typed(words: list[Node], where: str) -> Iterator[tuple[str, str]]:
 
 
 def _facts(entries: list[Node], objects: Mapping[str, str], where: str) -> Iterator[Fact]:
-    denied = set()
-    given = set()
+    denied: set[Fact] = set()
+    given: set[Fact] = set()
     for entry in entries:
         if not isinstance(entry, list) or not entry:
             raise EnvError(f"{where}: {_short(entry)} stands where a fact of :init belongs")
