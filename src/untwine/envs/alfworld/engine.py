@@ -197,7 +197,7 @@ class Turn(NamedTuple):
 class Engine:
     """One live game. Cheap to make: everything that does not change is in the shared `Game`."""
 
-    __slots__ = ("_admissible", "_won", "game", "state")
+    __slots__ = ("_admissible", "game", "state", "won")
 
     def __init__(self, game: Game) -> None:
         self.game = game
@@ -207,18 +207,18 @@ class Engine:
     def reset(self) -> Turn:
         """Back to the start; the text is the intro, with the task."""
         self._set(self.game.start)
-        return Turn(intro(self.game), int(self._won), self._won, True)
+        return Turn(intro(self.game), int(self.won), self.won, True)
 
     def step(self, command: str) -> Turn:
         """Send one command. One that is not possible now changes nothing."""
         game, state = self.game, self.state
         move = parse(game, state, command)
         if move is None:
-            return Turn(NOTHING, int(self._won), self._won, False)
+            return Turn(NOTHING, int(self.won), self.won, False)
         after = apply(game, state, move)
         if after is not state:
             self._set(after)
-        return Turn(feedback(game, after, move), int(self._won), self._won, True)
+        return Turn(feedback(game, after, move), int(self.won), self.won, True)
 
     def admissible(self) -> tuple[str, ...]:
         """The commands that are possible now; computed when first asked for."""
@@ -235,9 +235,9 @@ class Engine:
     def restore(self, snapshot: State) -> Turn:
         """Return to a snapshot of the same game; the text is what `look` says there."""
         self._set(snapshot)
-        return Turn(look_text(self.game, snapshot, "nothing"), int(self._won), self._won, True)
+        return Turn(look_text(self.game, snapshot, "nothing"), int(self.won), self.won, True)
 
     def _set(self, state: State) -> None:
         self.state = state
-        self._won = won(self.game, state)
+        self.won = won(self.game, state)
         self._admissible = None

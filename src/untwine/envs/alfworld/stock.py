@@ -31,18 +31,21 @@ class StockEngine:
     def __init__(self, path: str | Path) -> None:
         textworld, pddl_env, demangler = _modules()
         infos = textworld.EnvInfos(won=True, admissible_commands=True)
-        self._env = demangler(pddl_env(infos))
-        self._path = str(path)
+        self._env: Any = demangler(pddl_env(infos))
+        self.load(path)
+
+    def load(self, path: str | Path) -> None:
+        """Change to another game, which costs less memory than a second engine."""
         self._commands: tuple[str, ...] = ()
+        self._state: Any = None
         try:
             with _kept_streams():
-                self._env.load(self._path)
+                self._env.load(str(path))
         except (Exception, SystemExit) as error:
             raise EnvError(
                 f"game file {path}: the real engine cannot load it: {type(error).__name__} "
                 f"{str(error)[:200]}"
             ) from error
-        self._state: Any = None
 
     def reset(self) -> Turn:
         with _kept_streams():
@@ -86,12 +89,8 @@ class StockEngine:
         return turn
 
     def close(self) -> None:
-        """Unload the planner's library, which is not done on its own."""
-        if self._env is not None:
-            import fast_downward
-
-            fast_downward.close_lib(self._env.unwrapped.downward_lib)
-            self._env = None
+        """Forget the engine. The planner's library stays loaded: unloading it crashes."""
+        self._env = self._state = None
 
 
 def _modules() -> tuple[Any, Any, Any]:
