@@ -24,9 +24,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import alfworld_cases as cases
 import pytest
 
-import alfworld_cases as cases
 from untwine.envs.alfworld.engine import Engine
 from untwine.envs.alfworld.game_file import load_game
 
