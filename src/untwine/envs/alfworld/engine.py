@@ -37,8 +37,8 @@ from untwine.envs.alfworld.moves import Move, admissible, command_of, moves, par
 from untwine.envs.alfworld.text import NOTHING, feedback, intro, look_text, opening
 
 __all__ = [
-    "Engine", "Move", "State", "Turn", "admissible", "apply", "command_of", "feedback", "intro", "moves",
-    "opening", "parse", "state_key", "won",
+    "Engine", "Move", "State", "Turn", "admissible", "apply", "command_of", "feedback", "intro",
+    "moves", "opening", "parse", "state_key", "won",
 ]  # fmt: skip
 
 

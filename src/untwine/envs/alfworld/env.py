@@ -171,13 +171,7 @@ class AlfWorldEnv:
     def restore(self, snapshot: Snapshot) -> Observation:
         """Return to a snapshot: the same observation again. The real engine plays up to it."""
         task, variation, state, text = snapshot
-        engine = self._open(task, variation)
-        if (isinstance(engine, Engine) and isinstance(state, State)) or (
-            isinstance(engine, StockEngine) and isinstance(state, Replay)
-        ):
-            turn = engine.restore(state)
-        else:
-            raise EnvError("alfworld: this snapshot was taken with the other engine")
+        turn = _restored(self._open(task, variation), state)
         return self._observe(turn._replace(text=text))
 
     def expert(self, task: str, variation: int) -> tuple[str, ...] | None:
@@ -229,6 +223,14 @@ class AlfWorldEnv:
             success=turn.won,
             invalid=None if turn.valid else "not_admissible",
         )
+
+
+def _restored(engine: Engine | StockEngine, state: State | Replay) -> Turn:
+    if isinstance(engine, Engine) and isinstance(state, State):
+        return engine.restore(state)
+    if isinstance(engine, StockEngine) and isinstance(state, Replay):
+        return engine.restore(state)
+    raise EnvError("alfworld: this snapshot was taken with the other engine")
 
 
 def _read_options(options: Mapping[str, Any]) -> Options:
