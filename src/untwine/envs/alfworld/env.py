@@ -108,12 +108,16 @@ def check_task(task: str) -> None:
         )
 
 
-@lru_cache(8)
 def games_of(data: str) -> OfficialGames:
-    """The games of a folder; its index is made once in a process. EnvError without a folder."""
+    """The games of a folder, or of $ALFWORLD_DATA. EnvError when neither is given."""
     folder = data or os.environ.get("ALFWORLD_DATA", "")
     if not folder:
         raise EnvError(NO_PACK)
+    return _indexed(folder)
+
+
+@lru_cache(8)  # the index of the whole dataset takes long, and is the same for all environments
+def _indexed(folder: str) -> OfficialGames:
     return OfficialGames(folder)
 
 

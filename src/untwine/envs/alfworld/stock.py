@@ -8,6 +8,7 @@ far and `restore` plays them again. Use it in worker processes only.
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ class StockEngine:
         self._commands: tuple[str, ...] = ()
         self._state: Any = None
         try:
-            with _kept_streams():
+            with _kept_process():
                 self._env.load(str(path))
         except (Exception, SystemExit) as error:
             raise EnvError(
@@ -48,7 +49,7 @@ class StockEngine:
             ) from error
 
     def reset(self) -> Turn:
-        with _kept_streams():
+        with _kept_process():
             self._state = self._env.reset()
         self._commands = ()
         won = bool(self._state["won"])
@@ -95,7 +96,7 @@ class StockEngine:
 
 def _modules() -> tuple[Any, Any, Any]:
     try:
-        with _kept_streams():
+        with _kept_process():
             import textworld
             from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
             from textworld.envs.pddl import PddlEnv
@@ -108,10 +109,17 @@ def _modules() -> tuple[Any, Any, Any]:
 
 
 @contextmanager
-def _kept_streams() -> Iterator[None]:
-    """The planner's translator overwrites sys.argv, and sys.stdout when it fails."""
-    argv, stdout = sys.argv, sys.stdout
+def _kept_process() -> Iterator[None]:
+    """Undo what the real engine does to its process.
+
+    Its translator overwrites sys.argv, and sys.stdout when it fails; alfworld sets $ALFWORLD_DATA.
+    """
+    argv, stdout, data = sys.argv, sys.stdout, os.environ.get("ALFWORLD_DATA")
     try:
         yield
     finally:
         sys.argv, sys.stdout = argv, stdout
+        if data is None:
+            os.environ.pop("ALFWORLD_DATA", None)
+        else:
+            os.environ["ALFWORLD_DATA"] = data
