@@ -8,8 +8,11 @@ from pathlib import Path
 
 import alfworld_cases as cases
 import pytest
+from rich.console import Console
 
-from untwine.envs.alfworld.env import AlfWorldEnv
+from untwine.envs.alfworld.env import AlfWorldEnv, OfficialGames
+from untwine.envs.alfworld.game_file import index_dataset
+from untwine.envs.alfworld.importing import INDEX_NAME, import_games, read_index
 from untwine.envs.protocol import Catalogue, Env
 from untwine.envs.registry import get_family, make_env
 from untwine.errors import EnvError
@@ -125,3 +128,17 @@ def test_the_real_engine_behind_the_same_protocol(data: Path, env: AlfWorldEnv) 
     with pytest.raises(EnvError, match="other engine"):
         env.restore(snapshot)
     real.close()
+
+
+def test_import_writes_an_index_that_environments_read(data: Path) -> None:
+    root = data / "json_2.1.1"
+    plain = index_dataset(root)
+    index = import_games(data, Console(quiet=True))
+    try:
+        assert read_index(root) == index == plain
+        assert OfficialGames(str(data)).variations(TYPE) == (0, 1, 2)
+        (root / INDEX_NAME).write_text('{"format": 1, "games": {"train": {"x": ["../../y"]}}}')
+        with pytest.raises(EnvError, match=r"damaged.*untwine games import"):
+            OfficialGames(str(data)).variations(TYPE)
+    finally:
+        (root / INDEX_NAME).unlink()

@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,8 +160,8 @@ def test_native_engine_says_what_the_real_engine_says(tmp_path: Path) -> None:
     total = Found(0, 0, 0, Counter(), "")
     context = multiprocessing.get_context("spawn")
     # A worker is replaced now and then, as the real engine keeps memory of every game.
-    with ProcessPoolExecutor(PROCESSES, context, max_tasks_per_child=25) as pool:
-        for number, found in enumerate(pool.map(play, jobs), 1):
+    with context.Pool(PROCESSES, maxtasksperchild=25) as pool:
+        for number, found in enumerate(pool.imap(play, jobs), 1):
             assert not found.difference, found.difference
             total = Found(
                 total.steps + found.steps,

@@ -22,7 +22,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from untwine.envs.alfworld.engine import Engine, State, Turn
 from untwine.envs.alfworld.game import Game
-from untwine.envs.alfworld.game_file import TASK_TYPES, index_dataset, load_game, read_game_file
+from untwine.envs.alfworld.game_file import (
+    TASK_TYPES,
+    data_folder,
+    index_dataset,
+    load_game,
+    read_game_file,
+)
+from untwine.envs.alfworld.importing import read_index
 from untwine.envs.alfworld.stock import Replay, StockEngine
 from untwine.envs.alfworld.text import GOAL_PREFIX
 from untwine.envs.protocol import EnvInfo, Reset, Split
@@ -67,7 +74,8 @@ class OfficialGames:
 
     @cached_property
     def _files(self) -> dict[tuple[str, Split], tuple[Path, ...]]:
-        games = index_dataset(self.folder).games
+        root = data_folder(self.folder)
+        games = (read_index(root) or index_dataset(root)).games
         return {
             (task, split): games.get(folder, {}).get(task, ())
             for task in TASK_TYPES
