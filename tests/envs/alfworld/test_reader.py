@@ -136,6 +136,16 @@ def test_other_grammars_and_domains_are_refused(
         load_game(cases.write_game(tmp_path, tree))
 
 
+def test_the_short_way_reads_a_grammar_as_the_long_way_does() -> None:
+    tree = cases.game_tree(TYPE)
+    grammar, domain = tree["grammar"], tree["pddl_domain"]
+    short = read_phrases(grammar, domain, "x")
+    assert short == read_phrases(grammar + "\n", domain + "\n", "x")
+    assert short.task == cases.fixtures()["games"][TYPE]["task"] + "."
+    assert (short.old_put, short.old_goto) == (False, False)
+    assert (short.help_text or "").startswith("Available commands:\n  look: ")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -233,7 +243,7 @@ def test_fuzz_truncations(tmp_path_factory: pytest.TempPathFactory, cut: float, 
     _reads_or_refuses(tmp_path_factory.getbasetemp(), content[:place] + content[place + drop :])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     field=st.sampled_from(["pddl_problem", "grammar", "pddl_domain"]),
     edits=st.lists(
