@@ -9,11 +9,14 @@
 #                a much smaller download
 #   OUT          where `make demo` puts its runs; must not exist yet
 #   PYTEST_ARGS  passed on to pytest
+#   DIFF_GAMES, DIFF_STEPS  games, and commands per game, of `make differential`
 VENV ?= .venv
 PYTHON ?= python3
 TORCH_INDEX ?=
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PYTEST_ARGS ?=
+DIFF_GAMES ?= 300
+DIFF_STEPS ?= 68
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -21,12 +24,12 @@ REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo smoke test test-all lint format docs bench clean
+.PHONY: help demo smoke test test-all differential lint format docs bench clean
 
 help: ## list the targets
 	@echo "Targets (VENV=$(VENV), PYTHON=$(PYTHON)):"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | \
-		while IFS='|' read -r target text; do printf '  %-10s %s\n' "$$target" "$$text"; done
+		while IFS='|' read -r target text; do printf '  %-12s %s\n' "$$target" "$$text"; done
 
 demo: $(VENV)/.installed-demo ## cold start, GRPO and GRPO+GCD on ScienceWorld, table and report
 	$(BIN)/untwine demo --out $(OUT)
@@ -40,6 +43,10 @@ test: $(VENV)/.installed-dev ## the tests, without those marked slow
 
 test-all: $(VENV)/.installed-dev ## all tests
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+differential: $(VENV)/.installed-alfworld ## native against real ALFWorld: 300 games, 20 400 steps
+	UNTWINE_DIFF_GAMES=$(DIFF_GAMES) UNTWINE_DIFF_STEPS=$(DIFF_STEPS) \
+		$(BIN)/pytest -s -m alfworld tests/envs/alfworld/test_differential.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## formatting, lint and types; changes nothing
 	$(BIN)/ruff format --check .
@@ -85,6 +92,11 @@ $(VENV)/.installed-demo: $(VENV)/.installed-torch
 $(VENV)/.installed-dev: $(VENV)/.installed-torch
 	$(PIP) install -c constraints.txt -e '.[scienceworld,dev]'
 	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-alfworld: $(VENV)/.installed-dev
+	@echo "installing alfworld, which builds a planner: needs cmake and g++, takes some minutes"
+	$(PIP) install -c constraints.txt -e '.[alfworld]'
+	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed-dev
 	$(PIP) install -c constraints.txt -e '.[docs]'

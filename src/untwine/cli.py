@@ -174,6 +174,20 @@ def demo(
     run_demo(recipe, out, list(overrides or []))
 
 
+games = typer.Typer(help="Games from elsewhere.", no_args_is_help=True)
+app.add_typer(games, name="games")
+
+
+@games.command("import")
+def games_import(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What alfworld-download filled.")],
+) -> None:
+    """Check and index a folder of official ALFWorld games."""
+    from untwine.envs.alfworld.importing import import_games
+
+    import_games(folder)
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,

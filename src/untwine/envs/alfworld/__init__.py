@@ -1,0 +1,16 @@
+"""ALFWorld: household tasks in text, from a native engine that says what the real one says.
+
+`engine.py` plays, `game_file.py` reads official games, `stock.py` wraps the real engine (extra
+`alfworld`), `env.py` makes an environment of them.
+"""
+
+from untwine.envs.alfworld.env import AlfWorldEnv, Catalogue, Options
+from untwine.envs.protocol import EnvFamily
+
+FAMILY = EnvFamily(
+    catalogue=Catalogue(),
+    make=AlfWorldEnv,
+    option_names=tuple(Options.model_fields),
+)
+
+__all__ = ["FAMILY"]
