@@ -13,6 +13,7 @@ from untwine.records import Observation
 
 # name -> "module:attribute" of an EnvFamily
 _FAMILIES = {
+    "babyai": "untwine.envs.babyai:FAMILY",
     "rooms": "untwine.envs.rooms:FAMILY",
     "scienceworld": "untwine.envs.scienceworld:FAMILY",
 }
