@@ -16,6 +16,7 @@ _FAMILIES = {
     "babyai": "untwine.envs.babyai:FAMILY",
     "rooms": "untwine.envs.rooms:FAMILY",
     "scienceworld": "untwine.envs.scienceworld:FAMILY",
+    "textworld": "untwine.envs.textworld:FAMILY",
 }
 
 
