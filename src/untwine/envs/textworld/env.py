@@ -198,9 +198,9 @@ class TextWorldEnv:
         room = _tidy(self._state["description"] or "")
         if self.options.observe == "feedback" or self._over():
             return message or room
-        parts = [message] if room in message else [message, room]
         carried = _tidy(self._state["inventory"] or "")
-        return "\n".join(part for part in (*parts, carried) if part and part not in message[:-1])
+        besides = [part for part in (room, carried) if part not in message]
+        return "\n".join(part for part in (message, *besides) if part)
 
 
 def _refusal(command: str) -> tuple[str, str] | None:
