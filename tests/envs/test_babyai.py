@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import sys
 from typing import Any
 
 import pytest
@@ -365,6 +366,16 @@ def test_the_option_view_sets_how_far_one_sees() -> None:
     far = {v: babyai(view=v).reset("GoToRedBall", 1).observation.text for v in (3, 11)}
     assert far[3] != far[11]
     assert len(far[3]) < len(far[11])
+
+
+def test_without_minigrid_the_tasks_are_known_and_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "minigrid", None)
+    family = get_family("babyai")
+    assert len(family.catalogue.variations("GoToDoor", "test")) == 100
+    with pytest.raises(EnvError, match=r"pip install 'untwine\[babyai\]'"):
+        family.make({}).reset("GoToDoor", 0)
 
 
 def test_wrong_instances_and_wrong_use() -> None:

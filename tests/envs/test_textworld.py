@@ -9,6 +9,7 @@ import json
 import pickle
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,10 @@ def test_key_is_made_of_facts(env: TextWorldEnv) -> None:
     assert there.state_key != start.state_key
     home = env.step(back)
     assert home.state_key == start.state_key
-    assert home.text != start.text
-    assert env.step("inventory").state_key == start.state_key
+    listed = env.step("inventory")
+    assert listed.text != start.text
+    assert listed.state_key == start.state_key
+    assert env.step("take me").state_key == start.state_key
 
 
 def walk(env: Any, task: str, variation: int, seed: int, length: int = 12) -> list[Observation]:
@@ -316,6 +319,16 @@ def test_huge_json_is_refused_before_it_is_read(own: Path) -> None:
         file.truncate(100 * 2**20)
     with pytest.raises(EnvError, match="larger than 16 MiB"):
         play_own(own)
+
+
+def test_without_the_package_the_tasks_are_known_and_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "textworld", None)
+    family = get_family("textworld")
+    assert len(family.catalogue.variations("simple", "test")) == 100
+    with pytest.raises(EnvError, match=r"pip install 'untwine\[textworld\]'"):
+        family.make({"cache_dir": str(tmp_path)}).reset("simple", 0)
 
 
 def test_wrong_instances_options_and_use(
