@@ -118,7 +118,7 @@ class TextWorldEnv:
         return Snapshot(*self._instance, tuple(self._sent), self._key())
 
     def restore(self, snapshot: Snapshot) -> Observation:
-        """Play the commands of a snapshot again (some 25 ms each).
+        """Play the commands of a snapshot again (some 5 ms each).
 
         EnvError when that does not lead to the same state: the game file was changed meanwhile.
         """

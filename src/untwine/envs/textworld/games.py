@@ -30,7 +30,7 @@ def engine() -> Any:
 
 
 def cached_game(task: str, variation: int, cache: Path) -> Path:
-    """The `.z8` of a task instance, made now if need be (1 to 2 seconds, 0.5 MB on disk).
+    """The `.z8` of a task instance, made now if need be (about one second, 0.5 MB on disk).
 
     EnvError without TextWorld, or when the cache cannot be written.
     """
