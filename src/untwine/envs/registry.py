@@ -14,8 +14,10 @@ from untwine.records import Observation
 # name -> "module:attribute" of an EnvFamily
 _FAMILIES = {
     "alfworld": "untwine.envs.alfworld:FAMILY",
+    "babyai": "untwine.envs.babyai:FAMILY",
     "rooms": "untwine.envs.rooms:FAMILY",
     "scienceworld": "untwine.envs.scienceworld:FAMILY",
+    "textworld": "untwine.envs.textworld:FAMILY",
 }
 
 

@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from untwine.envs.cache import default_cache
 from untwine.envs.protocol import Reset
 from untwine.envs.scienceworld.catalogue import BLOCKED, ScienceWorldCatalogue
 from untwine.envs.scienceworld.experts import ExpertCache, search
 from untwine.envs.scienceworld.jvm import (
     Session,
     SimulatorError,
-    default_cache,
     get_jvm,
     package_version,
 )

@@ -30,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from untwine.envs.cache import default_cache
 from untwine.errors import EnvError
 
 MEND = "pip install 'untwine[scienceworld]'"
@@ -44,12 +45,6 @@ class SimulatorError(RuntimeError):
 
 class JvmDiedError(RuntimeError):
     """The JVM does not answer any more. The pool replaces the process that used it."""
-
-
-def default_cache() -> Path:
-    """`$UNTWINE_CACHE`, or ~/.cache/untwine."""
-    named = os.environ.get("UNTWINE_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "untwine"
 
 
 def package_version() -> str:
