@@ -112,7 +112,7 @@ def test_unknown_instances_are_refused(env: AlfWorldEnv, monkeypatch: pytest.Mon
 
 @pytest.mark.alfworld
 def test_the_real_engine_behind_the_same_protocol(data: Path, env: AlfWorldEnv) -> None:
-    pytest.importorskip("textworld.envs.pddl", reason="needs the extra alfworld")
+    pytest.importorskip("alfworld", reason="needs the extra alfworld")
     real = make_env("alfworld", {"data": str(data), "engine": "textworld"})
     ours, theirs = env.reset(TYPE, 0), real.reset(TYPE, 0)
     assert (ours.goal, ours.observation.text) == (theirs.goal, theirs.observation.text)
