@@ -30,6 +30,7 @@ from untwine.envs.alfworld.game_file import (
     read_game_file,
 )
 from untwine.envs.alfworld.importing import read_index
+from untwine.envs.alfworld.oracle import Unreachable, shortest_plan
 from untwine.envs.alfworld.stock import Replay, StockEngine
 from untwine.envs.alfworld.text import GOAL_PREFIX
 from untwine.envs.protocol import EnvInfo, Reset, Split
@@ -187,8 +188,18 @@ class AlfWorldEnv:
         return self._observe(turn._replace(text=text))
 
     def expert(self, task: str, variation: int) -> tuple[str, ...] | None:
-        """The walkthrough of the game file when it has one, else None."""
-        return read_game_file(self._games.path(task, variation)).walkthrough
+        """A shortest plan (oracle.py); None when the goal cannot be reached.
+
+        Should the search be too long, the walkthrough of the game file, when it has one.
+        """
+        path = self._games.path(task, variation)
+        game = self._game(task, variation)
+        try:
+            return shortest_plan(game, f"game file {path}")
+        except Unreachable:
+            return None
+        except EnvError:
+            return read_game_file(path).walkthrough
 
     def close(self) -> None:
         if isinstance(self._engine, StockEngine):
