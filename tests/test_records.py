@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import random
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.builders import REF, make_episode, make_group, make_step
 from untwine.batch import policy_rows
+from untwine.credit.grpo import grpo
 from untwine.episodes import read_groups, write_groups
 from untwine.errors import CheckpointError
 from untwine.records import Episode, Group, Label, Step, TaskRef
@@ -45,6 +47,15 @@ def test_new_advantages_leave_the_old_group_alone() -> None:
     assert all(s.advantage is None for e in group.episodes for s in e.steps)
     with pytest.raises(ValueError, match=r"shorter|longer"):
         group.with_advantages([[0.5]])
+
+
+def test_the_return_is_the_outcome_or_the_success() -> None:
+    group = make_group([0.5, 1.0, 0.0])
+    assert group.returns_G == (0.5, 1.0, 0.0)
+    by_success = dataclasses.replace(group, returns="success")
+    assert by_success.returns_G == (0.0, 1.0, 0.0)
+    half, _whole, none = (row[0] for row in grpo(by_success))
+    assert half == none < 0
 
 
 text = st.text(max_size=12)

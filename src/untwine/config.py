@@ -171,6 +171,9 @@ class RLConfig(Section):
     epochs: Positive = Field(1, description="passes over each batch")
     minibatches: Positive = Field(1, description="optimizer steps per pass")
     microbatch_tokens: Positive = Field(16384, description="tokens per forward pass")
+    returns: Literal["outcome", "success"] = Field(
+        "outcome", description="return of an episode: its outcome, or its success (0 or 1)"
+    )
     drop_constant_groups: bool = Field(True, description="leave out groups without spread")
     optimizer: OptimizerConfig = OptimizerConfig()
 

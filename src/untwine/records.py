@@ -153,10 +153,14 @@ class Episode:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """G episodes of the same task instance, sampled by the same policy."""
+    """G episodes of the same task instance, sampled by the same policy.
+
+    returns  what counts as the return R of an episode: its outcome, or its success as 0 or 1
+    """
 
     ref: TaskRef
     episodes: tuple[Episode, ...]
+    returns: Literal["outcome", "success"] = "outcome"
 
     def __post_init__(self) -> None:
         foreign = [e.id for e in self.episodes if e.ref != self.ref]
@@ -167,8 +171,10 @@ class Group:
             raise ValueError(f"group {self.ref} holds an episode twice: {ids}")
 
     @property
-    def outcomes_G(self) -> tuple[float, ...]:
-        """Return of each episode, shape (G,); each episode counts once."""
+    def returns_G(self) -> tuple[float, ...]:
+        """Return of each episode, in [0, 1], shape (G,); each episode counts once."""
+        if self.returns == "success":
+            return tuple(float(e.success) for e in self.episodes)
         return tuple(e.outcome for e in self.episodes)
 
     def with_advantages(self, advantages_GT: Sequence[Sequence[float | None]]) -> Group:

@@ -22,7 +22,7 @@ def grpo(
     """
     if normalise not in ("std", "none"):
         raise ConfigError(f"credit.options.normalise must be 'std' or 'none', not {normalise!r}")
-    returns_G = group.outcomes_G
+    returns_G = group.returns_G
     n = len(returns_G)
     mean = math.fsum(returns_G) / n
     scale = 1.0

@@ -45,7 +45,7 @@ def group_labels(group: Group, info: EnvInfo, least: int = 2) -> list[list[Label
     for g, episode in enumerate(group.episodes):
         for step in episode.steps:
             through[step.state_key][_action_key(step)].add(g)
-    returns_G = group.outcomes_G
+    returns_G = group.returns_G
     labels: list[list[Label | None]] = []
     for episode in group.episodes:
         labels.append(

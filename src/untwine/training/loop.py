@@ -10,6 +10,7 @@ The loop knows no method by name: credit, labels and objective are looked up in 
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections import defaultdict
@@ -217,8 +218,9 @@ class _Training:
 
     def _judge(self, group: Group) -> Group:
         gcd = self.recipe.gcd
+        group = dataclasses.replace(group, returns=self.recipe.rl.returns)
         labelled = label_group(group, gcd.labels, self.workshop.info, gcd.min_confidence)
-        if self.recipe.rl.drop_constant_groups and len(set(group.outcomes_G)) == 1:
+        if self.recipe.rl.drop_constant_groups and len(set(group.returns_G)) == 1:
             return labelled.with_advantages([[None] * e.length for e in group.episodes])
         return self.credit(labelled)
 
