@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from untwine.envs.pool import EnvPool, Lost, ResetRequest, StepRequest
 from untwine.envs.protocol import Reset
+from untwine.envs.wandering import Command
 from untwine.errors import EnvError
 from untwine.prompting.prompter import Prompter
 from untwine.records import Episode, Label, Observation, Step, TaskRef
@@ -46,16 +47,24 @@ def play_experts(
     max_steps: int,
     *,
     noise: float = 0.0,
+    replans: bool = False,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Transcript]:
     """Play the expert of every ref; refs without an expert, or whose plan fails or is longer than
     `max_steps`, are left out.
 
-    noise   chance that an expert command is preceded by another command of the same plan. A plan
-            that fails because of it is played again without.
+    noise   chance of an error at each step: with `replans` a valid command, after which the expert
+            plans anew (envs/wandering.py); elsewhere another command of the same plan is put before
+            the right one. A plan that fails because of it is played again without.
     """
-    plans = pool.experts([(ref.task, ref.variation) for ref in refs])
+    instances = [(ref.task, ref.variation) for ref in refs]
+    plans: list[tuple[Command, ...] | None]
+    if noise and replans:
+        plans = pool.wandering_experts(instances, noise=noise, max_steps=max_steps, seed=seed)
+        noise = 0.0
+    else:
+        plans = [tuple(map(Command, plan or ())) for plan in pool.experts(instances)]
     rng = random.Random(seed)
     waiting = [
         (ref, plan, _with_noise(plan, noise, rng))
@@ -67,7 +76,7 @@ def play_experts(
     for first in range(0, len(waiting), pool.slots):
         chunk = waiting[first : first + pool.slots]
         noisy = _play([(ref, moves) for ref, _, moves in chunk], pool)
-        failed = [(ref, [(c, True) for c in plan]) for ref, plan, _ in chunk if ref not in noisy]
+        failed = [(ref, plan) for ref, plan, _ in chunk if ref not in noisy]
         found |= noisy | _play(failed, pool)
         done += len(chunk)
         if on_progress:
@@ -127,17 +136,17 @@ def demonstration(
     )
 
 
-def _with_noise(plan: Sequence[str], noise: float, rng: random.Random) -> list[tuple[str, bool]]:
+def _with_noise(plan: Sequence[Command], noise: float, rng: random.Random) -> list[Command]:
     moves = []
     for command in plan:
         if noise and rng.random() < noise:
-            moves.append((rng.choice(plan), False))
-        moves.append((command, True))
+            moves.append(Command(rng.choice(plan).text, expert=False))
+        moves.append(command)
     return moves
 
 
 def _play(
-    jobs: Sequence[tuple[TaskRef, list[tuple[str, bool]]]], pool: EnvPool, tries: int = 3
+    jobs: Sequence[tuple[TaskRef, Sequence[Command]]], pool: EnvPool, tries: int = 3
 ) -> dict[TaskRef, Transcript]:
     """Play up to `pool.slots` command lists side by side; those that end in success."""
     if not jobs:
@@ -156,7 +165,7 @@ def _play(
             lost.add(slot)
     for k in range(max(len(commands) for _, commands in jobs)):
         requests = {
-            slot: StepRequest(commands[k][0])
+            slot: StepRequest(commands[k].text)
             for slot, (_, commands) in enumerate(jobs)
             if slot in now and k < len(commands) and not now[slot].done
         }

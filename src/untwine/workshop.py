@@ -110,6 +110,7 @@ class Workshop:
                     refs,
                     self.recipe.env.max_steps,
                     noise=config.noise,
+                    replans=self.info.replans,
                     seed=self.recipe.seed,
                     on_progress=bar.update,
                 )

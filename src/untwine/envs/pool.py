@@ -22,6 +22,7 @@ from typing import Any
 
 from untwine.envs import registry
 from untwine.envs.protocol import Reset
+from untwine.envs.wandering import Command
 from untwine.envs.worker import (
     SPARE,
     Answer,
@@ -201,41 +202,52 @@ class EnvPool:
         Runs in environments of its own, so live episodes go on undisturbed (unless a worker dies).
         EnvError when the same instance fails `ATTEMPTS` times, or is unknown.
         """
+        plans = self._search([ExpertRequest(*ref) for ref in refs])
+        return [None if plan is None else tuple(command.text for command in plan) for plan in plans]
+
+    def wandering_experts(
+        self, refs: Sequence[tuple[str, int]], *, noise: float, max_steps: int, seed: int = 0
+    ) -> list[tuple[Command, ...] | None]:
+        """The same with experts that err (wandering.py), only where `EnvInfo.replans`. Where the
+        erring one does not reach the goal in time, the plan is the faultless one."""
+        return self._search([ExpertRequest(*ref, noise, max_steps, seed) for ref in refs])
+
+    def _search(self, requests: Sequence[ExpertRequest]) -> list[tuple[Command, ...] | None]:
         if not self.slots:
             raise ValueError("the pool is closed")
-        found: dict[int, tuple[str, ...] | None] = {}
-        failed = [0] * len(refs)
-        todo = deque(range(len(refs)))
+        found: dict[int, tuple[Command, ...] | None] = {}
+        failed = [0] * len(requests)
+        todo = deque(range(len(requests)))
         busy: dict[int, int] = {}  # worker -> index of the instance it searches
         while todo or busy:
             for i in range(max(1, len(self._workers))):
                 if i not in busy and todo:
                     busy[i] = todo.popleft()
                     if self._workers:
-                        self._workers[i].send([(SPARE, ExpertRequest(*refs[busy[i]]))])
-            for i, answer in self._hear_experts(busy, refs):
+                        self._workers[i].send([(SPARE, requests[busy[i]])])
+            for i, answer in self._hear_experts(busy, requests):
                 index = busy.pop(i)
                 if isinstance(answer, Fault):
                     raise answer.error()
                 if isinstance(answer, Lost):
                     failed[index] += 1
                     if failed[index] >= ATTEMPTS:
-                        task, variation = refs[index]
                         raise EnvError(
-                            f"the expert of {self._name}/{task}/{variation} failed {ATTEMPTS} "
+                            f"the expert of {self._name}/{requests[index].task}/"
+                            f"{requests[index].variation} failed {ATTEMPTS} "
                             f"times: {answer.reason}"
                         )
                     todo.appendleft(index)
                 else:
                     assert not isinstance(answer, Reset | Observation)
                     found[index] = answer
-        return [found[index] for index in range(len(refs))]
+        return [found[index] for index in range(len(requests))]
 
     def _hear_experts(
-        self, busy: Mapping[int, int], refs: Sequence[tuple[str, int]]
+        self, busy: Mapping[int, int], requests: Sequence[ExpertRequest]
     ) -> list[tuple[int, Answer | Lost]]:
         if not self._workers:
-            return [(0, self._answer_here([(SPARE, ExpertRequest(*refs[busy[0]]))])[SPARE])]
+            return [(0, self._answer_here([(SPARE, requests[busy[0]])])[SPARE])]
         news = self._hear(busy, EXPERT_FACTOR * self._timeout_s)
         return [
             (i, self._replace(i, answer.reason) if isinstance(answer, Broken) else answer)

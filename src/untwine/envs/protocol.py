@@ -36,6 +36,7 @@ class EnvInfo:
     snapshots       `snapshot` and `restore` work
     lists_commands  `admissible` works
     has_expert      `expert` works
+    replans         `plan` works, and so do experts that err (wandering.py); needs `lists_commands`
     remote          starts a heavy process of its own (a JVM): keep it in spawned workers
     inspecting      first words of commands that look without changing anything; looking twice is
                     a repeat, looking once is not a flaw (gcd/labels.py)
@@ -47,6 +48,7 @@ class EnvInfo:
     snapshots: bool
     lists_commands: bool
     has_expert: bool
+    replans: bool = False
     remote: bool = False
     inspecting: tuple[str, ...] = ()
     blocked: tuple[str, ...] = ()
@@ -90,6 +92,14 @@ class Env(Protocol):
 
     def close(self) -> None:
         """Free processes and files. Safe to call twice."""
+
+
+@runtime_checkable
+class Planner(Env, Protocol):
+    """An environment whose expert can start anywhere (`EnvInfo.replans`)."""
+
+    def plan(self) -> tuple[str, ...] | None:
+        """Commands that solve the instance from the present state, or None when it is lost."""
 
 
 class EnvFactory(Protocol):

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from untwine.envs.protocol import Env, EnvFamily, Reset
+from untwine.envs.protocol import Env, EnvFamily, Planner, Reset
 from untwine.errors import EnvError, nearest
 from untwine.records import Observation
 
@@ -73,6 +73,8 @@ class _Listing:
         self.admissible = env.admissible
         self.snapshot = env.snapshot
         self.expert = env.expert
+        if isinstance(env, Planner):
+            self.plan = env.plan
         self.close = env.close
 
     def reset(self, task: str, variation: int) -> Reset:

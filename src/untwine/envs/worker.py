@@ -11,6 +11,7 @@ are dropped, so they are never taken for answers to a later one.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -22,8 +23,9 @@ from multiprocessing import connection
 from typing import Any
 
 from untwine.envs import registry
-from untwine.envs.protocol import Env, Reset
-from untwine.errors import UntwineError
+from untwine.envs.protocol import Env, Planner, Reset
+from untwine.envs.wandering import Command, wandering_plan
+from untwine.errors import EnvError, UntwineError
 from untwine.records import Observation
 
 STARTUP_S = 60.0  # allowed on top of timeout_s until a new worker has answered once
@@ -54,8 +56,13 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class ExpertRequest:
+    """Solve an instance. With `noise`, after a wrong command now and then (wandering.py)."""
+
     task: str
     variation: int
+    noise: float = 0.0
+    max_steps: int = 0
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +86,7 @@ class Broken:
 
 
 Request = ResetRequest | StepRequest | ExpertRequest
-Answer = Reset | Observation | Fault | tuple[str, ...] | None
+Answer = Reset | Observation | Fault | tuple[Command, ...] | None
 
 
 class Sessions:
@@ -100,7 +107,7 @@ class Sessions:
                 return env.step(request.command)
             if isinstance(request, ResetRequest):
                 return env.reset(request.task, request.variation)
-            return env.expert(request.task, request.variation)
+            return _expert(env, request)
         except UntwineError as error:
             return Fault(type(error), str(error))
 
@@ -109,6 +116,18 @@ class Sessions:
             with contextlib.suppress(Exception):
                 env.close()
         self._envs.clear()
+
+
+def _expert(env: Env, request: ExpertRequest) -> tuple[Command, ...] | None:
+    task, variation, noise, max_steps, seed = dataclasses.astuple(request)
+    if noise:
+        if not isinstance(env, Planner):
+            raise EnvError("this environment has no experts that err: it cannot plan anew")
+        wandering = wandering_plan(env, task, variation, noise, max_steps, seed)
+        if wandering is not None:
+            return wandering
+    plan = env.expert(task, variation)
+    return None if plan is None else tuple(Command(command) for command in plan)
 
 
 def describe(error: Exception) -> str:

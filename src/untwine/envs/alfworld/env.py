@@ -11,9 +11,11 @@ then `valid_seen` (our dev) and `valid_unseen` (our test), each in the order of 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -50,6 +52,7 @@ INFO = EnvInfo(
     snapshots=True,
     lists_commands=True,
     has_expert=True,
+    replans=True,
     inspecting=("look", "examine", "inventory", "help"),
 )
 
@@ -200,6 +203,15 @@ class AlfWorldEnv:
             return None
         except EnvError:
             return read_game_file(path).walkthrough
+
+    def plan(self) -> tuple[str, ...] | None:
+        """A shortest plan from here, None when there is none. Only with the native engine."""
+        engine = self._need()
+        if not isinstance(engine, Engine):
+            raise EnvError("alfworld: only the native engine plans; set engine: native")
+        with contextlib.suppress(Unreachable):
+            return shortest_plan(replace(engine.game, start=engine.snapshot()))
+        return None
 
     def close(self) -> None:
         if isinstance(self._engine, StockEngine):

@@ -1,0 +1,48 @@
+"""Experts that err: what a demonstrator does who now and then takes a wrong command, and recovers.
+
+A cold start on faultless plans never shows what to do after a mistake, and leaves nothing to learn
+by trying (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+from untwine.envs.protocol import Planner
+
+
+class Command(NamedTuple):
+    """One command of an expert; `expert` is false where it errs on purpose."""
+
+    text: str
+    expert: bool = True
+
+
+def wandering_plan(
+    env: Planner, task: str, variation: int, noise: float, max_steps: int, seed: int = 0
+) -> tuple[Command, ...] | None:
+    """Solve an instance, erring with probability `noise` at each step; None when that fails, or
+    takes more than `max_steps`.
+
+    An error is one of the commands that are valid now, except the one the expert would take; the
+    expert then plans anew (`EnvInfo.replans`). Where there are too few steps left for a detour, it
+    errs no more. The same arguments give the same commands where the environment is deterministic.
+    """
+    rng = random.Random(f"{seed}/{task}/{variation}")
+    observation = env.reset(task, variation).observation
+    taken: list[Command] = []
+    plan = env.plan()
+    while plan and not observation.done:
+        wrong: list[str] = []
+        if rng.random() < noise and len(taken) + 2 + len(plan) <= max_steps:
+            wrong = [command for command in env.admissible() if command != plan[0]]
+        if not wrong:
+            taken.append(Command(plan[0]))
+            observation, plan = env.step(plan[0]), plan[1:]
+            continue
+        taken.append(Command(rng.choice(wrong), expert=False))
+        observation = env.step(taken[-1].text)
+        plan = env.plan()
+    solved = observation.success and 0 < len(taken) <= max_steps
+    return tuple(taken) if solved else None

@@ -1,0 +1,86 @@
+"""Experts that err and recover."""
+
+from __future__ import annotations
+
+import pytest
+
+from untwine.demonstrations import play_experts
+from untwine.envs.alfworld.generate import generate
+from untwine.envs.pool import EnvPool
+from untwine.envs.protocol import Planner
+from untwine.envs.registry import make_env
+from untwine.envs.wandering import Command, wandering_plan
+from untwine.errors import EnvError
+from untwine.records import TaskRef
+
+TASK = "pick_clean_then_place_in_recep"
+LIMIT = 20
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("games")
+    for seed in range(4):
+        generate(TASK, seed).write(folder / "train")
+    return str(folder)
+
+
+def test_it_errs_with_valid_commands_and_still_wins(data: str) -> None:
+    env = make_env("alfworld", {"data": data})
+    assert isinstance(env, Planner)
+    errors = total = 0
+    for variation in range(4):
+        for seed in range(5):
+            plan = wandering_plan(env, TASK, variation, 0.4, LIMIT, seed)
+            assert plan is not None
+            assert len(plan) <= LIMIT
+            env.reset(TASK, variation)
+            for command, expert in plan:
+                assert command in env.admissible()
+                if not expert:  # not what the expert would do here
+                    due = env.plan()
+                    assert due
+                    assert command != due[0]
+                last = env.step(command)
+            assert last.success
+            errors += sum(not command.expert for command in plan)
+            total += len(plan)
+    assert 0.1 < errors / total < 0.5
+
+
+def test_without_noise_it_is_the_shortest_plan(data: str) -> None:
+    env = make_env("alfworld", {"data": data})
+    assert isinstance(env, Planner)
+    plan = env.expert(TASK, 0)
+    assert plan
+    assert wandering_plan(env, TASK, 0, 0.0, LIMIT) == tuple(map(Command, plan))
+    # no room for a detour: no error
+    assert wandering_plan(env, TASK, 0, 1.0, len(plan)) == tuple(map(Command, plan))
+    assert wandering_plan(env, TASK, 0, 0.0, len(plan) - 1) is None
+
+
+def test_the_same_arguments_give_the_same_commands(data: str) -> None:
+    env = make_env("alfworld", {"data": data})
+    assert isinstance(env, Planner)
+    first, again, other = (wandering_plan(env, TASK, 1, 0.5, LIMIT, seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_transcripts_mark_the_errors(data: str, workers: int) -> None:
+    refs = [TaskRef("alfworld", TASK, v) for v in range(4)]
+    with EnvPool("alfworld", {"data": data}, workers=workers, sessions=4, timeout_s=30) as pool:
+        found = play_experts(pool, refs, LIMIT, noise=0.5, replans=True, seed=3)
+        calm = play_experts(pool, refs, LIMIT, noise=0.0, replans=True, seed=3)
+    assert [t.ref for t in found] == refs
+    assert all(t.moves[-1].after.success and len(t.moves) <= LIMIT for t in found)
+    assert any(not move.expert for t in found for move in t.moves)
+    assert all(move.expert for t in calm for move in t.moves)
+
+
+def test_environments_that_cannot_plan_anew_say_so() -> None:
+    with (
+        EnvPool("rooms", {}, workers=0, sessions=1, timeout_s=30) as pool,
+        pytest.raises(EnvError, match="cannot plan anew"),
+    ):
+        pool.wandering_experts([("fetch", 0)], noise=0.5, max_steps=9)
