@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,13 @@ def test_a_tampered_pack_is_refused(small: Path) -> None:
     path.unlink()
     with pytest.raises(EnvError, match=r"pack\.json cannot be read: No such file"):
         PackGames(small).variations(HEAT)
+
+
+def test_the_installed_package_has_the_pack_and_its_checksums() -> None:
+    project = tomllib.loads((FOLDER.parents[3] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["untwine"]
+    packaged = {path for pattern in patterns for path in FOLDER.parents[1].glob(pattern)}
+    assert {FOLDER / name for name in ("pack.json", "scenes.json", "SHA256SUMS")} <= packaged
 
 
 @pytest.mark.parametrize("field", range(5))

@@ -5,7 +5,7 @@
 
 Rooms are the 120 of ALFRED, with the receptacles and kinds of things each of them has (scenes.json,
 from alfworld 0.4.2, see NOTICE); things lie where ALFRED allows them to. What differs from official
-games: receptacles whose place the wheel does not give (stove burners, coffee machines, ...) get one
+games: receptacles whose place alfworld does not give (stove burners, coffee machines, ...) get one
 that is made up, always the same in a room, and things are placed without physics. The same
 arguments give the same game, on every machine and in every process.
 
