@@ -13,6 +13,8 @@ import yaml
 from tests.training.test_resume import RECIPE
 from untwine.cli import main
 from untwine.config import load_recipe
+from untwine.envs.alfworld.generate import generate
+from untwine.envs.splits import load_splits
 
 TINY = {
     **RECIPE,
@@ -150,6 +152,7 @@ def test_evaluate_at_random_and_unknown_sets(untwine, finished: Path) -> None:  
     result = untwine("evaluate", finished, "--model", "random", "--episodes", "6")
     assert result.code == 0, result.err
     assert "random" in result.out
+    assert result.out.split()[0] == "rooms"  # the title of the table
     assert_refused(untwine("evaluate", finished, "--sets", "L9"), 3, "L9")
 
 
@@ -181,6 +184,46 @@ def test_doctor_and_version(untwine) -> None:  # type: ignore[no-untyped-def]
     assert "untwine 0." in untwine("--version").out
 
 
+def test_doctor_shows_what_is_wrong_with_data_of_ones_own(  # type: ignore[no-untyped-def]
+    untwine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    assert "ALFWORLD_DATA" not in untwine("doctor").out
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "[no]"))
+    result = untwine("doctor")
+    assert result.code == 0, result.err
+    shown = " ".join(result.out.replace("│", " ").split())
+    assert "$ALFWORLD_DATA not usable" in shown
+    assert "[no] has no ALFWorld games" in shown
+    assert "ALFWorld (synthetic games): 4080 instances" in shown
+    generate("pick_and_place_simple", 0).write(tmp_path / "train")
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    shown = " ".join(untwine("doctor").out.replace("│", " ").split())
+    assert "$ALFWORLD_DATA 6 tasks ALFWorld (synthetic games): 1 instances" in shown
+
+
+def test_held_out_tasks_hold_in_training_evaluation_and_resume(  # type: ignore[no-untyped-def]
+    untwine, recipe: Path, tmp_path: Path
+) -> None:
+    run, held_out = tmp_path / "run", "env.held_out_tasks=[unlock]"
+    refused = untwine("train", recipe, "env.held_out_tasks=[unlok]", "--run", run)
+    assert_refused(refused, 3, "no task 'unlok'", "Did you mean 'unlock'")
+    arguments = ["env.tasks=[fetch, tidy]", "evaluate.sets=[L0, L2]", "cold_start.steps=2"]
+    result = untwine("train", recipe, held_out, *arguments, "--run", run)
+    assert result.code == 0, result.err
+    assert load_recipe(run / "recipe.yaml").env.held_out_tasks == ["unlock"]
+    info = json.loads((run / "run.json").read_text())
+    assert info["environment"] == "rooms"
+    assert info["splits"] == load_splits("rooms", "default", {}, ["unlock"]).checksum
+    assert untwine("train", "--resume", run, "rl.iterations=2").code == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    examined = [set(row["by_task"]) for row in rows if row.get("set") == "L2"]
+    assert examined == [{"unlock"}] * 2  # after the cold start, and at the end
+    result = untwine("evaluate", run, "--sets", "L2", "--episodes", "2", "--json")
+    assert [set(row["by_task"]) for row in json.loads(result.out)] == [{"unlock"}]
+
+
 def test_unknown_commands_and_options(untwine) -> None:  # type: ignore[no-untyped-def]
     assert_refused(untwine("trian"), 2, "trian", "train")
     assert_refused(untwine("train", "--resum", "x"), 2, "--resum", "--resume")
@@ -198,6 +241,7 @@ def test_demo_ends_with_a_table_and_a_report(untwine, recipe: Path, tmp_path: Pa
     assert "demo-gcd" in page
     objectives = [load_recipe(out / arm / "recipe.yaml").gcd.objective for arm in ("grpo", "gcd")]
     assert objectives == ["none", "generative/ce"]
+    assert "rooms, held-out variations" in " ".join(result.out.split())
     again = untwine("demo", "--recipe", recipe, "--out", out)
     assert again.code != 0
     assert "already exists" in again.err

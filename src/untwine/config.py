@@ -35,6 +35,9 @@ class EnvConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="options of the family")
     tasks: list[str] = Field(default_factory=list, description="task names; empty means all")
     splits: str = Field("default", description="split file: a name in the family, or a path")
+    held_out_tasks: list[str] | None = Field(
+        None, description="tasks kept out of training, with splits: default; null: the file's"
+    )
     train_set: str = Field("train", description="which set of the split file to train on")
     variations: Natural = Field(0, description="first N variations of every task; 0 means all")
     max_steps: Positive = Field(20, description="step limit of an episode")

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from untwine.config import Recipe, load_recipe
+from untwine.envs.registry import get_catalogue
 from untwine.errors import CheckpointError, Interrupted, UntwineError
 from untwine.evaluate.command import evaluate_random, with_interval
 from untwine.progress import Display
@@ -124,7 +125,8 @@ def _rows(run: Path, stage: str) -> list[dict[str, Any]]:
 
 
 def _print_table(recipe: Recipe, out: Path, random_rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(title=f"{recipe.env.name}, held-out variations, 95 % intervals")
+    title = get_catalogue(recipe.env.name, recipe.env.options).info.title
+    table = Table(title=f"{title}, held-out variations, 95 % intervals")
     table.add_column("policy")
     for name in recipe.evaluate.sets:
         table.add_column(f"{name} score", justify="right")

@@ -7,14 +7,18 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import untwine
-from untwine.envs.registry import family_names, get_family
+from untwine.envs.registry import family_names, get_catalogue
+from untwine.errors import EnvError
 
 _CORE = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "rich")
 _EXTRAS = {
@@ -26,6 +30,8 @@ _EXTRAS = {
     "docs": (("mkdocs",), "building the documentation"),
     "dev": (("pytest", "hypothesis", "ruff", "mypy"), "tests, lint and type checks"),
 }
+# variables that name data of one's own, and what uses them: environment and options
+_DATA = {"ALFWORLD_DATA": ("alfworld", {"data": "official"})}
 
 
 def examine() -> int:
@@ -48,10 +54,10 @@ def examine() -> int:
         table.add_row(f"extra {extra}", "[yellow]missing[/yellow]" if absent else "yes", mend)
     table.add_row("java", *_java())
     for name in family_names():
-        catalogue = get_family(name).catalogue
-        tasks = catalogue.tasks()
-        instances = sum(len(catalogue.variations(task)) for task in tasks)
-        table.add_row(f"environment {name}", f"{len(tasks)} tasks", f"{instances} instances")
+        table.add_row(f"environment {name}", *_environment(name, {}))
+    for variable, (name, options) in _DATA.items():
+        if os.environ.get(variable):
+            table.add_row(f"${variable}", *_environment(name, options))
     console.print(table)
     return 1 if missing else 0
 
@@ -61,6 +67,17 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _environment(name: str, options: Mapping[str, Any]) -> tuple[str, str]:
+    """What there is to act in, or what is wrong with it."""
+    try:
+        catalogue = get_catalogue(name, options)
+        tasks = catalogue.tasks()
+        instances = sum(len(catalogue.variations(task)) for task in tasks)
+        return f"{len(tasks)} tasks", f"{catalogue.info.title}: {instances} instances"
+    except EnvError as error:
+        return "[yellow]not usable[/yellow]", escape(str(error))
 
 
 def _devices() -> tuple[str, str]:

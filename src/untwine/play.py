@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from untwine.envs.protocol import Env, EnvInfo
-from untwine.envs.registry import get_family, make_env
+from untwine.envs.registry import get_catalogue, make_env
 from untwine.errors import EnvError
 from untwine.records import Observation
 
@@ -22,18 +22,19 @@ _HELP = {
 def play_session(name: str, task: str, variation: int, options: list[str]) -> None:
     """Play one instance on the terminal; without a task, list the tasks."""
     console = Console()
-    family = get_family(name)
+    chosen = _options(options)
+    catalogue = get_catalogue(name, chosen)
     if not task:
-        table = Table(title=f"tasks of {name}")
+        table = Table(title=f"tasks of {catalogue.info.title}")
         table.add_column("task")
         table.add_column("variations", justify="right")
-        for known in family.catalogue.tasks():
-            table.add_row(known, str(len(family.catalogue.variations(known))))
+        for known in catalogue.tasks():
+            table.add_row(known, str(len(catalogue.variations(known))))
         console.print(table)
         return
-    env = make_env(name, _options(options))
+    env = make_env(name, chosen)
     try:
-        _Session(env, family.catalogue.info, console, task, variation).run()
+        _Session(env, catalogue.info, console, task, variation).run()
     finally:
         env.close()
 

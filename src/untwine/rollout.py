@@ -16,7 +16,6 @@ import torch
 from untwine.config import PromptConfig, SamplingConfig
 from untwine.envs.pool import EnvPool, Lost, ResetRequest, StepRequest
 from untwine.envs.protocol import Reset
-from untwine.envs.registry import get_family
 from untwine.errors import EnvError, UntwineError
 from untwine.policy.loading import Policy
 from untwine.policy.sampler import Sample, Sampler
@@ -65,14 +64,13 @@ class Collector:
         self,
         policy: Policy,
         pool: EnvPool,
-        env_name: str,
         max_steps: int,
         prompt: PromptConfig,
         sampling: SamplingConfig,
     ) -> None:
         self.policy = policy
         self.pool = pool
-        self.info = get_family(env_name).catalogue.info
+        self.info = pool.info
         self.max_steps = max_steps
         self.prompt = prompt
         self.sampling = sampling
@@ -80,7 +78,7 @@ class Collector:
         self._longest = min(prompt.max_tokens, policy.max_positions - sampling.max_new_tokens)
         if (prompt.list_admissible or prompt.only_admissible) and not self.info.lists_commands:
             raise EnvError(
-                f"environment {env_name!r} cannot list admissible commands; "
+                f"environment {self.info.name!r} cannot list admissible commands; "
                 "set prompt.list_admissible and prompt.only_admissible to false"
             )
 

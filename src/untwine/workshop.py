@@ -9,8 +9,8 @@ from pathlib import Path
 from untwine.config import EnvConfig, Recipe
 from untwine.demonstrations import Transcript, play_experts
 from untwine.envs.pool import EnvPool
-from untwine.envs.registry import get_family
-from untwine.envs.splits import load_splits
+from untwine.envs.registry import get_catalogue
+from untwine.envs.splits import SplitFile, load_splits
 from untwine.errors import EnvError
 from untwine.policy.loading import Policy, check_exactness, load_policy
 from untwine.policy.sampler import Sampler
@@ -21,10 +21,9 @@ from untwine.rollout import Collector
 
 def open_pool(env: EnvConfig, *, list_commands: bool = False) -> EnvPool:
     """The pool a recipe asks for; `list_commands` has every observation list the commands."""
-    if get_family(env.name).catalogue.info.remote and env.workers == 0:
-        raise EnvError(
-            f"environment {env.name!r} needs worker processes; set env.workers=1 or more"
-        )
+    info = get_catalogue(env.name, env.options).info
+    if info.remote and env.workers == 0:
+        raise EnvError(f"{info.title} needs worker processes; set env.workers=1 or more")
     options = {**env.options, "list_commands": True} if list_commands else env.options
     return EnvPool(
         env.name,
@@ -35,11 +34,9 @@ def open_pool(env: EnvConfig, *, list_commands: bool = False) -> EnvPool:
     )
 
 
-def training_refs(env: EnvConfig) -> list[TaskRef]:
+def training_refs(env: EnvConfig, splits: SplitFile) -> list[TaskRef]:
     """The task instances of the training set. EnvError when there are none."""
-    refs = load_splits(env.name, env.splits).refs(
-        env.train_set, tasks=env.tasks, limit=env.variations
-    )
+    refs = splits.refs(env.train_set, tasks=env.tasks, limit=env.variations)
     if not refs:
         raise EnvError(f"set {env.train_set!r} of environment {env.name!r} is empty")
     return list(refs)
@@ -74,12 +71,11 @@ class Workshop:
     def __init__(self, recipe: Recipe, display: Display, model: Path | None = None) -> None:
         self.recipe = recipe
         self.display = display
-        self.info = get_family(recipe.env.name).catalogue.info
-        self.refs = training_refs(recipe.env)
-        prompt = recipe.prompt
-        self.pool = open_pool(
-            recipe.env, list_commands=prompt.list_admissible or prompt.only_admissible
-        )
+        env, prompt = recipe.env, recipe.prompt
+        self.info = get_catalogue(env.name, env.options).info
+        self.splits = load_splits(env.name, env.splits, env.options, env.held_out_tasks)
+        self.refs = training_refs(env, self.splits)
+        self.pool = open_pool(env, list_commands=prompt.list_admissible or prompt.only_admissible)
         self._transcripts: list[Transcript] | None = None
         try:
             policy = recipe.policy
@@ -132,6 +128,4 @@ def make_collector(policy: Policy, pool: EnvPool, recipe: Recipe) -> Collector:
 
     probe = Sampler(policy, recipe.sampling, torch.Generator())
     check_exactness(policy, probe.logits_piecewise)
-    return Collector(
-        policy, pool, recipe.env.name, recipe.env.max_steps, recipe.prompt, recipe.sampling
-    )
+    return Collector(policy, pool, recipe.env.max_steps, recipe.prompt, recipe.sampling)

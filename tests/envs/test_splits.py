@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from untwine.envs import splits as splits_module
+from untwine.envs.protocol import EnvInfo
 from untwine.envs.registry import get_family
 from untwine.envs.splits import (
     FOLDER,
@@ -168,3 +169,66 @@ def test_default_sets_leave_out_tasks_without_variations() -> None:
     sets = default_sets(get_family("scienceworld").catalogue, ())
     assert "identify-life-stages-1" not in sets["L0"]  # six train variations: no tenth one
     assert sets["L2"] == {}
+
+
+class Kinned:
+    """1000 train variations of each task; the kin of `a` and `b` overlap."""
+
+    info = EnvInfo("kin", deterministic=True, snapshots=True, lists_commands=True, has_expert=True)
+
+    def tasks(self) -> tuple[str, ...]:
+        return ("a", "b", "c")
+
+    def variations(self, task: str, split: str | None = None) -> tuple[int, ...]:
+        ranges = {"train": range(1000), "dev": range(1000, 1010), "test": range(1010, 1020)}
+        return tuple(ranges[split] if split else range(1020))
+
+    def kin(self, task: str, variation: int) -> str:
+        return f"room {(variation * 7 + (task == 'b') * 100) % 450}"
+
+
+def test_kin_is_never_separated() -> None:
+    catalogue = Kinned()
+    sets = default_sets(catalogue, ["c"])
+    kin = {
+        name: {catalogue.kin(task, v) for task in sets[name] for v in sets[name][task]}
+        for name in ("train", "L0")
+    }
+    assert not kin["train"] & kin["L0"]
+    assert len(kin["train"] | kin["L0"]) == 450
+    assert 25 < len(kin["L0"]) < 65  # 45 expected
+    for task in ("a", "b"):
+        assert sorted(sets["train"][task] + sets["L0"][task]) == list(range(1000))
+    assert sets["L2"] == {"c": tuple(range(1010, 1020))}
+    # the choice depends on the name of the kin only, not on what else there is
+    alone = default_sets(catalogue, ["b", "c"])
+    assert alone["L0"]["a"] == sets["L0"]["a"]
+
+
+def test_other_held_out_tasks() -> None:
+    catalogue = get_family("rooms").catalogue
+    splits = load_splits("rooms", "default", {}, ["unlock", "fetch", "unlock"])
+    assert splits.held_out_tasks == ("fetch", "unlock")
+    assert splits.sets["L2"] == {t: catalogue.variations(t, "test") for t in ("fetch", "unlock")}
+    for name in ("train", "L0", "dev", "L1"):
+        assert list(splits.sets[name]) == ["tidy"]
+    assert splits.checksum == load_splits("rooms", "default", {}, ["fetch", "unlock"]).checksum
+    assert splits.checksum != load_splits("rooms", "default", {}, ["fetch"]).checksum
+    assert load_splits("rooms", "default", {}, []).sets["L2"] == {}
+    with pytest.raises(EnvError, match="task 'tidy' is not in set 'L2'"):
+        splits.refs("L2", ["tidy"])
+
+
+@pytest.mark.parametrize("env", ["alfworld", "babyai", "rooms", "scienceworld", "textworld"])
+def test_naming_the_same_held_out_tasks_changes_nothing(env: str) -> None:
+    packaged = load_splits(env, "default")
+    assert load_splits(env, "default", None, packaged.held_out_tasks[::-1]) == packaged
+
+
+def test_wrong_held_out_tasks(tmp_path: Path) -> None:
+    with pytest.raises(EnvError, match=r"'rooms' has no task 'fetsh'\. Did you mean 'fetch'"):
+        load_splits("rooms", "default", {}, ["fetsh"])
+    path = own_file(tmp_path, {"a": {"boil": [0]}})
+    for name in (str(path), "mine"):
+        with pytest.raises(EnvError, match=r"env.held_out_tasks needs env.splits: default"):
+            load_splits("scienceworld", name, {}, ["boil"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from untwine.demonstrations import play_experts
-from untwine.envs.alfworld.generate import generate
 from untwine.envs.pool import EnvPool
 from untwine.envs.protocol import Planner
 from untwine.envs.registry import make_env
@@ -17,16 +16,8 @@ TASK = "pick_clean_then_place_in_recep"
 LIMIT = 20
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("games")
-    for seed in range(4):
-        generate(TASK, seed).write(folder / "train")
-    return str(folder)
-
-
-def test_it_errs_with_valid_commands_and_still_wins(data: str) -> None:
-    env = make_env("alfworld", {"data": data})
+def test_it_errs_with_valid_commands_and_still_wins() -> None:
+    env = make_env("alfworld")
     assert isinstance(env, Planner)
     errors = total = 0
     for variation in range(4):
@@ -48,8 +39,8 @@ def test_it_errs_with_valid_commands_and_still_wins(data: str) -> None:
     assert 0.1 < errors / total < 0.5
 
 
-def test_without_noise_it_is_the_shortest_plan(data: str) -> None:
-    env = make_env("alfworld", {"data": data})
+def test_without_noise_it_is_the_shortest_plan() -> None:
+    env = make_env("alfworld")
     assert isinstance(env, Planner)
     plan = env.expert(TASK, 0)
     assert plan
@@ -59,17 +50,17 @@ def test_without_noise_it_is_the_shortest_plan(data: str) -> None:
     assert wandering_plan(env, TASK, 0, 0.0, len(plan) - 1) is None
 
 
-def test_the_same_arguments_give_the_same_commands(data: str) -> None:
-    env = make_env("alfworld", {"data": data})
+def test_the_same_arguments_give_the_same_commands() -> None:
+    env = make_env("alfworld")
     assert isinstance(env, Planner)
     first, again, other = (wandering_plan(env, TASK, 1, 0.5, LIMIT, seed) for seed in (1, 1, 2))
     assert first == again != other
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_transcripts_mark_the_errors(data: str, workers: int) -> None:
+def test_transcripts_mark_the_errors(workers: int) -> None:
     refs = [TaskRef("alfworld", TASK, v) for v in range(4)]
-    with EnvPool("alfworld", {"data": data}, workers=workers, sessions=4, timeout_s=30) as pool:
+    with EnvPool("alfworld", {}, workers=workers, sessions=4, timeout_s=30) as pool:
         found = play_experts(pool, refs, LIMIT, noise=0.5, replans=True, seed=3)
         calm = play_experts(pool, refs, LIMIT, noise=0.0, replans=True, seed=3)
     assert [t.ref for t in found] == refs

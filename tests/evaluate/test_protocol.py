@@ -7,8 +7,10 @@ import dataclasses
 import pytest
 from tests.builders import REF, make_episode, make_step
 
+from untwine.config import EnvConfig
 from untwine.envs.protocol import EnvInfo
-from untwine.evaluate.protocol import summarise
+from untwine.errors import EnvError
+from untwine.evaluate.protocol import evaluation_refs, summarise
 from untwine.evaluate.statistics import bootstrap_interval, wilson_interval
 from untwine.records import Group
 
@@ -40,3 +42,17 @@ def test_an_instance_played_twice_counts_once_in_the_intervals() -> None:
     assert twice["instances"] == 8
     for key in ("outcome_mean", "outcome_interval", "success_rate", "success_interval"):
         assert twice[key] == once[key]
+
+
+def test_an_empty_set_is_refused_before_it_is_played() -> None:
+    env = EnvConfig(name="rooms", held_out_tasks=[])
+    assert len(evaluation_refs(env, "L1", 6)) == 6
+    assert evaluation_refs(env, "L2", 0) == []
+    with pytest.raises(EnvError, match="set 'L2' of environment 'rooms' is empty; leave it out"):
+        evaluation_refs(env, "L2", 6)
+
+
+def test_held_out_tasks_of_a_recipe_are_those_of_l2() -> None:
+    env = EnvConfig(name="alfworld", held_out_tasks=["look_at_obj_in_light"], tasks=[])
+    assert {ref.task for ref in evaluation_refs(env, "L2", 8)} == {"look_at_obj_in_light"}
+    assert len({ref.task for ref in evaluation_refs(env, "L1", 10)}) == 5

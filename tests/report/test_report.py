@@ -126,6 +126,21 @@ def test_numbers_are_json_and_hold_the_last_evaluation_of_each_phase(make_run: M
     assert len(run["first_look"]) == 3
 
 
+def test_the_environment_is_named(tmp_path: Path, make_run: MakeRun) -> None:
+    """By its title; by its family when an older run has no title."""
+    titled, older = make_run("a", env={"name": "alfworld"}), make_run("b")
+    info = json.loads((titled / "run.json").read_text())
+    info |= {"environment": "ALFWorld (synthetic games)", "splits": "0123456789abcdef"}
+    (titled / "run.json").write_text(json.dumps(info))
+    runs = report_numbers([titled, older])["runs"]
+    assert [run["environment"] for run in runs] == ["ALFWorld (synthetic games)", "rooms"]
+    assert [run["splits"] for run in runs] == ["0123456789abcdef", None]
+    header = page_of(tmp_path, titled).text.partition("Curves")[2].partition("Results")[0]
+    assert header.count("ALFWorld (synthetic games)") == 2
+    assert "0123456789ab" in header
+    assert "ALFWorld (synthetic games) · rooms" in page_of(tmp_path, titled, older).text
+
+
 def test_a_missing_success_interval_is_wilson(tmp_path: Path) -> None:
     row = {
         "stage": "evaluate",

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from untwine.envs import registry
-from untwine.envs.protocol import Reset
+from untwine.envs.protocol import EnvInfo, Reset
 from untwine.envs.wandering import Command
 from untwine.envs.worker import (
     SPARE,
@@ -76,6 +76,11 @@ class EnvPool:
         self._workers = [Worker(name, self._options) for _ in range(workers)]
         self.slots = max(1, workers) * sessions
         self.restarts = 0
+
+    @property
+    def info(self) -> EnvInfo:
+        """What the environments of this pool offer. EnvError for wrong options."""
+        return registry.get_catalogue(self._name, self._options).info
 
     def call(
         self, requests: Mapping[int, ResetRequest | StepRequest]

@@ -12,7 +12,7 @@ declared in `EnvInfo`, so that callers ask before they use it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -41,6 +41,7 @@ class EnvInfo:
     inspecting      first words of commands that look without changing anything; looking twice is
                     a repeat, looking once is not a flaw (gcd/labels.py)
     blocked         commands an agent may never send
+    title           what is acted in, as shown with results; by default the name of the family
     """
 
     name: str
@@ -52,13 +53,25 @@ class EnvInfo:
     remote: bool = False
     inspecting: tuple[str, ...] = ()
     blocked: tuple[str, ...] = ()
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", self.title or self.name)
 
 
 @runtime_checkable
 class Catalogue(Protocol):
-    """Which task instances an environment family has. Cheap: needs no running environment."""
+    """Which task instances an environment family has. Cheap: needs no running environment.
 
-    info: EnvInfo
+    Three more attributes are optional, and only the default split files (splits.py) read them:
+
+    held_out_tasks         names of tasks that are not seen in training
+    kin(task, variation)   what an instance is about; those with equal kin go to the same set
+    fingerprint()          a checksum of which instances there are, where options choose them
+    """
+
+    @property
+    def info(self) -> EnvInfo: ...
 
     def tasks(self) -> tuple[str, ...]:
         """Names of all tasks, in a fixed order."""
@@ -110,8 +123,13 @@ class EnvFactory(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EnvFamily:
-    """An entry of the registry: how to list tasks, how to make an environment."""
+    """An entry of the registry: how to list tasks, how to make an environment.
+
+    catalogue      what there is without options
+    catalogue_for  the catalogue of some options, when they change it
+    """
 
     catalogue: Catalogue
     make: EnvFactory
     option_names: Sequence[str]
+    catalogue_for: Callable[[Mapping[str, Any]], Catalogue] | None = None

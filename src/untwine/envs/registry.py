@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from untwine.envs.protocol import Env, EnvFamily, Planner, Reset
+from untwine.envs.protocol import Catalogue, Env, EnvFamily, Planner, Reset
 from untwine.errors import EnvError, nearest
 from untwine.records import Observation
 
@@ -46,23 +46,35 @@ def get_family(name: str) -> EnvFamily:
     return family
 
 
+def get_catalogue(name: str, options: Mapping[str, Any] | None = None) -> Catalogue:
+    """What the family `name` offers with these options. EnvError for unknown or wrong options."""
+    family, options, _ = _chosen(name, options)
+    return family.catalogue if family.catalogue_for is None else family.catalogue_for(options)
+
+
 def make_env(name: str, options: Mapping[str, Any] | None = None) -> Env:
     """A live environment of the family `name`.
 
     Every family that lists its commands also takes the option `list_commands`: each observation
     then carries the admissible commands.
     """
-    family = get_family(name)
-    options = dict(options or {})
-    listing = bool(options.pop("list_commands", False))
+    family, options, listing = _chosen(name, options)
     if listing and not family.catalogue.info.lists_commands:
         raise EnvError(f"environment {name!r} cannot list its commands; drop list_commands")
-    for key in options:
+    env = family.make(options)
+    return _Listing(env) if listing else env
+
+
+def _chosen(name: str, options: Mapping[str, Any] | None) -> tuple[EnvFamily, dict[str, Any], bool]:
+    """The family, its own options, and whether to list commands. EnvError for unknown options."""
+    family = get_family(name)
+    own = dict(options or {})
+    listing = bool(own.pop("list_commands", False))
+    for key in own:
         if key not in family.option_names:
             hint = nearest(key, family.option_names)
             raise EnvError(f"environment {name!r} has no option {key!r}.{hint}")
-    env = family.make(options)
-    return _Listing(env) if listing else env
+    return family, own, listing
 
 
 class _Listing:

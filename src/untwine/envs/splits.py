@@ -2,7 +2,7 @@
 
 A split file names sets of (task, variation). The default files have five of them:
 
-    train   the train variations of the tasks that are seen in training, without every tenth
+    train   the train variations of the tasks that are seen in training, without a tenth of them
     L0      that tenth: same tasks, same distribution, never trained on
     dev     the dev variations of the seen tasks
     L1      the test variations of the seen tasks
@@ -12,6 +12,13 @@ They are committed as `splits_data/<env>-<name>.json`, with their checksums in
 `splits_data/SHA256SUMS` (`sha256sum --check` reads it), so that a score always belongs to known
 instances: a packaged file that differs from its checksum is refused. A file of your own is given
 by its path and needs no checksum.
+
+The tenth is every tenth variation. Where the catalogue has `kin`, it is a tenth of the groups of
+kin instead, chosen by a checksum of their names, so that what is alike is never in both sets, not
+even as another task.
+
+The default sets are computed, by the same rule, when other tasks are to be held out, and when the
+options of the environment choose other instances than those the packaged file is for.
 
 To give an environment family a default split file, let its catalogue have an attribute
 `held_out_tasks` (a tuple of task names) and run
@@ -24,20 +31,21 @@ nothing. Other files: `write_splits(env, name, description, sets, held_out_tasks
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from untwine.envs.checksums import checksum_of, known_checksums, write_checksums
 from untwine.envs.protocol import Catalogue, Split
-from untwine.envs.registry import family_names, get_family
+from untwine.envs.registry import family_names, get_catalogue, get_family
 from untwine.errors import EnvError, nearest
 from untwine.records import TaskRef
 
 FOLDER = Path(__file__).parent / "splits_data"
-EVERY = 10  # every tenth train variation goes to L0
+DEFAULT = "default"
+EVERY = 10  # one in ten train variations, or kin, goes to L0
 Sets = dict[str, dict[str, tuple[int, ...]]]  # set -> task -> variations
 
 
@@ -45,7 +53,7 @@ Sets = dict[str, dict[str, tuple[int, ...]]]  # set -> task -> variations
 class SplitFile:
     """Named sets of task instances of one environment family; no instance is in two sets.
 
-    checksum  sha256 of the file, to be kept with results
+    checksum  sha256 of the file, or of the sets that were computed; kept with the run
     """
 
     name: str
@@ -89,37 +97,93 @@ class SplitFile:
         return f"unknown task {task!r} of environment {self.env!r}.{nearest(task, known)}"
 
 
-def load_splits(env: str, name_or_path: str | Path) -> SplitFile:
+def load_splits(
+    env: str,
+    name_or_path: str | Path,
+    options: Mapping[str, Any] | None = None,
+    held_out_tasks: Sequence[str] | None = None,
+) -> SplitFile:
     """The packaged split file of that name, or the file at a path (with a `/` or ending in .json).
 
+    options         those of the environment, which may choose other instances
+    held_out_tasks  other held-out tasks than those of the default file; None for those
+
     EnvError when there is none, when it is of another environment, differs from its checksum, is
-    not well formed, names instances that do not exist, or has an instance in two sets.
+    not well formed, names instances that do not exist, or has an instance in two sets; and for
+    unknown held-out tasks, or such with a split file that is not the default one.
     """
-    text = str(name_or_path)
+    catalogue, text = get_catalogue(env, options), str(name_or_path)
+    if text == DEFAULT:
+        instances = _other_instances(env, catalogue)
+        if instances or held_out_tasks is not None:
+            return _computed(env, catalogue, held_out_tasks, instances)
+    elif held_out_tasks is not None:
+        raise EnvError(
+            f"env.held_out_tasks needs env.splits: {DEFAULT}, since the file {text!r} says itself "
+            "which tasks it holds out"
+        )
     packaged = not (text.endswith(".json") or "/" in text or "\\" in text)
-    path = FOLDER / f"{env}-{text}.json" if packaged else Path(text)
-    if packaged and not path.is_file():
-        get_family(env)  # an unknown environment is the likelier mistake
+    path = _packaged_path(env, text) if packaged else Path(text)
+    splits = _read(path, packaged)
+    if splits.env != env:
+        raise EnvError(f"split file {path} is for environment {splits.env!r}, not {env!r}")
+    _check(splits, path, catalogue)
+    return splits
+
+
+def _other_instances(env: str, catalogue: Catalogue) -> str:
+    """The fingerprint of a catalogue whose instances are not those of the packaged files, or ""."""
+    taken = getattr(catalogue, "fingerprint", None)
+    if taken is None or taken() == get_catalogue(env).fingerprint():  # type: ignore[attr-defined]
+        return ""
+    return str(taken())
+
+
+def _computed(
+    env: str, catalogue: Catalogue, held_out_tasks: Sequence[str] | None, instances: str
+) -> SplitFile:
+    """The default sets of a catalogue. With the same instances and held-out tasks, the checksum is
+    that of the packaged file."""
+    if held_out_tasks is None:
+        held_out_tasks = getattr(catalogue, "held_out_tasks", ())
+    tasks = catalogue.tasks()
+    for task in held_out_tasks:
+        if task not in tasks:
+            raise EnvError(
+                f"env.held_out_tasks: environment {env!r} has no task {task!r}."
+                f"{nearest(task, tasks)}"
+            )
+    held_out = tuple(task for task in tasks if task in held_out_tasks)
+    sets = default_sets(catalogue, held_out)
+    tree = _tree(env, DEFAULT, _description(env, catalogue), sets, held_out)
+    content = _bytes({**tree, "instances": instances} if instances else tree)
+    return SplitFile(DEFAULT, env, tree["description"], held_out, sets, checksum_of(content))
+
+
+def _packaged_path(env: str, name: str) -> Path:
+    """EnvError for an unknown name."""
+    path = FOLDER / f"{env}-{name}.json"
+    if not path.is_file():
         names = [p.stem.removeprefix(f"{env}-") for p in sorted(FOLDER.glob(f"{env}-*.json"))]
         known = f"known are {', '.join(names)}" if names else "there is none"
         raise EnvError(
-            f"environment {env!r} has no split file {text!r}; {known}.{nearest(text, names)}"
+            f"environment {env!r} has no split file {name!r}; {known}.{nearest(name, names)}"
         )
+    return path
+
+
+def _read(path: Path, packaged: bool) -> SplitFile:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise EnvError(f"split file {path} cannot be read: {error.strerror}") from error
-    checksum = hashlib.sha256(content).hexdigest()
-    if packaged and _known_checksums(FOLDER).get(path.name) != checksum:
+    checksum = checksum_of(content)
+    if packaged and known_checksums(FOLDER).get(path.name) != checksum:
         raise EnvError(
             f"split file {path.name} differs from its checksum in SHA256SUMS; reinstall untwine, "
             "or give a changed copy by its path"
         )
-    splits = _parse(content, checksum, path)
-    if splits.env != env:
-        raise EnvError(f"split file {path} is for environment {splits.env!r}, not {env!r}")
-    _check(splits, path)
-    return splits
+    return _parse(content, checksum, path)
 
 
 def _parse(content: bytes, checksum: str, path: Path) -> SplitFile:
@@ -143,8 +207,7 @@ def _parse(content: bytes, checksum: str, path: Path) -> SplitFile:
         raise EnvError(f"split file {path} is not well formed: {error}") from error
 
 
-def _check(splits: SplitFile, path: Path) -> None:
-    catalogue = get_family(splits.env).catalogue
+def _check(splits: SplitFile, path: Path, catalogue: Catalogue) -> None:
     owner: dict[tuple[str, int], str] = {}
     for set_name, tasks in splits.sets.items():
         for task, variations in tasks.items():
@@ -169,7 +232,7 @@ def default_sets(catalogue: Catalogue, held_out_tasks: Sequence[str]) -> Sets:
         if task in held_out_tasks:
             sets["L2"][task] = of["test"]
             continue
-        sets["L0"][task] = of["train"][EVERY - 1 :: EVERY]
+        sets["L0"][task] = _tenth(catalogue, task, of["train"])
         sets["train"][task] = tuple(v for v in of["train"] if v not in sets["L0"][task])
         sets["dev"][task] = of["dev"]
         sets["L1"][task] = of["test"]
@@ -177,6 +240,13 @@ def default_sets(catalogue: Catalogue, held_out_tasks: Sequence[str]) -> Sets:
         name: {task: variations for task, variations in tasks.items() if variations}
         for name, tasks in sets.items()
     }
+
+
+def _tenth(catalogue: Catalogue, task: str, variations: tuple[int, ...]) -> tuple[int, ...]:
+    kin = getattr(catalogue, "kin", None)
+    if kin is None:
+        return variations[EVERY - 1 :: EVERY]
+    return tuple(v for v in variations if int(checksum_of(kin(task, v).encode()), 16) % EVERY == 0)
 
 
 def write_splits(
@@ -188,7 +258,21 @@ def write_splits(
     folder: Path = FOLDER,
 ) -> Path:
     """Write `<env>-<name>.json` and its line in SHA256SUMS. The same input gives the same bytes."""
-    tree: dict[str, Any] = {
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{env}-{name}.json"
+    path.write_bytes(_bytes(_tree(env, name, description, sets, held_out_tasks)))
+    write_checksums(folder, [path.name])
+    return path
+
+
+def _tree(
+    env: str,
+    name: str,
+    description: str,
+    sets: Mapping[str, Mapping[str, Iterable[int]]],
+    held_out_tasks: Sequence[str],
+) -> dict[str, Any]:
+    return {
         "name": name,
         "env": env,
         "description": description,
@@ -198,20 +282,10 @@ def write_splits(
             for set_name, tasks in sets.items()
         },
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{env}-{name}.json"
-    path.write_bytes((json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode())
-    sums = _known_checksums(folder)
-    sums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    lines = [f"{checksum}  {file}\n" for file, checksum in sorted(sums.items())]
-    (folder / "SHA256SUMS").write_bytes("".join(lines).encode())
-    return path
 
 
-def _known_checksums(folder: Path) -> dict[str, str]:
-    path = folder / "SHA256SUMS"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {file: checksum for checksum, file in (line.split("  ", 1) for line in lines)}
+def _bytes(tree: Mapping[str, Any]) -> bytes:
+    return (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def parse_ranges(text: str) -> tuple[int, ...]:
@@ -243,14 +317,21 @@ def write_default_splits(folder: Path = FOLDER) -> list[Path]:
         catalogue = get_family(env).catalogue
         held_out = getattr(catalogue, "held_out_tasks", None)
         if held_out is not None:
-            description = (
-                f"Default sets of {env}: train and L0 from the train variations of the seen "
-                f"tasks (L0 has every {EVERY}th), dev and L1 from their dev and test "
-                f"variations, L2 from the test variations of the held-out tasks."
-            )
             sets = default_sets(catalogue, held_out)
-            written.append(write_splits(env, "default", description, sets, held_out, folder))
+            description = _description(env, catalogue)
+            written.append(write_splits(env, DEFAULT, description, sets, held_out, folder))
     return written
+
+
+def _description(env: str, catalogue: Catalogue) -> str:
+    tenth = f"every {EVERY}th"
+    if hasattr(catalogue, "kin"):
+        tenth = f"one in {EVERY} groups of alike instances, over all tasks"
+    return (
+        f"Default sets of {env}: train and L0 from the train variations of the seen "
+        f"tasks (L0 has {tenth}), dev and L1 from their dev and test "
+        f"variations, L2 from the test variations of the held-out tasks."
+    )
 
 
 if __name__ == "__main__":

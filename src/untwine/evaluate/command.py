@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from untwine.config import Recipe
-from untwine.envs.registry import get_family
+from untwine.envs.protocol import EnvInfo
+from untwine.envs.registry import get_catalogue
 from untwine.errors import CheckpointError, EnvError
 from untwine.evaluate.protocol import evaluate, evaluation_refs, summarise
 from untwine.evaluate.random_agent import play_random
 from untwine.policy.loading import load_policy
 from untwine.progress import Display
+from untwine.records import Group
 from untwine.workshop import make_collector, open_pool
 
 
@@ -46,7 +48,7 @@ def evaluate_run(
             refs = evaluation_refs(recipe.env, name, episodes)
             with display.bar(f"evaluate {name}", len(refs), "episode") as bar:
                 groups = evaluate(collector, refs, seed, greedy=greedy, on_turn=bar.update)
-            rows.append({"set": name, "policy": folder, **summarise(groups, collector.info)})
+            rows.append(_row(name, folder, groups, collector.info))
     return rows
 
 
@@ -55,7 +57,7 @@ def evaluate_random(
 ) -> list[dict[str, Any]]:
     """The same for an agent that takes random admissible commands."""
     env = recipe.env
-    info = get_family(env.name).catalogue.info
+    info = get_catalogue(env.name, env.options).info
     if not info.lists_commands:
         raise EnvError(f"environment {env.name!r} does not list its commands")
     rows = []
@@ -64,13 +66,19 @@ def evaluate_random(
             refs = evaluation_refs(env, name, episodes)
             with display.bar(f"random on {name}", len(refs), "episode") as bar:
                 groups = play_random(pool, refs, env.max_steps, seed, bar.update)
-            rows.append({"set": name, "policy": "random", **summarise(groups, info)})
+            rows.append(_row(name, "random", groups, info))
     return rows
 
 
+def _row(name: str, policy: str, groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
+    head = {"environment": info.title, "set": name, "policy": policy}
+    return {**head, **summarise(groups, info)}
+
+
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """The rows as a table on the terminal, intervals in brackets."""
-    table = Table()
+    """The rows as a table on the terminal, under the name of the environment; intervals in
+    brackets."""
+    table = Table(title=", ".join(dict.fromkeys(row["environment"] for row in rows)))
     for column in ("set", "policy", "episodes", "score", "success", "length", "flawed", "invalid"):
         table.add_column(column, justify="left" if column in ("set", "policy") else "right")
     for row in rows:

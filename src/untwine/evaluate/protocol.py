@@ -13,6 +13,7 @@ import torch
 from untwine.config import EnvConfig
 from untwine.envs.protocol import EnvInfo
 from untwine.envs.splits import load_splits
+from untwine.errors import EnvError
 from untwine.evaluate.statistics import bootstrap_interval, mean, wilson_interval
 from untwine.gcd.labels import label_group
 from untwine.records import Episode, Group, TaskRef
@@ -24,11 +25,15 @@ def evaluation_refs(env: EnvConfig, set_name: str, episodes: int) -> list[TaskRe
     fewer instances is played several times.
 
     Of `env.tasks` those count that the set has; a set that has none of them (L2, the held-out
-    task types) is played with all its tasks. EnvError when the set does not exist.
+    task types) is played with all its tasks. EnvError when the set does not exist or is empty.
     """
-    splits = load_splits(env.name, env.splits)
+    splits = load_splits(env.name, env.splits, env.options, env.held_out_tasks)
     tasks = [task for task in env.tasks if task in splits.sets.get(set_name, {})]
     refs = splits.refs(set_name, tasks=tasks)
+    if episodes and not refs:
+        raise EnvError(
+            f"set {set_name!r} of environment {env.name!r} is empty; leave it out of evaluate.sets"
+        )
     by_task: dict[str, list[TaskRef]] = defaultdict(list)
     for ref in refs:
         by_task[ref.task].append(ref)

@@ -98,6 +98,8 @@ def _run_numbers(run: RunData, label: str) -> dict[str, Any]:
         "folder": run.path.resolve().name,
         "status": _text(info.get("status")),
         "command": _command(info.get("command")),
+        "environment": _environment(run),
+        "splits": _text(info.get("splits")),
         "seed": _text(info.get("seed")),
         "started": _text(info.get("started")),
         "versions": {
@@ -123,6 +125,14 @@ def _run_numbers(run: RunData, label: str) -> dict[str, Any]:
     numbers["totals"]["seconds_cold_start"] = _total(run.cold_start, "seconds")
     numbers["first_look"] = first_look(numbers)
     return numbers
+
+
+def _environment(run: RunData) -> str | None:
+    """What was acted in; older runs name the family only, in the recipe."""
+    env = _tree(run.recipe).get("env")
+    return _text(
+        run.info.get("environment") or (env.get("name") if isinstance(env, dict) else None)
+    )
 
 
 def _text(value: object) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from untwine.batch import Row, imitation_rows
 from untwine.config import Recipe
 from untwine.demonstrations import Transcript, demonstration
-from untwine.envs.registry import get_family
+from untwine.envs.registry import get_catalogue
 from untwine.gcd.labels import label_group
 from untwine.gcd.verdicts import VerdictWords, verdict_samples
 from untwine.prompting.prompter import Prompter
@@ -36,7 +36,7 @@ class ColdStart:
         ]
         self.verdicts: list[Row] = []
         if self._config.verdict_weight > 0:
-            info = get_family(recipe.env.name).catalogue.info
+            info = get_catalogue(recipe.env.name, recipe.env.options).info
             judged = [_judged(e, info) for e in episodes]
             samples = verdict_samples(judged, prompter, 10**12, random.Random(recipe.seed))
             self.verdicts = words.rows(samples) if samples else []

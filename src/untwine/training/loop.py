@@ -93,7 +93,11 @@ class _Training:
             self.run_dir = RunDir.resume(path, recipe, self.start.metric_lines, first)
         else:
             self._save_model()
-        self.run_dir.describe(model_parameters=self.policy.parameters)
+        self.run_dir.describe(
+            environment=self.workshop.info.title,
+            splits=self.workshop.splits.checksum,
+            model_parameters=self.policy.parameters,
+        )
 
     def run(self) -> Path:
         status = "failed"

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import alfworld_cases as cases
 import pytest
 from rich.console import Console
 
-from untwine.envs.alfworld.env import AlfWorldEnv, OfficialGames
+from untwine.envs.alfworld.env import AlfWorldEnv
 from untwine.envs.alfworld.game_file import index_dataset
+from untwine.envs.alfworld.games import OfficialGames
+from untwine.envs.alfworld.generate import generate
 from untwine.envs.alfworld.importing import INDEX_NAME, import_games, read_index
 from untwine.envs.protocol import Catalogue, Env
-from untwine.envs.registry import get_family, make_env
+from untwine.envs.registry import get_catalogue, get_family, make_env
+from untwine.envs.splits import load_splits
 from untwine.errors import EnvError
 
 TYPE = "pick_heat_then_place_in_recep"
@@ -36,17 +40,104 @@ def env(data: Path) -> AlfWorldEnv:
     return env
 
 
-def test_family_keeps_the_protocol(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Synthetic games in a folder: twelve of two types for training, one of each held out."""
+    root = tmp_path_factory.mktemp("written")
+    for task in (TYPE, "pick_and_place_simple"):
+        for seed in range(12):
+            generate(task, seed).write(root / "train")
+        for split in ("valid_seen", "valid_unseen"):
+            generate(task, 0, split).write(root / split)
+    return root
+
+
+def test_family_keeps_the_protocol(data: Path) -> None:
     family = get_family("alfworld")
-    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
     assert isinstance(family.catalogue, Catalogue)
-    assert family.catalogue.variations(TYPE) == ()
-    monkeypatch.setenv("ALFWORLD_DATA", str(data))
-    assert family.catalogue.variations(TYPE) == (0, 1, 2)
-    assert [family.catalogue.variations(TYPE, s) for s in ("train", "dev", "test")] == [
-        (0,), (1,), (2,),
-    ]  # fmt: skip
     assert isinstance(family.make({}), Env)
+    catalogue = get_catalogue("alfworld", {"data": str(data), "list_commands": True})
+    assert isinstance(catalogue, Catalogue)
+    assert catalogue.variations(TYPE) == (0, 1, 2)
+    assert [catalogue.variations(TYPE, s) for s in ("train", "dev", "test")] == [(0,), (1,), (2,)]
+
+
+def test_the_built_in_games_are_the_default(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALFWORLD_DATA", str(data))
+    for options in (None, {}, {"data": ""}):
+        assert len(get_catalogue("alfworld", options).variations(TYPE)) == 680
+    env = make_env("alfworld")
+    goal, observation = env.reset(TYPE, 679)
+    assert "then" in goal or "heat" in goal or "hot" in goal
+    for command in env.expert(TYPE, 679) or ():
+        observation = env.step(command)
+    assert observation.success
+
+
+def test_official_games_are_those_of_the_variable(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALFWORLD_DATA", str(data))
+    assert get_catalogue("alfworld", {"data": "official"}).variations(TYPE) == (0, 1, 2)
+    assert make_env("alfworld", {"data": "official"}).reset(TYPE, 2)
+    monkeypatch.delenv("ALFWORLD_DATA")
+    for call in (make_env, lambda name, options: get_catalogue(name, options).variations(TYPE)):
+        with pytest.raises(EnvError, match=r"needs \$ALFWORLD_DATA, which is not set; set it to"):
+            call("alfworld", {"data": "official"})
+
+
+@pytest.mark.parametrize("engine", ["native", "textworld"])
+def test_titles_say_what_is_played(data: Path, written: Path, engine: str) -> None:
+    suffix = "" if engine == "native" else ", real engine"
+    for folder, title in (
+        ("", "ALFWorld (synthetic games)"),
+        (str(data), "ALFWorld"),
+        (str(written), "ALFWorld (synthetic games)"),
+    ):
+        info = get_catalogue("alfworld", {"engine": engine, "data": folder}).info
+        assert (info.title, info.name) == (title + suffix, "alfworld")
+        assert info.remote == (engine == "textworld")
+
+
+def test_kin_is_read_from_the_name_of_the_folder(data: Path, written: Path) -> None:
+    catalogue = get_catalogue("alfworld", {"data": str(written)})
+    made = [generate(TYPE, seed) for seed in range(12)]
+    expected = sorted(f"{game.scene}/{game.obj}/{game.receptacle}" for game in made)
+    assert sorted(catalogue.kin(TYPE, v) for v in range(12)) == expected
+    other = get_catalogue("alfworld", {"data": str(data)})
+    assert other.kin(TYPE, 2) == f"valid_unseen/{TYPE}-X"
+
+
+def test_sets_of_a_folder_are_computed(written: Path, tmp_path: Path) -> None:
+    """By the rule of the packaged file; the checksum belongs to these games."""
+    options = {"data": str(written)}
+    catalogue = get_catalogue("alfworld", options)
+    splits = load_splits("alfworld", "default", options)
+    place = "pick_and_place_simple"
+    assert splits.held_out_tasks == (TYPE, "pick_two_obj_and_place")
+    assert splits.sets["L2"] == {TYPE: (13,)}
+    assert (splits.sets["dev"], splits.sets["L1"]) == ({place: (12,)}, {place: (13,)})
+    parts = {name: splits.sets[name].get(place, ()) for name in ("train", "L0")}
+    assert sorted(parts["train"] + parts["L0"]) == list(range(12))
+    kin = {name: {catalogue.kin(place, v) for v in own} for name, own in parts.items()}
+    assert not kin["train"] & kin["L0"]
+    seen = load_splits("alfworld", "default", options, [place])
+    assert seen.sets["L2"] == {place: (13,)}
+    assert set(seen.sets["train"]) == {TYPE}
+    same, changed = (shutil.copytree(written, tmp_path / name) for name in ("same", "changed"))
+    assert load_splits("alfworld", "default", {"data": str(same)}).checksum == splits.checksum
+    next((changed / "train").glob("*/*")).rename(changed / "train" / "trial")
+    other = load_splits("alfworld", "default", {"data": str(changed)})
+    assert len({other.checksum, seen.checksum, splits.checksum}) == 3
+
+
+def test_built_games_are_shared_by_environments() -> None:
+    one, two = make_env("alfworld"), make_env("alfworld")
+    one.reset(TYPE, 7)
+    two.reset(TYPE, 7)
+    assert one._engine.game is two._engine.game  # type: ignore[attr-defined]
+    with pytest.raises(EnvError, match="no variation True"):
+        one.reset("pick_and_place_simple", True)
 
 
 @pytest.mark.parametrize("task", cases.task_types())
@@ -98,21 +189,18 @@ def test_bad_options_are_one_sentence(options: dict[str, object], message: str) 
         make_env("alfworld", options).reset(TYPE, 0)
 
 
-def test_unknown_instances_are_refused(env: AlfWorldEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_instances_are_refused(env: AlfWorldEnv) -> None:
     with pytest.raises(EnvError, match=re.escape("no task 'pick_hot'")):
         env.reset("pick_hot", 0)
     with pytest.raises(EnvError, match="no variation 3"):
         env.reset(TYPE, 3)
     with pytest.raises(EnvError, match="call reset"):
         env.step("look")
-    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
-    with pytest.raises(EnvError, match="no built-in games yet"):
-        make_env("alfworld")
 
 
 @pytest.mark.alfworld
 def test_the_real_engine_behind_the_same_protocol(data: Path, env: AlfWorldEnv) -> None:
-    pytest.importorskip("alfworld", reason="needs the extra alfworld")
+    pytest.importorskip("alfworld.agents", reason="needs the extra alfworld")
     real = make_env("alfworld", {"data": str(data), "engine": "textworld"})
     ours, theirs = env.reset(TYPE, 0), real.reset(TYPE, 0)
     assert (ours.goal, ours.observation.text) == (theirs.goal, theirs.observation.text)

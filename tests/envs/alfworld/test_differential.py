@@ -154,7 +154,7 @@ def _jobs(folder: Path) -> list[Job]:
 
 
 def test_native_engine_says_what_the_real_engine_says(tmp_path: Path) -> None:
-    pytest.importorskip("alfworld", reason="needs the extra alfworld")
+    pytest.importorskip("alfworld.agents", reason="needs the extra alfworld")
     pytest.importorskip("fast_downward", reason="needs the extra alfworld")
     jobs, started = _jobs(tmp_path), time.monotonic()
     total = Found(0, 0, 0, Counter(), "")

@@ -8,7 +8,7 @@ import pytest
 
 from untwine.envs.alfworld.engine import Engine
 from untwine.envs.alfworld.game_file import TASK_TYPES, index_dataset, load_game, read_game_file
-from untwine.envs.alfworld.generate import generate, scenes_of
+from untwine.envs.alfworld.generate import ATTEMPTS, draw_game, generate, scenes_of, solved
 from untwine.errors import EnvError
 
 
@@ -34,7 +34,17 @@ def test_a_seed_gives_one_game_and_seeds_differ() -> None:
     assert generate(task, 1) == generate(task, 1)
     assert len({generate(task, seed).problem for seed in range(4)}) == 4
     # fixed, so that a change of the games is noticed
-    assert generate(task, 1).task_id == "synthetic_train_10_24c8ca5b99"
+    assert generate(task, 1).task_id == "synthetic_train_16_e451b8e095"
+
+
+def test_one_attempt_needs_no_oracle_and_has_a_generator_of_its_own() -> None:
+    task = "pick_clean_then_place_in_recep"
+    drawn = [draw_game(task, "train", seed) for seed in range(ATTEMPTS, 2 * ATTEMPTS)]
+    assert drawn[3] == draw_game(task, "train", ATTEMPTS + 3)
+    assert not any(game.walkthrough for game in drawn if game)
+    checked = [solved(game) for game in drawn if game]
+    assert next(game for game in checked if game) == generate(task, 1)
+    assert len({game.digest for game in drawn if game}) == sum(map(bool, drawn))
 
 
 @pytest.mark.parametrize("task", TASK_TYPES)

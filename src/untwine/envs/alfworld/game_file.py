@@ -12,7 +12,6 @@ and sliced objects, those marked unsolvable, and those not yet marked at all.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -173,18 +172,12 @@ class DatasetIndex:
         return dict(Counter(reason for _, reason in self.skipped).most_common())
 
 
-def data_folder(data: str = "") -> Path:
-    """The folder that holds the splits: `data` or $ALFWORLD_DATA, or json_2.1.* within.
+def data_folder(data: str) -> Path:
+    """The folder that holds the splits: `data`, or json_2.1.* within.
 
-    EnvError when neither is given, or when there is no split in it.
+    EnvError when there is no split in it.
     """
-    given = data or os.environ.get("ALFWORLD_DATA", "")
-    if not given:
-        raise EnvError(
-            "no folder of ALFWorld games: give the option data, or set $ALFWORLD_DATA "
-            "(alfworld-download fetches the games)"
-        )
-    root = Path(given).expanduser()
+    root = Path(data).expanduser()
     for folder in (root, *sorted(root.glob("json_2.1.*"), reverse=True)):
         if any((folder / split).is_dir() for split in SPLITS):
             return folder

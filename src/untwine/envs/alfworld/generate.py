@@ -5,22 +5,24 @@
 
 Rooms are the 120 of ALFRED, with the receptacles and kinds of things each of them has (scenes.json,
 from alfworld 0.4.2, see NOTICE); things lie where ALFRED allows them to. What differs from official
-games: receptacles whose place the wheel does not give (stove burners, coffee machines, ...) get one
+games: receptacles whose place alfworld does not give (stove burners, coffee machines, ...) get one
 that is made up, always the same in a room, and things are placed without physics. The same
 arguments give the same game, on every machine and in every process.
 
 As in ALFRED, `valid_unseen` plays in the first six rooms of each kind, all other splits in the
-remaining 24. Every game is checked with the oracle; the walkthrough is its plan.
+remaining 24. `generate` checks every game with the oracle; the walkthrough is its plan. `draw_game`
+is one attempt without that check, which `pack.py` spares its games: they were checked when the pack
+was built.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +31,10 @@ from untwine.envs.alfworld.game_file import GAME_NAME, SPLITS, TASK_TYPES, TRAJE
 from untwine.envs.alfworld.grammar import read_phrases
 from untwine.envs.alfworld.oracle import Unreachable, shortest_plan
 from untwine.envs.alfworld.problem import Problem, read_problem
+from untwine.envs.checksums import checksum_of, read_checked
 from untwine.errors import EnvError, nearest
 
+SCENES_FILE = Path(__file__).parent / "scenes.json"
 ATTEMPTS = 50  # games drawn until one can be solved and is not solved at the start
 UNSEEN_ROOMS = 6  # the first rooms of each kind
 LAMP = "DeskLamp"
@@ -69,6 +73,16 @@ class SyntheticGame:
     problem: str
     walkthrough: tuple[str, ...] = ()
 
+    @property
+    def target(self) -> str:
+        """The type of receptacle or lamp that the task names."""
+        return self.receptacle or self.lamp
+
+    @property
+    def digest(self) -> str:
+        """Twelve hex digits that tell this game from all others."""
+        return checksum_of(f"{self.problem}\n{self.task}".encode())[:12]
+
     def read(self) -> Problem:
         return read_problem(self.problem, f"synthetic game {self.task_id}")
 
@@ -78,14 +92,20 @@ class SyntheticGame:
         phrases = read_phrases(self._grammar(), _data()["domain"], where)
         return build_game(self.read(), phrases, where)
 
+    def path_in(self, folder: str | Path) -> Path:
+        """Where `write` puts the game."""
+        kind = f"{self.task_type}-{self.obj}-None-{self.target}-{self.scene}"
+        return Path(folder) / kind / self.task_id / GAME_NAME
+
     def write(self, folder: str | Path) -> Path:
-        """Write `game.tw-pddl` and `traj_data.json` into a folder of their own within `folder`."""
-        kind = f"{self.task_type}-{self.obj}-None-{self.receptacle or self.lamp}-{self.scene}"
-        path = Path(folder) / kind / self.task_id / GAME_NAME
+        """Write `game.tw-pddl` and `traj_data.json` into a folder of their own within `folder`.
+
+        The game comes last and at once, so that where it is, both are complete.
+        """
+        path = self.path_in(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.game_tree()), encoding="utf-8")
-        beside = path.with_name(TRAJECTORY_NAME)
-        beside.write_text(json.dumps(self.trajectory()), encoding="utf-8")
+        _write_json(path.with_name(TRAJECTORY_NAME), self.trajectory())
+        _write_json(path, self.game_tree())
         return path
 
     def game_tree(self) -> dict[str, Any]:
@@ -116,12 +136,35 @@ class SyntheticGame:
         return str(_data()["grammar"]).replace("UNKNOWN GOAL", self.task)
 
 
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(tree), encoding="utf-8")
+    scratch.replace(path)
+
+
 def generate(
     task_type: str, seed: int, split: str = "train", scene: int | None = None
 ) -> SyntheticGame:
-    """The game of a seed. EnvError for an unknown task type, split or room, or one without games.
+    """The game of a seed, with its walkthrough: the first of its attempts that can be won.
+
+    EnvError as in `draw_game`, and when no attempt can be won.
+    """
+    for attempt in range(ATTEMPTS):
+        drawn = draw_game(task_type, split, seed * ATTEMPTS + attempt, scene)
+        game = solved(drawn) if drawn else None
+        if game is not None:
+            return game
+    raise EnvError(f"no {task_type} game of seed {seed} in room {scene}: nothing there fits")
+
+
+def draw_game(
+    task_type: str, split: str, seed: int, scene: int | None = None
+) -> SyntheticGame | None:
+    """One attempt at a game, not checked; None when nothing in the room fits the task.
 
     scene   number of the room; without it, one of the split is drawn
+
+    EnvError for an unknown task type, split or room.
     """
     for what, given, known in (("task type", task_type, TASK_TYPES), ("split", split, SPLITS)):
         if given not in known:
@@ -132,17 +175,16 @@ def generate(
     if scene is not None and scene not in rooms:
         raise EnvError(f"{task_type} has no room {scene} in {split}")
     rng = random.Random(f"{task_type}/{split}/{seed}/{scene}")
-    for _ in range(ATTEMPTS):
-        game = _Drawer(rng, task_type, split, scene or rng.choice(rooms)).draw()
-        if game is None:
-            continue
-        try:
-            plan = shortest_plan(game.build(), f"synthetic game {game.task_id}")
-        except Unreachable:
-            continue
-        if plan:
-            return replace(game, walkthrough=plan)
-    raise EnvError(f"no {task_type} game of seed {seed} in room {scene}: nothing there fits")
+    return _Drawer(rng, task_type, split, scene or rng.choice(rooms)).draw()
+
+
+def solved(game: SyntheticGame) -> SyntheticGame | None:
+    """The game with a shortest plan; None when it cannot be won, or is won at the start."""
+    try:
+        plan = shortest_plan(game.build(), f"synthetic game {game.task_id}")
+    except Unreachable:
+        return None
+    return replace(game, walkthrough=plan) if plan else None
 
 
 def scenes_of(task_type: str, split: str) -> tuple[int, ...]:
@@ -167,8 +209,7 @@ class _Room(NamedTuple):
 
 @cache
 def _data() -> dict[str, Any]:
-    text = files("untwine.envs.alfworld").joinpath("scenes.json").read_text(encoding="utf-8")
-    tree: dict[str, Any] = json.loads(text)
+    tree: dict[str, Any] = json.loads(read_checked(SCENES_FILE))
     return tree
 
 

@@ -66,6 +66,7 @@ class Catalogue:
 
     info = EnvInfo(
         name="babyai",
+        title="BabyAI",
         deterministic=True,
         snapshots=True,
         lists_commands=True,

@@ -41,6 +41,7 @@ class ScienceWorldCatalogue:
 
     info = EnvInfo(
         name="scienceworld",
+        title="ScienceWorld",
         deterministic=False,
         snapshots=False,
         lists_commands=True,

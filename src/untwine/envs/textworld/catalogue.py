@@ -52,6 +52,7 @@ class Catalogue:
 
     info = EnvInfo(
         name="textworld",
+        title="TextWorld",
         deterministic=True,
         snapshots=True,
         lists_commands=True,
