@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from untwine.envs.pool import EnvPool, Lost, ResetRequest, StepRequest
 from untwine.envs.protocol import Reset
@@ -14,14 +15,12 @@ from untwine.prompting.prompter import Prompter
 from untwine.records import Episode, Label, Observation, Step, TaskRef
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """One command of a transcript; `expert` is false for a command put in as noise."""
+class Move(NamedTuple):
+    """One command of a transcript, and what the environment showed before and after it."""
 
     before: Observation
-    command: str
+    command: Command
     after: Observation
-    expert: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class Transcript:
         yield self.goal
         for move in self.moves:
             yield move.before.text
-            yield move.command
+            yield move.command.text
         yield self.moves[-1].after.text
 
 
@@ -90,39 +89,40 @@ def demonstration(
     """The transcript as an episode for one model.
 
     Expert steps carry advantage 1 (they are imitated) and the label `expert`; noise steps carry no
-    label, and no advantage unless `imitate_noise`. Log-probabilities are 0: nothing was sampled.
+    advantage unless `imitate_noise`, and the label `off_plan` where they are known to be.
+    Log-probabilities are 0: nothing was sampled.
     """
     end = prompter.chat.tokenizer.eos_token_id
     moves = transcript.moves
     conversation = prompter.begin(transcript.goal, moves[0].before.text, moves[0].before.admissible)
     steps = []
-    for index, move in enumerate(moves):
-        written = f"<action>{move.command}</action>" if prompter.config.thoughts else move.command
+    for index, (before, command, after) in enumerate(moves):
+        written = f"<action>{command.text}</action>" if prompter.config.thoughts else command.text
         action_ids = (*prompter.chat.word_ids(written), end)
         steps.append(
             Step(
                 index=index,
-                state_key=move.before.state_key,
-                observation=move.before.text,
+                state_key=before.state_key,
+                observation=before.text,
                 prompt_ids=conversation.prompt_ids,
                 action_ids=action_ids,
                 logprobs=(0.0,) * len(action_ids),
                 text=written,
                 thought=None,
-                command=move.command,
-                invalid=move.after.invalid,
-                next_state_key=move.after.state_key,
-                feedback=move.after.text,
-                score=move.after.score,
-                outcome=move.after.outcome,
-                reward=move.after.outcome - move.before.outcome,
-                done=move.after.done,
-                admissible=move.before.admissible,
-                labels=(Label("expert", "good", "expert"),) if move.expert else (),
-                advantage=1.0 if move.expert or imitate_noise else None,
+                command=command.text,
+                invalid=after.invalid,
+                next_state_key=after.state_key,
+                feedback=after.text,
+                score=after.score,
+                outcome=after.outcome,
+                reward=after.outcome - before.outcome,
+                done=after.done,
+                admissible=before.admissible,
+                labels=_labels(command),
+                advantage=1.0 if command.expert or imitate_noise else None,
             )
         )
-        conversation.advance(action_ids, move.command, move.after.text, move.after.admissible)
+        conversation.advance(action_ids, command.text, after.text, after.admissible)
     last = moves[-1].after
     return Episode(
         id=f"expert-{transcript.ref}",
@@ -134,6 +134,12 @@ def demonstration(
         success=last.success,
         ended="success",
     )
+
+
+def _labels(command: Command) -> tuple[Label, ...]:
+    if command.expert:
+        return (Label("expert", "good", "expert"),)
+    return (Label("expert", "flawed", "off_plan"),) if command.off_plan else ()
 
 
 def _with_noise(plan: Sequence[Command], noise: float, rng: random.Random) -> list[Command]:
@@ -175,8 +181,7 @@ def _play(
                 del now[slot]
                 continue
             assert isinstance(reply, Observation)
-            command, expert = jobs[slot][1][k]
-            moves[slot].append(Move(now[slot], command, reply, expert))
+            moves[slot].append(Move(now[slot], jobs[slot][1][k], reply))
             now[slot] = reply
     done = {
         jobs[slot][0]: Transcript(jobs[slot][0], goals[slot], tuple(moves[slot]))

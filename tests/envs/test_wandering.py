@@ -26,13 +26,16 @@ def test_it_errs_with_valid_commands_and_still_wins() -> None:
             assert plan is not None
             assert len(plan) <= LIMIT
             env.reset(TASK, variation)
-            for command, expert in plan:
+            for command, expert, off_plan in plan:
                 assert command in env.admissible()
-                if not expert:  # not what the expert would do here
-                    due = env.plan()
-                    assert due
-                    assert command != due[0]
+                due = env.plan()
+                assert due
                 last = env.step(command)
+                assert expert == (command == due[0])
+                if not expert:
+                    left = env.plan()
+                    assert left is not None
+                    assert off_plan == (len(left) >= len(due))
             assert last.success
             errors += sum(not command.expert for command in plan)
             total += len(plan)
@@ -65,8 +68,8 @@ def test_transcripts_mark_the_errors(workers: int) -> None:
         calm = play_experts(pool, refs, LIMIT, noise=0.0, replans=True, seed=3)
     assert [t.ref for t in found] == refs
     assert all(t.moves[-1].after.success and len(t.moves) <= LIMIT for t in found)
-    assert any(not move.expert for t in found for move in t.moves)
-    assert all(move.expert for t in calm for move in t.moves)
+    assert any(not move.command.expert for t in found for move in t.moves)
+    assert all(move.command.expert for t in calm for move in t.moves)
 
 
 def test_environments_that_cannot_plan_anew_say_so() -> None:

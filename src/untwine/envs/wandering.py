@@ -13,10 +13,15 @@ from untwine.envs.protocol import Planner
 
 
 class Command(NamedTuple):
-    """One command of an expert; `expert` is false where it errs on purpose."""
+    """One command of an expert.
+
+    expert   false where it errs on purpose
+    off_plan an error after which a shortest plan is as long as before it, or longer
+    """
 
     text: str
     expert: bool = True
+    off_plan: bool = False
 
 
 def wandering_plan(
@@ -41,8 +46,8 @@ def wandering_plan(
             taken.append(Command(plan[0]))
             observation, plan = env.step(plan[0]), plan[1:]
             continue
-        taken.append(Command(rng.choice(wrong), expert=False))
-        observation = env.step(taken[-1].text)
-        plan = env.plan()
+        error, left = rng.choice(wrong), len(plan)
+        observation, plan = env.step(error), env.plan()
+        taken.append(Command(error, expert=False, off_plan=plan is None or len(plan) >= left))
     solved = observation.success and 0 < len(taken) <= max_steps
     return tuple(taken) if solved else None

@@ -50,7 +50,7 @@ class ColdStart:
 
 
 def _judged(episode: Episode, info: object) -> Episode:
-    """The episode with rule labels on the noise steps, the expert label elsewhere."""
+    """The episode with its own labels, and those of the rules for flawed noise steps without."""
     ruled = label_group(Group(episode.ref, (episode,)), ["rule"], info).episodes[0]  # type: ignore[arg-type]
     labels = [
         own.labels or tuple(x for x in by_rule.labels if x.verdict == "flawed")
