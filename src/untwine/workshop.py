@@ -97,25 +97,38 @@ class Workshop:
     def transcripts(self) -> list[Transcript]:
         """Expert episodes for tokenizer and cold start, played on first use."""
         if self._transcripts is None:
-            config = self.recipe.cold_start
-            wanted = config.episodes or 64
-            refs = TaskCursor(self.refs, self.recipe.seed).take(min(wanted, len(self.refs)))
-            with self.display.bar("expert episodes", len(refs), "episode") as bar:
-                self._transcripts = play_experts(
-                    self.pool,
-                    refs,
-                    self.recipe.env.max_steps,
-                    noise=config.noise,
-                    replans=self.info.replans,
-                    seed=self.recipe.seed,
-                    on_progress=bar.update,
-                )
+            self._transcripts = self._play_experts()
             if not self._transcripts:
                 raise EnvError(
                     "no expert episode could be played on the training tasks: they have no expert, "
                     "or its plans are longer than env.max_steps"
                 )
         return self._transcripts
+
+    def _play_experts(self) -> list[Transcript]:
+        """Every instance once before any of them is played again, with other errors."""
+        config, seed = self.recipe.cold_start, self.recipe.seed
+        once, wanted = len(self.refs), config.episodes or 64
+        if self.info.deterministic and not config.noise:
+            wanted = min(wanted, once)
+        refs = TaskCursor(self.refs, seed).take(wanted)
+        found: list[Transcript] = []
+        with self.display.bar("expert episodes", wanted, "episode") as bar:
+            for first in range(0, wanted, once):
+
+                def on_progress(done: int, _: int, first: int = first) -> None:
+                    bar.update(first + done)
+
+                found += play_experts(
+                    self.pool,
+                    refs[first : first + once],
+                    self.recipe.env.max_steps,
+                    noise=config.noise,
+                    replans=self.info.replans,
+                    seed=1000 * seed + first // once,
+                    on_progress=on_progress,
+                )
+        return found
 
     def _texts(self) -> Iterator[str]:
         for transcript in self.transcripts:
