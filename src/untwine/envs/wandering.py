@@ -12,6 +12,9 @@ from typing import NamedTuple
 from untwine.envs.protocol import Planner
 
 
+TOO_SOON = 0.5  # of the errors, how many are commands of the plan that come too soon
+
+
 class Command(NamedTuple):
     """One command of an expert.
 
@@ -30,9 +33,10 @@ def wandering_plan(
     """Solve an instance, erring with probability `noise` at each step; None when that fails, or
     takes more than `max_steps`.
 
-    An error is one of the commands that are valid now, except the one the expert would take; the
-    expert then plans anew (`EnvInfo.replans`). Where there are too few steps left for a detour, it
-    errs no more. The same arguments give the same commands where the environment is deterministic.
+    An error is either any command that is valid now, or a later command of the plan, come too soon
+    and often invalid; never the one that is due. The expert then plans anew (`EnvInfo.replans`).
+    Where there are too few steps left for a detour, it errs no more. The same arguments give the
+    same commands where the environment is deterministic.
     """
     rng = random.Random(f"{seed}/{task}/{variation}")
     observation = env.reset(task, variation).observation
@@ -41,7 +45,8 @@ def wandering_plan(
     while plan and not observation.done:
         wrong: list[str] = []
         if rng.random() < noise and len(taken) + 2 + len(plan) <= max_steps:
-            wrong = [command for command in env.admissible() if command != plan[0]]
+            choices = plan[1:] if len(plan) > 1 and rng.random() < TOO_SOON else env.admissible()
+            wrong = [command for command in choices if command != plan[0]]
         if not wrong:
             taken.append(Command(plan[0]))
             observation, plan = env.step(plan[0]), plan[1:]
