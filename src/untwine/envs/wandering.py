@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from untwine.envs.protocol import Planner
 
-
 TOO_SOON = 0.5  # of the errors, how many are commands of the plan that come too soon
 
 
