@@ -1,6 +1,6 @@
 """The native ALFWorld engine against the real one: same games, same commands, alternating.
 
-    python benchmarks/alfworld_engine.py [--games 3] [--steps 8] [--repeats 3]
+    python benchmarks/alfworld_engine.py [--games 6] [--steps 12] [--repeats 3]
 
 Needs the extra `alfworld`. Prints a table in Markdown. Each time is the median over games and
 repetitions; in each repetition one engine comes after the other, first the one, then the other.
@@ -8,9 +8,9 @@ Commands of a game are its shortest plan, then random admissible ones. The real 
 list of commands in every step; ours only when asked, so `step` is given without and with it.
 
 Episodes (reset, then the shortest plan, the lists of commands included) are counted over N live
-environments of one process, stepped in turn. For the real engine this is measured for one
-environment only: it holds the interpreter all the time, so that more of them in a process are no
-faster. Its memory is the growth of the resident set per live environment.
+environments of one process, stepped in turn. For the real engine 256 of them are left out, unless
+`--stock-environments 1,16,256` asks for them: that takes half an hour. Its memory is the growth of
+the resident set per live environment.
 """
 
 from __future__ import annotations
@@ -214,9 +214,10 @@ def table(native: dict[str, list[float]], stock: dict[str, list[float]]) -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--games", type=int, default=3, help="1 to 6")
-    parser.add_argument("--steps", type=int, default=8, help="commands per game")
+    parser.add_argument("--games", type=int, default=6, help="1 to 6")
+    parser.add_argument("--steps", type=int, default=12, help="commands per game")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--stock-environments", default="1,16", help="of the real engine, at once")
     options = parser.parse_args()
     times: Times = {"native": defaultdict(list), "stock": defaultdict(list)}
     with tempfile.TemporaryDirectory() as folder:
@@ -237,8 +238,13 @@ def main() -> None:
             used = [plans[i % len(games)] for i in range(count)]
             found = [episodes_per_second(engines, used) for _ in range(5)]
             rates[count] = statistics.median(found)
-        stock.load(paths[-1])
-        stock_rate = episodes_per_second([stock], [plans[-1]])
+        stock_rates = {}
+        for count in map(int, options.stock_environments.split(",")):
+            chosen = [i % len(games) for i in range(count)]
+            live = [StockEngine(paths[i]) for i in chosen]
+            stock_rates[count] = episodes_per_second(live, [plans[i] for i in chosen])
+            for engine in live:
+                engine.close()
         memory = native_bytes(games[-1], commands[-1])
         stock_memory = stock_bytes(paths[-1])
     arguments = " ".join(sys.argv[1:])
@@ -255,8 +261,9 @@ def main() -> None:
     factor = "" if stock_memory is None else f"{stock_memory / memory:,.0f}"
     print(f"| memory per live environment | {memory / 1e3:.3g} kB | {shown} | {factor} |")
     for count, rate in rates.items():
-        other = f"{stock_rate:.3g}" if count == 1 else "not measured"
-        ratio = f"{rate / stock_rate:,.0f}" if count == 1 else ""
+        stock_rate = stock_rates.get(count)
+        other = "not measured" if stock_rate is None else f"{stock_rate:.3g}"
+        ratio = "" if stock_rate is None else f"{rate / stock_rate:,.0f}"
         print(f"| episodes/s, {count} environments in turn | {rate:,.0f} | {other} | {ratio} |")
 
 
