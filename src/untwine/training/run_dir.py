@@ -73,7 +73,9 @@ class RunDir:
     @classmethod
     def resume(cls, path: Path, recipe: Recipe, metric_lines: int, first_iteration: int) -> RunDir:
         """Reopen a directory and take back what was written after the checkpoint."""
-        (path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        scratch = path / "recipe.partial"
+        scratch.write_text(recipe.to_yaml(), encoding="utf-8")
+        scratch.replace(path / "recipe.yaml")
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         scratch = path / "metrics.partial"
         scratch.write_text("".join(lines[:metric_lines]), encoding="utf-8")
