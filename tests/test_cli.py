@@ -235,6 +235,7 @@ def test_demo_ends_with_a_table_and_a_report(untwine, recipe: Path, tmp_path: Pa
     assert result.code == 0, result.err
     for row in ("random commands", "cold start", "after GRPO", "after GRPO + GCD"):
         assert row in result.out
+    assert "gains in success are over the cold start" in " ".join(result.out.split())
     assert "report.html" in result.out
     page = (out / "report.html").read_text()
     assert "demo-grpo" in page

@@ -24,6 +24,7 @@ from untwine.config import Recipe, load_recipe
 from untwine.envs.registry import get_catalogue
 from untwine.errors import CheckpointError, Interrupted, UntwineError
 from untwine.evaluate.command import evaluate_random, with_interval
+from untwine.evaluate.protocol import success_gain
 from untwine.progress import Display
 from untwine.report import build_report
 from untwine.training.loop import train
@@ -126,17 +127,21 @@ def _rows(run: Path, stage: str) -> list[dict[str, Any]]:
 
 def _print_table(recipe: Recipe, out: Path, random_rows: Sequence[dict[str, Any]]) -> None:
     title = get_catalogue(recipe.env.name, recipe.env.options).info.title
-    table = Table(title=f"{title}, held-out variations, 95 % intervals")
+    table = Table(
+        title=f"{title}, held-out variations, in percent",
+        caption="95 % intervals; gains in success are over the cold start, instance by instance",
+    )
     table.add_column("policy")
     for name in recipe.evaluate.sets:
         table.add_column(f"{name} score", justify="right")
         table.add_column(f"{name} success", justify="right")
-        table.add_column("episodes", justify="right")
+        table.add_column("gain", justify="right")
     phases = {"random commands": list(random_rows), "cold start": _rows(out / "cold", "evaluate")}
     for title, name in _ARMS.items():
         phases[f"after {title}"] = [
             row for row in _rows(out / name, "evaluate") if row["step"] == recipe.rl.iterations
         ]
+    start = {row["set"]: row for row in phases["cold start"]}
     for title, rows in phases.items():
         by_set = {row["set"]: row for row in rows}
         cells: list[str] = []
@@ -144,6 +149,7 @@ def _print_table(recipe: Recipe, out: Path, random_rows: Sequence[dict[str, Any]
             row = by_set[name]
             cells.append(with_interval(row["outcome_mean"], row["outcome_interval"]))
             cells.append(with_interval(row["success_rate"], row["success_interval"]))
-            cells.append(str(row["episodes"]))
+            gained = title.startswith("after")
+            cells.append(with_interval(*success_gain(start[name], row)) if gained else "")
         table.add_row(title, *cells)
     Console().print(table)

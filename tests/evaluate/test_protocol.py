@@ -10,7 +10,7 @@ from tests.builders import REF, make_episode, make_step
 from untwine.config import EnvConfig
 from untwine.envs.protocol import EnvInfo
 from untwine.errors import EnvError
-from untwine.evaluate.protocol import evaluation_refs, summarise
+from untwine.evaluate.protocol import evaluation_refs, success_gain, summarise
 from untwine.evaluate.statistics import bootstrap_interval, wilson_interval
 from untwine.records import Group
 
@@ -42,6 +42,18 @@ def test_an_instance_played_twice_counts_once_in_the_intervals() -> None:
     assert twice["instances"] == 8
     for key in ("outcome_mean", "outcome_interval", "success_rate", "success_interval"):
         assert twice[key] == once[key]
+
+
+def test_gains_are_paired_by_instance() -> None:
+    before = summarise([played(v, outcome) for v, outcome in enumerate([1.0, 0.0, 0.0, 0.5])], INFO)
+    after = summarise([played(v, outcome) for v, outcome in enumerate([1.0, 1.0, 1.0, 0.0])], INFO)
+    assert before["per_instance"][f"{REF.task}/3"] == [0.5, 0.0]
+    gain, interval = success_gain(before, after)
+    assert gain == pytest.approx(0.5)
+    assert interval == bootstrap_interval([0.0, 1.0, 1.0, 0.0])
+    other = summarise([played(v, 1.0) for v in range(3)], INFO)
+    with pytest.raises(ValueError, match="different instances"):
+        success_gain(before, other)
 
 
 def test_an_empty_set_is_refused_before_it_is_played() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from untwine.config import EnvConfig
 from untwine.envs.protocol import EnvInfo
 from untwine.envs.splits import load_splits
 from untwine.errors import EnvError
-from untwine.evaluate.statistics import bootstrap_interval, mean, wilson_interval
+from untwine.evaluate.statistics import Interval, bootstrap_interval, mean, wilson_interval
 from untwine.gcd.labels import label_group
 from untwine.records import Episode, Group, TaskRef
 from untwine.rollout import Collector
@@ -89,7 +89,27 @@ def summarise(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
             }
             for task, own in sorted(by_task.items())
         },
+        "per_instance": {
+            f"{ref.task}/{ref.variation}": [
+                mean([e.outcome for e in own]),
+                mean([e.success for e in own]),
+            ]
+            for ref, own in by_ref.items()
+        },
     }
+
+
+def success_gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, Interval]:
+    """How much the success rate rose between two evaluations of the same instances, with a 95 %
+    interval (percentile bootstrap over the differences, instance by instance).
+
+    before, after  what `summarise` returned. ValueError when their instances differ.
+    """
+    first, then = before["per_instance"], after["per_instance"]
+    if first.keys() != then.keys():
+        raise ValueError("the two evaluations played different instances")
+    differences = [then[key][1] - first[key][1] for key in first]
+    return mean(differences), bootstrap_interval(differences)
 
 
 def step_measures(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
