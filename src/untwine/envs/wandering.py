@@ -7,11 +7,12 @@ by trying (docs/log.md).
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from untwine.envs.protocol import Planner
 
-TOO_SOON = 0.5  # of the errors, how many are commands of the plan that come too soon
+STALE = 0.5  # of the errors, how many were valid before and are not now, where there are such
 
 
 class Command(NamedTuple):
@@ -32,20 +33,22 @@ def wandering_plan(
     """Solve an instance, erring with probability `noise` at each step; None when that fails, or
     takes more than `max_steps`.
 
-    An error is either any command that is valid now, or a later command of the plan, come too soon
-    and often invalid; never the one that is due. The expert then plans anew (`EnvInfo.replans`).
-    Where there are too few steps left for a detour, it errs no more. The same arguments give the
-    same commands where the environment is deterministic.
+    An error is any command that is valid now, except the one that is due, or one that was valid
+    before and no longer is: neither tells where the plan goes. The expert then plans anew
+    (`EnvInfo.replans`). Where there are too few steps left for a detour, it errs no more. The same
+    arguments give the same commands where the environment is deterministic.
     """
     rng = random.Random(f"{seed}/{task}/{variation}")
     observation = env.reset(task, variation).observation
     taken: list[Command] = []
+    known: dict[str, None] = {}  # every command that was valid at some step, in order
     plan = env.plan()
     while plan and not observation.done:
+        valid = env.admissible()
+        known |= dict.fromkeys(valid)
         wrong: list[str] = []
         if rng.random() < noise and len(taken) + 2 + len(plan) <= max_steps:
-            choices = plan[1:] if len(plan) > 1 and rng.random() < TOO_SOON else env.admissible()
-            wrong = [command for command in choices if command != plan[0]]
+            wrong = _errors(valid, plan[0], known, rng)
         if not wrong:
             taken.append(Command(plan[0]))
             observation, plan = env.step(plan[0]), plan[1:]
@@ -55,3 +58,12 @@ def wandering_plan(
         taken.append(Command(error, expert=False, off_plan=plan is None or len(plan) >= left))
     solved = observation.success and 0 < len(taken) <= max_steps
     return tuple(taken) if solved else None
+
+
+def _errors(valid: Sequence[str], due: str, known: Iterable[str], rng: random.Random) -> list[str]:
+    """The errors to draw one from: all of them valid, or none."""
+    now = set(valid)
+    stale = [command for command in known if command not in now]
+    if stale and rng.random() < STALE:
+        return stale
+    return [command for command in valid if command != due]
