@@ -217,7 +217,9 @@ def main() -> None:
     parser.add_argument("--games", type=int, default=6, help="1 to 6")
     parser.add_argument("--steps", type=int, default=12, help="commands per game")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--stock-environments", default="1,16,256", help="of the real engine, at once")
+    parser.add_argument(
+        "--stock-environments", default="1,16,256", help="of the real engine, at once"
+    )
     options = parser.parse_args()
     times: Times = {"native": defaultdict(list), "stock": defaultdict(list)}
     with tempfile.TemporaryDirectory() as folder:
