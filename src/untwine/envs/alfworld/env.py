@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from untwine.envs.alfworld.engine import Engine, State, Turn
 from untwine.envs.alfworld.game import Game
@@ -27,6 +27,7 @@ from untwine.envs.alfworld.games import Games, games_of
 from untwine.envs.alfworld.oracle import Unreachable, shortest_plan
 from untwine.envs.alfworld.stock import Replay, StockEngine
 from untwine.envs.alfworld.text import GOAL_PREFIX
+from untwine.envs.checking import read_options
 from untwine.envs.protocol import EnvInfo, Reset, Split
 from untwine.errors import EnvError
 from untwine.records import Observation
@@ -63,7 +64,7 @@ class Catalogue:
     held_out_tasks = ("pick_heat_then_place_in_recep", "pick_two_obj_and_place")
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
-        self._options = _read_options(options or {})
+        self._options = read_options(INFO.name, Options, options or {})
 
     @property
     def info(self) -> EnvInfo:
@@ -103,7 +104,7 @@ class AlfWorldEnv:
     """One game at a time. Options are explained in `Options`."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        self.options = _read_options(options)
+        self.options = read_options(INFO.name, Options, options)
         self._games = games_of(self.options.data)
         self._engine: Engine | StockEngine | None = None
         self._instance: tuple[str, int] | None = None
@@ -203,12 +204,3 @@ def _restored(engine: Engine | StockEngine, state: State | Replay) -> Turn:
     if isinstance(engine, StockEngine) and isinstance(state, Replay):
         return engine.restore(state)
     raise EnvError("alfworld: this snapshot was taken with the other engine")
-
-
-def _read_options(options: Mapping[str, Any]) -> Options:
-    try:
-        return Options(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise EnvError(f"alfworld: option {place}: {first['msg']}") from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 
+from untwine.envs.checking import check_variation
 from untwine.envs.protocol import EnvInfo, Split
 from untwine.errors import EnvError, nearest
 
@@ -86,10 +87,7 @@ class Catalogue:
 
     def check(self, task: str, variation: int) -> None:
         """EnvError when there is no such instance."""
-        if variation not in self.variations(task):
-            raise EnvError(
-                f"babyai task {task!r} has variations 0 to {VARIATIONS - 1}, not {variation}"
-            )
+        check_variation("babyai", task, variation, len(self.variations(task)))
 
 
 CATALOGUE = Catalogue()

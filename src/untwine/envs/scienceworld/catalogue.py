@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from untwine.envs.checking import check_variation
 from untwine.envs.protocol import EnvInfo, Split
 from untwine.envs.splits import format_ranges, parse_ranges
 from untwine.errors import EnvError, nearest
@@ -78,11 +79,7 @@ class ScienceWorldCatalogue:
 
     def check(self, task: str, variation: int) -> None:
         """EnvError when there is no such instance."""
-        count = self.count(task)
-        if not 0 <= variation < count:
-            raise EnvError(
-                f"scienceworld task {task!r} has variations 0 to {count - 1}, not {variation}"
-            )
+        check_variation("scienceworld", task, variation, self.count(task))
 
     def _entry(self, task: str) -> dict[str, Any]:
         if task not in self._tasks:

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from untwine.envs.cache import default_cache
+from untwine.envs.checking import read_options
 from untwine.envs.protocol import Reset
 from untwine.envs.scienceworld.catalogue import BLOCKED, ScienceWorldCatalogue
 from untwine.envs.scienceworld.experts import ExpertCache, search
@@ -58,12 +59,7 @@ class Options(BaseModel):
 
 
 def _read_options(options: Mapping[str, Any]) -> Options:
-    try:
-        chosen = Options.model_validate(dict(options))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise EnvError(f"scienceworld option {where}: {problem['msg']}") from error
+    chosen = read_options("scienceworld", Options, options)
     names = sorted({name.strip() for name in chosen.simplifications.split(",")} - {""})
     for name in names:
         if name not in SIMPLIFICATIONS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from untwine.envs.checking import check_variation
 from untwine.envs.protocol import EnvInfo, Split
 from untwine.errors import EnvError, nearest
 
@@ -77,11 +78,7 @@ class Catalogue:
 
     def check(self, task: str, variation: int) -> None:
         """EnvError when there is no such instance."""
-        count = len(self.variations(task))
-        if not 0 <= variation < count:
-            raise EnvError(
-                f"textworld task {task!r} has variations 0 to {count - 1}, not {variation}"
-            )
+        check_variation("textworld", task, variation, len(self.variations(task)))
 
 
 CATALOGUE = Catalogue()

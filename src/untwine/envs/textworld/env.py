@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from untwine.envs.cache import default_cache
+from untwine.envs.checking import read_options
 from untwine.envs.protocol import Reset
 from untwine.envs.textworld.catalogue import BLOCKED, CATALOGUE, FILES
 from untwine.envs.textworld.games import cached_game, engine, load_game, own_game
@@ -67,12 +68,7 @@ class TextWorldEnv:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         """EnvError for an option that does not exist or has a wrong value."""
-        try:
-            self.options = Options.model_validate(dict(options))
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"])
-            raise EnvError(f"textworld option {where}: {problem['msg']}") from error
+        self.options = read_options("textworld", Options, options)
         self._cache = Path(self.options.cache_dir or default_cache())
         self._engine: Any = None
         self._game: Any = None
