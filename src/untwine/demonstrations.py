@@ -46,20 +46,19 @@ def play_experts(
     max_steps: int,
     *,
     noise: float = 0.0,
-    replans: bool = False,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Transcript]:
     """Play the expert of every ref; refs without an expert, or whose plan fails or is longer than
     `max_steps`, are left out.
 
-    noise   chance of an error at each step: with `replans` a valid command, after which the expert
-            plans anew (envs/wandering.py); elsewhere another command of the same plan is put before
-            the right one. A plan that fails because of it is played again without.
+    noise   chance of an error at each step. Where the environment `replans`, the expert errs and
+            then plans anew (envs/wandering.py); elsewhere another command of the same plan is put
+            before the right one. A plan that fails because of it is played again without.
     """
     instances = [(ref.task, ref.variation) for ref in refs]
     plans: list[tuple[Command, ...] | None]
-    if noise and replans:
+    if noise and pool.info.replans:
         plans = pool.wandering_experts(instances, noise=noise, max_steps=max_steps, seed=seed)
         noise = 0.0
     else:
@@ -100,24 +99,14 @@ def demonstration(
         written = f"<action>{command.text}</action>" if prompter.config.thoughts else command.text
         action_ids = (*prompter.chat.word_ids(written), end)
         steps.append(
-            Step(
-                index=index,
-                state_key=before.state_key,
-                observation=before.text,
+            Step.played(
+                index,
+                before,
+                command.text,
+                after,
                 prompt_ids=conversation.prompt_ids,
                 action_ids=action_ids,
-                logprobs=(0.0,) * len(action_ids),
                 text=written,
-                thought=None,
-                command=command.text,
-                invalid=after.invalid,
-                next_state_key=after.state_key,
-                feedback=after.text,
-                score=after.score,
-                outcome=after.outcome,
-                reward=after.outcome - before.outcome,
-                done=after.done,
-                admissible=before.admissible,
                 labels=_labels(command),
                 advantage=1.0 if command.expert or imitate_noise else None,
             )

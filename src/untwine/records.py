@@ -116,6 +116,44 @@ class Step:
     labels: tuple[Label, ...] = ()
     advantage: float | None = None
 
+    @classmethod
+    def played(
+        cls,
+        index: int,
+        before: Observation,
+        command: str,
+        after: Observation,
+        *,
+        prompt_ids: tuple[int, ...] = (),
+        action_ids: tuple[int, ...] = (),
+        text: str | None = None,
+        labels: tuple[Label, ...] = (),
+        advantage: float | None = None,
+    ) -> Step:
+        """A step that no policy sampled: the log-probabilities are 0. `text` is the command unless
+        it is given."""
+        return cls(
+            index=index,
+            state_key=before.state_key,
+            observation=before.text,
+            prompt_ids=prompt_ids,
+            action_ids=action_ids,
+            logprobs=(0.0,) * len(action_ids),
+            text=command if text is None else text,
+            thought=None,
+            command=command,
+            invalid=after.invalid,
+            next_state_key=after.state_key,
+            feedback=after.text,
+            score=after.score,
+            outcome=after.outcome,
+            reward=after.outcome - before.outcome,
+            done=after.done,
+            admissible=before.admissible,
+            labels=labels,
+            advantage=advantage,
+        )
+
     def __post_init__(self) -> None:
         if len(self.action_ids) != len(self.logprobs):
             raise ValueError(

@@ -72,10 +72,10 @@ class Workshop:
         self.recipe = recipe
         self.display = display
         env, prompt = recipe.env, recipe.prompt
-        self.info = get_catalogue(env.name, env.options).info
         self.splits = load_splits(env.name, env.splits, env.options, env.held_out_tasks)
         self.refs = training_refs(env, self.splits)
         self.pool = open_pool(env, list_commands=prompt.list_admissible or prompt.only_admissible)
+        self.info = self.pool.info
         self._transcripts: list[Transcript] | None = None
         try:
             policy = recipe.policy
@@ -124,7 +124,6 @@ class Workshop:
                     refs[first : first + once],
                     self.recipe.env.max_steps,
                     noise=config.noise,
-                    replans=self.info.replans,
                     seed=1000 * seed + first // once,
                     on_progress=on_progress,
                 )

@@ -67,8 +67,8 @@ def test_the_same_arguments_give_the_same_commands() -> None:
 def test_transcripts_mark_the_errors(workers: int) -> None:
     refs = [TaskRef("alfworld", TASK, v) for v in range(4)]
     with EnvPool("alfworld", {}, workers=workers, sessions=4, timeout_s=30) as pool:
-        found = play_experts(pool, refs, LIMIT, noise=0.5, replans=True, seed=3)
-        calm = play_experts(pool, refs, LIMIT, noise=0.0, replans=True, seed=3)
+        found = play_experts(pool, refs, LIMIT, noise=0.5, seed=3)
+        calm = play_experts(pool, refs, LIMIT, noise=0.0, seed=3)
     assert [t.ref for t in found] == refs
     assert all(t.moves[-1].after.success and len(t.moves) <= LIMIT for t in found)
     assert any(not move.command.expert for t in found for move in t.moves)

@@ -50,7 +50,7 @@ def play_random(
                 lost += 1
                 continue
             assert isinstance(answer, Observation)
-            steps.append(_step(len(steps), now, commands[slot], answer))
+            steps.append(Step.played(len(steps), now, commands[slot], answer))
             if answer.done or len(steps) >= max_steps:
                 finished[index] = _episode(refs[index], index, goal, steps, answer)
             else:
@@ -64,27 +64,6 @@ def _choose(observation: Observation, rng: random.Random) -> str:
     if not observation.admissible:
         raise EnvError("the random agent needs an environment that lists its commands")
     return rng.choice(observation.admissible)
-
-
-def _step(index: int, before: Observation, command: str, after: Observation) -> Step:
-    return Step(
-        index=index,
-        state_key=before.state_key,
-        observation=before.text,
-        prompt_ids=(),
-        action_ids=(),
-        logprobs=(),
-        text=command,
-        thought=None,
-        command=command,
-        invalid=after.invalid,
-        next_state_key=after.state_key,
-        feedback=after.text,
-        score=after.score,
-        outcome=after.outcome,
-        reward=after.outcome - before.outcome,
-        done=after.done,
-    )
 
 
 def _episode(ref: TaskRef, index: int, goal: str, steps: list[Step], last: Observation) -> Episode:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from untwine.batch import Row, imitation_rows
 from untwine.config import Recipe
 from untwine.demonstrations import Transcript, demonstration
-from untwine.envs.registry import get_catalogue
+from untwine.envs.protocol import EnvInfo
 from untwine.gcd.labels import label_group
 from untwine.gcd.verdicts import VerdictWords, verdict_samples
 from untwine.prompting.prompter import Prompter
@@ -22,6 +22,7 @@ class ColdStart:
     def __init__(
         self,
         recipe: Recipe,
+        info: EnvInfo,
         transcripts: Sequence[Transcript],
         prompter: Prompter,
         words: VerdictWords,
@@ -36,7 +37,6 @@ class ColdStart:
         ]
         self.verdicts: list[Row] = []
         if self._config.verdict_weight > 0:
-            info = get_catalogue(recipe.env.name, recipe.env.options).info
             judged = [_judged(e, info) for e in episodes]
             samples = verdict_samples(judged, prompter, 10**12, random.Random(recipe.seed))
             self.verdicts = words.rows(samples) if samples else []
@@ -49,9 +49,9 @@ class ColdStart:
         return updater.imitate(rows, _rescaled(verdicts, scale), self._config.verdict_weight)
 
 
-def _judged(episode: Episode, info: object) -> Episode:
+def _judged(episode: Episode, info: EnvInfo) -> Episode:
     """The episode with its own labels, and those of the rules for flawed noise steps without."""
-    ruled = label_group(Group(episode.ref, (episode,)), ["rule"], info).episodes[0]  # type: ignore[arg-type]
+    ruled = label_group(Group(episode.ref, (episode,)), ["rule"], info).episodes[0]
     labels = [
         own.labels or tuple(x for x in by_rule.labels if x.verdict == "flawed")
         for own, by_rule in zip(episode.steps, ruled.steps, strict=True)

@@ -125,6 +125,7 @@ class _Training:
         if first < steps:
             data = ColdStart(
                 self.recipe,
+                self.workshop.info,
                 self.workshop.transcripts,
                 self.collector.prompter,
                 self.words,

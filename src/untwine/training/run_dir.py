@@ -73,13 +73,9 @@ class RunDir:
     @classmethod
     def resume(cls, path: Path, recipe: Recipe, metric_lines: int, first_iteration: int) -> RunDir:
         """Reopen a directory and take back what was written after the checkpoint."""
-        scratch = path / "recipe.partial"
-        scratch.write_text(recipe.to_yaml(), encoding="utf-8")
-        scratch.replace(path / "recipe.yaml")
+        _replace_text(path / "recipe.yaml", recipe.to_yaml())
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        scratch = path / "metrics.partial"
-        scratch.write_text("".join(lines[:metric_lines]), encoding="utf-8")
-        scratch.replace(path / "metrics.jsonl")
+        _replace_text(path / "metrics.jsonl", "".join(lines[:metric_lines]))
         for file in (path / "episodes").glob("iter-*"):
             if int(file.name[5:11]) >= first_iteration:
                 file.unlink()
@@ -98,9 +94,7 @@ class RunDir:
         """Merge values into run.json."""
         file = self.path / "run.json"
         known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        scratch = file.with_suffix(".partial")
-        scratch.write_text(json.dumps(known | values, indent=2), encoding="utf-8")
-        scratch.replace(file)
+        _replace_text(file, json.dumps(known | values, indent=2))
 
     def log(self, stage: str, step: int, **values: Any) -> None:
         """Append one line of metrics."""
@@ -143,6 +137,13 @@ def replace_folder(new: Path, target: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(target)
     new.replace(target)
+
+
+def _replace_text(file: Path, text: str) -> None:
+    """Write a file whole, or leave the old one."""
+    scratch = file.with_suffix(".partial")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(file)
 
 
 def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
