@@ -126,9 +126,9 @@ def _rows(run: Path, stage: str) -> list[dict[str, Any]]:
 
 
 def _print_table(recipe: Recipe, out: Path, random_rows: Sequence[dict[str, Any]]) -> None:
-    title = get_catalogue(recipe.env.name, recipe.env.options).info.title
+    place = get_catalogue(recipe.env.name, recipe.env.options).info.title
     table = Table(
-        title=f"{title}, held-out variations, in percent",
+        title=f"{place}, held-out variations, in percent",
         caption="95 % intervals; gains in success are over the cold start, instance by instance",
     )
     table.add_column("policy")
@@ -137,10 +137,10 @@ def _print_table(recipe: Recipe, out: Path, random_rows: Sequence[dict[str, Any]
         table.add_column(f"{name} success", justify="right")
         table.add_column("gain", justify="right")
     phases = {"random commands": list(random_rows), "cold start": _rows(out / "cold", "evaluate")}
-    for title, name in _ARMS.items():
-        phases[f"after {title}"] = [
-            row for row in _rows(out / name, "evaluate") if row["step"] == recipe.rl.iterations
-        ]
+    arms = {f"after {title}": out / name for title, name in _ARMS.items()}
+    for title, run in arms.items():
+        last = recipe.rl.iterations
+        phases[title] = [row for row in _rows(run, "evaluate") if row["step"] == last]
     start = {row["set"]: row for row in phases["cold start"]}
     for title, rows in phases.items():
         by_set = {row["set"]: row for row in rows}
@@ -149,7 +149,7 @@ def _print_table(recipe: Recipe, out: Path, random_rows: Sequence[dict[str, Any]
             row = by_set[name]
             cells.append(with_interval(row["outcome_mean"], row["outcome_interval"]))
             cells.append(with_interval(row["success_rate"], row["success_interval"]))
-            gained = title.startswith("after")
-            cells.append(with_interval(*success_gain(start[name], row)) if gained else "")
+            gain = with_interval(*success_gain(start[name], row)) if title in arms else ""
+            cells.append(gain)
         table.add_row(title, *cells)
     Console().print(table)

@@ -237,9 +237,9 @@ class EnvPool:
                 if isinstance(answer, Lost):
                     failed[index] += 1
                     if failed[index] >= ATTEMPTS:
+                        task, variation = requests[index].task, requests[index].variation
                         raise EnvError(
-                            f"the expert of {self._name}/{requests[index].task}/"
-                            f"{requests[index].variation} failed {ATTEMPTS} "
+                            f"the expert of {self._name}/{task}/{variation} failed {ATTEMPTS} "
                             f"times: {answer.reason}"
                         )
                     todo.appendleft(index)

@@ -134,9 +134,11 @@ def load_splits(
 def _other_instances(env: str, catalogue: Catalogue) -> str:
     """The fingerprint of a catalogue whose instances are not those of the packaged files, or ""."""
     taken = getattr(catalogue, "fingerprint", None)
-    if taken is None or taken() == get_catalogue(env).fingerprint():  # type: ignore[attr-defined]
+    if taken is None:
         return ""
-    return str(taken())
+    own = str(taken())
+    usual = get_catalogue(env).fingerprint()  # type: ignore[attr-defined]
+    return "" if own == usual else own
 
 
 def _computed(

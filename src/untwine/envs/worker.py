@@ -11,7 +11,6 @@ are dropped, so they are never taken for answers to a later one.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import multiprocessing
 import os
 import signal
@@ -119,11 +118,13 @@ class Sessions:
 
 
 def _expert(env: Env, request: ExpertRequest) -> tuple[Command, ...] | None:
-    task, variation, noise, max_steps, seed = dataclasses.astuple(request)
-    if noise:
+    task, variation = request.task, request.variation
+    if request.noise:
         if not isinstance(env, Planner):
             raise EnvError("this environment has no experts that err: it cannot plan anew")
-        wandering = wandering_plan(env, task, variation, noise, max_steps, seed)
+        wandering = wandering_plan(
+            env, task, variation, request.noise, request.max_steps, request.seed
+        )
         if wandering is not None:
             return wandering
     plan = env.expert(task, variation)
