@@ -22,6 +22,7 @@ def make_step(
     done: bool = False,
     advantage: float | None = None,
     labels: tuple[Label, ...] = (),
+    allowed: tuple[tuple[int, ...], ...] | None = None,
 ) -> Step:
     return Step(
         index=index,
@@ -40,6 +41,7 @@ def make_step(
         outcome=0.0,
         reward=reward,
         done=done,
+        allowed=allowed,
         labels=labels,
         advantage=advantage,
     )

@@ -18,28 +18,35 @@ from untwine.credit.grpo import grpo
 from untwine.gcd.verdicts import VerdictWords
 from untwine.policy.loading import Policy
 from untwine.prompting.prompter import Prompter
-from untwine.records import Episode, Group
+from untwine.records import Episode, Group, Step
 from untwine.training.update import Updater
 
 
 def chat_episode(
-    rng: random.Random, id: str, outcome: float, grow: bool, vocabulary: int
+    rng: random.Random, id: str, outcome: float, grow: bool, vocabulary: int, constrained: bool
 ) -> Episode:
-    """An episode whose prompts grow (append) or are drawn anew (window)."""
+    """An episode whose prompts grow (append) or are drawn anew (window). With `constrained`, about
+    every other action is a choice among a few ids."""
     steps = []
     prompt = [rng.randrange(3, vocabulary) for _ in range(rng.randrange(1, 12))]
     for t in range(rng.randrange(1, 5)):
         action = [rng.randrange(3, vocabulary) for _ in range(rng.randrange(1, 5))]
-        steps.append(make_step(t, prompt=prompt, action=action))
+        allowed = None
+        if constrained and rng.random() < 0.6:
+            others = [rng.sample(range(3, vocabulary), rng.randrange(4)) for _ in action]
+            allowed = tuple(tuple({a, *more}) for a, more in zip(action, others, strict=True))
+        steps.append(make_step(t, prompt=prompt, action=action, allowed=allowed))
         tail = [rng.randrange(3, vocabulary) for _ in range(rng.randrange(0, 8))]
         prompt = [*prompt, *action, *tail] if grow else [*prompt[:2], *tail, 7]
     return make_episode(outcome, steps, id=id)
 
 
-def random_group(seed: int, grow: bool, vocabulary: int, size: int = 4) -> Group:
+def random_group(
+    seed: int, grow: bool, vocabulary: int, constrained: bool = False, size: int = 4
+) -> Group:
     rng = random.Random(seed)
     episodes = [
-        chat_episode(rng, f"e{g}", rng.choice([0.0, 0.3, 1.0]), grow, vocabulary)
+        chat_episode(rng, f"e{g}", rng.choice([0.0, 0.3, 1.0]), grow, vocabulary, constrained)
         for g in range(size)
     ]
     return Group(REF, tuple(episodes))
@@ -50,21 +57,35 @@ def reference_gradient(policy: Policy, groups: list[Group], mean: str) -> dict[s
     model: Any = copy.deepcopy(policy.model).double()
     trained = [[s for s in e.steps if s.advantage is not None] for g in groups for e in g.episodes]
     trained = [steps for steps in trained if steps]
-    all_tokens = sum(len(s.action_ids) for steps in trained for s in steps)
+
+    def chosen(step: Step) -> list[int]:
+        """Indices of the tokens that were not forced."""
+        allowed = step.allowed or [range(vocabulary)] * len(step.action_ids)
+        return [i for i, ids in enumerate(allowed) if len(ids) > 1]
+
+    vocabulary = len(policy.tokenizer)
+    all_tokens = sum(len(chosen(s)) for steps in trained for s in steps)
     all_steps = sum(len(steps) for steps in trained)
     for steps in trained:
-        episode_tokens = sum(len(s.action_ids) for s in steps)
+        episode_tokens = sum(len(chosen(s)) for s in steps)
         for step in steps:
-            n = len(step.action_ids)
+            n, picked = len(step.action_ids), chosen(step)
+            if not picked:
+                continue
             unit = {
                 "token": 1 / all_tokens,
-                "step": 1 / (all_steps * n),
+                "step": 1 / (all_steps * len(picked)),
                 "episode": 1 / (len(trained) * episode_tokens),
             }[mean]
             ids = torch.tensor([step.prompt_ids + step.action_ids])
             logits = model(input_ids=ids, use_cache=False).logits[0, -n - 1 : -1]
-            logp = logits.log_softmax(-1).gather(-1, ids[0, -n:, None])[:, 0]
-            ratio = (logp - torch.tensor(step.logprobs, dtype=torch.float32).double()).exp()
+            logps = []
+            for i in picked:
+                among = list(step.allowed[i]) if step.allowed else list(range(vocabulary))
+                restricted = logits[i, among].log_softmax(-1)
+                logps.append(restricted[among.index(step.action_ids[i])])
+            old = torch.tensor(step.logprobs, dtype=torch.float32).double()[picked]
+            ratio = (torch.stack(logps) - old).exp()
             clipped = ratio.clamp(0.8, 1.2)
             a = step.advantage
             (-torch.minimum(ratio * a, clipped * a).sum() * unit).backward()
@@ -88,12 +109,13 @@ def updater_gradient(
 
 @pytest.mark.parametrize("mean", ["token", "step", "episode"])
 @pytest.mark.parametrize("grow", [True, False])
+@pytest.mark.parametrize("constrained", [True, False])
 @pytest.mark.parametrize("budget", [40, 100_000])
 def test_gradient_equals_separate_steps_in_double_precision(
-    policy: Policy, mean: str, grow: bool, budget: int
+    policy: Policy, mean: str, grow: bool, constrained: bool, budget: int
 ) -> None:
     vocabulary = len(policy.tokenizer)
-    groups = [random_group(seed, grow, vocabulary) for seed in range(3)]
+    groups = [random_group(seed, grow, vocabulary, constrained) for seed in range(3)]
     groups = [g.with_advantages(grpo(g)) for g in groups]
     got, want = (
         updater_gradient(policy, groups, mean, budget),

@@ -144,7 +144,13 @@ def group() -> Group:
         make_step(
             1, prompt=(1, 2, 3, 4, 5), action=(6,), labels=(Label("rule", "flawed", "undo"),)
         ),
-        make_step(2, prompt=(1, 9), action=(7, 8, 9), advantage=-1.5),
+        make_step(
+            2,
+            prompt=(1, 9),
+            action=(7, 8, 9),
+            advantage=-1.5,
+            allowed=((7,), (8, 3), (1, 2, 9)),
+        ),
     ]
     return Group(REF, (make_episode(1.0, steps, id="a"), make_episode(0.0, steps[:1], id="b")))
 
@@ -164,6 +170,8 @@ def test_reader_in_the_docs_reads_what_is_written(tmp_path: Path) -> None:
             assert tuple(step["action_ids"]) == reference.action_ids
             assert tuple(step["logprobs"]) == reference.logprobs
             assert step["advantage"] == reference.advantage
+            expected_allowed = reference.allowed or ((),) * len(reference.action_ids)
+            assert tuple(map(tuple, step["allowed"])) == expected_allowed
             assert step["state_key"] == reference.state_key
 
 

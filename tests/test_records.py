@@ -63,6 +63,11 @@ ids = st.lists(st.integers(0, 2**31 - 1), max_size=6)
 floats = st.floats(-30, 0, width=32)
 
 
+def choices(tokens: int) -> st.SearchStrategy[tuple[tuple[int, ...], ...] | None]:
+    allowed = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=4).map(tuple)
+    return st.none() | st.lists(allowed, min_size=tokens, max_size=tokens).map(tuple)
+
+
 @st.composite
 def episodes(draw: st.DrawFn, id: str) -> Episode:
     steps = []
@@ -81,6 +86,7 @@ def episodes(draw: st.DrawFn, id: str) -> Episode:
             "observation": draw(text),
             "thought": draw(st.none() | text),
             "feedback": draw(text),
+            "allowed": draw(choices(len(action))) if action else None,
             "admissible": draw(st.none() | st.lists(text, max_size=3).map(tuple)),
             "labels": tuple(labels),
             "advantage": draw(st.none() | st.floats(-9, 9)),

@@ -26,10 +26,13 @@ class Row:
     """One token sequence and what is trained on it.
 
     ids           (L,) token ids
-    targets       (N,) positions in `ids` of the tokens whose log-probability is trained; all > 0
+    targets       (N,) positions in `ids` of the tokens whose log-probability is trained; all > 0.
+                  Tokens that were forced (`Step.allowed` of one id) are no targets
     weights       (N,) share of each target in the loss
     old_logprobs  (N,) log-probabilities under the sampling policy
     advantages    (N,) advantage of the step the token belongs to
+    choices       (N, C) ids among which each target was chosen, filled up with -1 (a line of only
+                  -1: the whole vocabulary); None when all were chosen from the whole vocabulary
     """
 
     ids: np.ndarray
@@ -37,6 +40,7 @@ class Row:
     weights: np.ndarray
     old_logprobs: np.ndarray
     advantages: np.ndarray
+    choices: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -93,7 +97,8 @@ def microbatches(rows: Sequence[Row], budget: int) -> Iterator[list[Row]]:
 class Targets:
     """Model outputs and data at the N trained positions of a micro-batch.
 
-    logits_NV     vocabulary logits that predict each target, divided by the temperature, float32
+    logits_NV     vocabulary logits that predict each target, divided by the temperature, float32;
+                  -inf outside the choices of a target
     ids_N         the target tokens
     logprobs_N    their log-probabilities
     weights_N, old_logprobs_N, advantages_N   see `Row`
@@ -120,6 +125,7 @@ def score(policy: Policy, rows: Sequence[Row], temperature: float = 1.0) -> Targ
     with policy.autocast():
         hidden_BLD = policy.hidden_states(ids_BL.to(device), use_cache=False)
         logits_NV = policy.project(hidden_BLD[row_N, column_N - 1]) / temperature
+    logits_NV = _restricted(logits_NV, rows)
     logprobs_N = logits_NV.gather(-1, ids_N[:, None])[:, 0] - logits_NV.logsumexp(-1)
 
     def gather(name: str) -> torch.Tensor:
@@ -135,36 +141,71 @@ def score(policy: Policy, rows: Sequence[Row], temperature: float = 1.0) -> Targ
     )
 
 
+def _restricted(logits_NV: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """Logits with -inf outside the choices of each target."""
+    if all(row.choices is None for row in rows):
+        return logits_NV
+    choices_NC = torch.from_numpy(_stacked([_choices_or_open(row) for row in rows]))
+    choices_NC = choices_NC.to(logits_NV.device)
+    # one more column takes the -1
+    allowed = torch.zeros(
+        len(logits_NV), logits_NV.shape[1] + 1, dtype=torch.bool, device=logits_NV.device
+    ).scatter_(1, choices_NC % (logits_NV.shape[1] + 1), True)[:, :-1]
+    allowed |= (choices_NC < 0).all(1, keepdim=True)
+    return logits_NV.masked_fill(~allowed, -torch.inf)
+
+
+def _choices_or_open(row: Row) -> np.ndarray:
+    if row.choices is not None:
+        return row.choices
+    return np.full((len(row.targets), 1), -1, dtype=np.int64)
+
+
+def _stacked(choices: Sequence[np.ndarray]) -> np.ndarray:
+    """Choices of several rows, one below the other, filled up to the same width with -1."""
+    width = max(c.shape[1] for c in choices)
+    return np.concatenate(
+        [np.pad(c, ((0, 0), (0, width - c.shape[1])), constant_values=-1) for c in choices]
+    )
+
+
 def _with_text(row: Row, text_weight: float) -> Row:
     weights = np.full(row.length, text_weight, dtype=np.float32)
     advantages = np.zeros(row.length, dtype=np.float32)
     weights[row.targets] = row.weights
     advantages[row.targets] = row.advantages
+    choices = None
+    if row.choices is not None:
+        choices = np.full((row.length, row.choices.shape[1]), -1, dtype=np.int64)
+        choices[row.targets] = row.choices
     return Row(
         ids=row.ids,
         targets=np.arange(1, row.length, dtype=np.int64),
         weights=weights[1:],
         old_logprobs=np.zeros(row.length - 1, dtype=np.float32),
         advantages=advantages[1:],
+        choices=None if choices is None else choices[1:],
     )
 
 
 def _unit_weights(episodes: Sequence[Episode], mean: LossMean) -> list[list[float]]:
     """Weight of each token of each step such that all weights sum to 1."""
     trained = [[s for s in e.steps if s.advantage is not None] for e in episodes]
-    tokens = sum(len(s.action_ids) for steps in trained for s in steps)
+    tokens = sum(len(_chosen(s)) for steps in trained for s in steps)
     steps_in_all = sum(len(steps) for steps in trained)
     episodes_in_all = sum(1 for steps in trained if steps)
     weights = []
     for episode, steps in zip(episodes, trained, strict=True):
-        own_tokens = sum(len(s.action_ids) for s in steps)
+        own_tokens = sum(len(_chosen(s)) for s in steps)
         per_token = {
             "token": 1.0 / max(tokens, 1),
             "episode": 1.0 / max(episodes_in_all * own_tokens, 1),
         }
         weights.append(
             [
-                1.0 / (steps_in_all * len(s.action_ids)) if mean == "step" else per_token[mean]
+                1.0 / (steps_in_all * max(len(_chosen(s)), 1))
+                if mean == "step"
+                else per_token[mean]
                 for s in episode.steps
             ]
             if steps
@@ -195,13 +236,18 @@ def _run_row(run: Sequence[tuple[Step, float]]) -> list[Row]:
     if not trained:
         return []
     last = trained[-1][0]
-    targets, weights, old, advantages = [], [], [], []
+    targets, weights, old, advantages, choices = [], [], [], [], []
     for step, weight in trained:
-        n = len(step.action_ids)
-        targets.append(np.arange(len(step.prompt_ids), len(step.prompt_ids) + n, dtype=np.int64))
+        chosen = _chosen(step)
+        n = len(chosen)
+        targets.append(len(step.prompt_ids) + chosen)
         weights.append(np.full(n, weight, dtype=np.float32))
-        old.append(np.array(step.logprobs, dtype=np.float32))
+        old.append(np.array(step.logprobs, dtype=np.float32)[chosen])
         advantages.append(np.full(n, step.advantage, dtype=np.float32))
+        choices.append(_choices(step, chosen))
+    if not sum(map(len, targets)):
+        return []
+    constrained = any(step.allowed is not None for step, _ in trained)
     return [
         Row(
             ids=np.array(last.prompt_ids + last.action_ids, dtype=np.int64),
@@ -209,5 +255,21 @@ def _run_row(run: Sequence[tuple[Step, float]]) -> list[Row]:
             weights=np.concatenate(weights),
             old_logprobs=np.concatenate(old),
             advantages=np.concatenate(advantages),
+            choices=_stacked(choices) if constrained else None,
         )
     ]
+
+
+def _chosen(step: Step) -> np.ndarray:
+    """Indices of the action tokens that were chosen, not forced."""
+    if step.allowed is None:
+        return np.arange(len(step.action_ids), dtype=np.int64)
+    return np.array([i for i, ids in enumerate(step.allowed) if len(ids) > 1], dtype=np.int64)
+
+
+def _choices(step: Step, chosen: np.ndarray) -> np.ndarray:
+    """Ids among which each chosen token was chosen, (n, C), filled up with -1."""
+    sets = [step.allowed[i] if step.allowed else () for i in chosen]
+    width = max([1, *map(len, sets)])
+    lines = [[*ids, *[-1] * (width - len(ids))] for ids in sets]
+    return np.array(lines, dtype=np.int64).reshape(len(chosen), width)

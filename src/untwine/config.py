@@ -95,6 +95,9 @@ class SamplingConfig(Section):
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1.0)
     max_new_tokens: Positive = 24
+    constrained: bool = Field(
+        False, description="choose among the admissible commands only, token by token"
+    )
 
 
 class OptimizerConfig(Section):
@@ -212,6 +215,21 @@ class Recipe(Section):
     gcd: GCDConfig = GCDConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _constrained_without_thoughts(self) -> Recipe:
+        if self.sampling.constrained and self.prompt.thoughts:
+            raise ValueError(
+                "sampling.constrained leaves no room for thoughts; set one of it and "
+                "prompt.thoughts to false"
+            )
+        return self
+
+    @property
+    def lists_commands(self) -> bool:
+        """Whether every observation must come with the admissible commands."""
+        prompt = self.prompt
+        return prompt.list_admissible or prompt.only_admissible or self.sampling.constrained
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -11,6 +11,7 @@ from untwine.envs.pool import EnvPool, Lost, ResetRequest, StepRequest
 from untwine.envs.protocol import Reset
 from untwine.envs.wandering import Command
 from untwine.errors import EnvError
+from untwine.policy.choices import CommandChoices, allowed_along
 from untwine.prompting.prompter import Prompter
 from untwine.records import Episode, Label, Observation, Step, TaskRef
 
@@ -83,21 +84,32 @@ def play_experts(
 
 
 def demonstration(
-    transcript: Transcript, prompter: Prompter, *, imitate_noise: bool = False
+    transcript: Transcript,
+    prompter: Prompter,
+    *,
+    imitate_noise: bool = False,
+    choices: CommandChoices | None = None,
 ) -> Episode:
     """The transcript as an episode for one model.
 
     Expert steps carry advantage 1 (they are imitated) and the label `expert`; noise steps carry no
     advantage unless `imitate_noise`, and the label `off_plan` where they are known to be.
     Log-probabilities are 0: nothing was sampled.
+
+    choices   given when the policy chooses among the admissible commands: the steps then know what
+              they were chosen from, and commands that are not admissible carry no advantage
     """
-    end = prompter.chat.tokenizer.eos_token_id
     moves = transcript.moves
     conversation = prompter.begin(transcript.goal, moves[0].before.text, moves[0].before.admissible)
     steps = []
     for index, (before, command, after) in enumerate(moves):
         written = f"<action>{command.text}</action>" if prompter.config.thoughts else command.text
-        action_ids = (*prompter.chat.word_ids(written), end)
+        action_ids = prompter.chat.reply_ids(written)
+        allowed = None
+        if choices and before.admissible:
+            allowed = allowed_along(choices.trie(before.admissible), action_ids)
+        possible = choices is None or allowed is not None
+        imitated = possible and (command.expert or imitate_noise)
         steps.append(
             Step.played(
                 index,
@@ -107,8 +119,9 @@ def demonstration(
                 prompt_ids=conversation.prompt_ids,
                 action_ids=action_ids,
                 text=written,
+                allowed=allowed,
                 labels=_labels(command),
-                advantage=1.0 if command.expert or imitate_noise else None,
+                advantage=1.0 if imitated else None,
             )
         )
         conversation.advance(action_ids, command.text, after.text, after.admissible)

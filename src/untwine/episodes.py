@@ -1,7 +1,8 @@
 """Episodes on disk: text as JSON lines, numbers as safetensors, side by side.
 
     iter-000012.jsonl.gz       one JSON object per episode, first a header line
-    iter-000012.safetensors    token_ids i32, logprobs f32, advantages f64, kept i32
+    iter-000012.safetensors    token_ids i32, logprobs f32, advantages f64, kept i32,
+                               allowed_counts i32, allowed_ids i32
 
 Prompts repeat each other, so a step stores only what is new: `kept` is how many leading ids of its
 prompt equal the previous step's prompt + action, and `token_ids` holds, step after step, the
@@ -26,8 +27,8 @@ from safetensors.numpy import load_file, save_file
 from untwine.errors import CheckpointError
 from untwine.records import Episode, Group, Label, Step, TaskRef
 
-FORMAT = "untwine-episodes-1"
-_NUMBERS = {"prompt_ids", "action_ids", "logprobs", "advantage"}
+FORMAT = "untwine-episodes-2"
+_NUMBERS = {"prompt_ids", "action_ids", "logprobs", "allowed", "advantage"}
 
 
 def write_groups(path: Path, groups: Sequence[Group]) -> None:
@@ -39,6 +40,8 @@ def write_groups(path: Path, groups: Sequence[Group]) -> None:
     logprobs: list[float] = []
     advantages: list[float] = []
     kept: list[int] = []
+    allowed_counts: list[int] = []
+    allowed_ids: list[int] = []
     lines = [json.dumps({"format": FORMAT, "groups": len(groups)})]
     for number, group in enumerate(groups):
         for episode in group.episodes:
@@ -48,6 +51,9 @@ def write_groups(path: Path, groups: Sequence[Group]) -> None:
                 kept.append(same)
                 tokens += step.prompt_ids[same:] + step.action_ids
                 logprobs += step.logprobs
+                for ids in step.allowed or ((),) * len(step.action_ids):
+                    allowed_counts.append(len(ids))
+                    allowed_ids += ids
                 advantages.append(math.nan if step.advantage is None else step.advantage)
                 before = step.prompt_ids + step.action_ids
             lines.append(json.dumps(_episode_text(number, episode), ensure_ascii=False))
@@ -56,6 +62,8 @@ def write_groups(path: Path, groups: Sequence[Group]) -> None:
         "logprobs": np.array(logprobs, dtype=np.float32),
         "advantages": np.array(advantages, dtype=np.float64),
         "kept": np.array(kept, dtype=np.int32),
+        "allowed_counts": np.array(allowed_counts, dtype=np.int32),
+        "allowed_ids": np.array(allowed_ids, dtype=np.int32),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     numbers = _numbers_path(path)
@@ -95,7 +103,9 @@ class _Reader:
         self._logprobs: list[float] = arrays["logprobs"].tolist()
         self._advantages: list[float] = arrays["advantages"].tolist()
         self._kept: list[int] = arrays["kept"].tolist()
-        self._token = self._logprob = self._step = 0
+        self._allowed_counts: list[int] = arrays["allowed_counts"].tolist()
+        self._allowed: list[int] = arrays["allowed_ids"].tolist()
+        self._token = self._logprob = self._step = self._choice = 0
 
     def episode(self, row: dict[str, Any]) -> Episode:
         before: tuple[int, ...] = ()
@@ -118,6 +128,7 @@ class _Reader:
                     prompt_ids=ids[:prompt],
                     action_ids=ids[prompt:],
                     logprobs=tuple(self._logprobs[self._logprob : self._logprob + action]),
+                    allowed=self._allowed_sets(action),
                     advantage=None if math.isnan(advantage) else advantage,
                 )
             )
@@ -133,6 +144,16 @@ class _Reader:
             success=row["success"],
             ended=row["ended"],
         )
+
+    def _allowed_sets(self, action: int) -> tuple[tuple[int, ...], ...] | None:
+        counts = self._allowed_counts[self._logprob : self._logprob + action]
+        if not any(counts):
+            return None
+        sets = []
+        for count in counts:
+            sets.append(tuple(self._allowed[self._choice : self._choice + count]))
+            self._choice += count
+        return tuple(sets)
 
 
 def _episode_text(group: int, episode: Episode) -> dict[str, Any]:

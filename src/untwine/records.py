@@ -86,6 +86,9 @@ class Step:
     action_ids    token ids as sampled, the end-of-turn token included when it was sampled
     logprobs      log-probability of each action id under the sampling policy (divided by the
                   temperature, before any truncation), len == len(action_ids)
+    allowed       for each action id the ids it was chosen from, when the choice was constrained
+                  to the admissible commands (the log-probabilities are then normalised over
+                  these); None: the whole vocabulary
     text          the action decoded, for people
     thought       the part before the command, if any
     command       the command sent to the environment; None when the parser refused the text
@@ -113,6 +116,7 @@ class Step:
     reward: float
     done: bool
     admissible: tuple[str, ...] | None = None
+    allowed: tuple[tuple[int, ...], ...] | None = None
     labels: tuple[Label, ...] = ()
     advantage: float | None = None
 
@@ -126,6 +130,7 @@ class Step:
         *,
         prompt_ids: tuple[int, ...] = (),
         action_ids: tuple[int, ...] = (),
+        allowed: tuple[tuple[int, ...], ...] | None = None,
         text: str | None = None,
         labels: tuple[Label, ...] = (),
         advantage: float | None = None,
@@ -150,6 +155,7 @@ class Step:
             reward=after.outcome - before.outcome,
             done=after.done,
             admissible=before.admissible,
+            allowed=allowed,
             labels=labels,
             advantage=advantage,
         )
@@ -159,6 +165,11 @@ class Step:
             raise ValueError(
                 f"step {self.index}: {len(self.action_ids)} action ids "
                 f"but {len(self.logprobs)} log-probabilities"
+            )
+        if self.allowed is not None and len(self.allowed) != len(self.action_ids):
+            raise ValueError(
+                f"step {self.index}: {len(self.action_ids)} action ids "
+                f"but {len(self.allowed)} sets of allowed ids"
             )
         if self.command is None and self.invalid is None:
             raise ValueError(f"step {self.index} has no command and no reason why")

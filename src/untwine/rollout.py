@@ -17,6 +17,7 @@ from untwine.config import PromptConfig, SamplingConfig
 from untwine.envs.pool import EnvPool, Lost, ResetRequest, StepRequest
 from untwine.envs.protocol import Reset
 from untwine.errors import EnvError, UntwineError
+from untwine.policy.choices import CommandChoices, Node
 from untwine.policy.loading import Policy
 from untwine.policy.sampler import Sample, Sampler
 from untwine.prompting.parser import PROBLEM_FEEDBACK, Reply, parse_reply
@@ -76,10 +77,12 @@ class Collector:
         self.sampling = sampling
         self.prompter = Prompter(policy.chat, prompt)
         self._longest = min(prompt.max_tokens, policy.max_positions - sampling.max_new_tokens)
-        if (prompt.list_admissible or prompt.only_admissible) and not self.info.lists_commands:
+        self.choices = CommandChoices(policy.chat) if sampling.constrained else None
+        listed = prompt.list_admissible or prompt.only_admissible or sampling.constrained
+        if listed and not self.info.lists_commands:
             raise EnvError(
-                f"environment {self.info.name!r} cannot list admissible commands; "
-                "set prompt.list_admissible and prompt.only_admissible to false"
+                f"environment {self.info.name!r} cannot list admissible commands; set "
+                "prompt.list_admissible, prompt.only_admissible and sampling.constrained to false"
             )
 
     def collect(
@@ -129,7 +132,8 @@ class Collector:
             if not running:
                 continue
             samples = sampler.sample(
-                {slot: live.conversation.prompt_ids for slot, (_, live) in running.items()}
+                {slot: live.conversation.prompt_ids for slot, (_, live) in running.items()},
+                self._choices(running) if self.choices else None,
             )
             ended = self._act(queue, running, samples, stats)
             for slot, episode in ended.items():
@@ -139,6 +143,21 @@ class Collector:
         stats.prompt_tokens += sampler.prompt_tokens
         stats.computed_tokens += sampler.computed_tokens
         return [finished[i] for i in range(total)]
+
+    def _choices(self, running: dict[int, tuple[_Job, _Live]]) -> dict[int, Node]:
+        """For each slot the trie of the commands it may give."""
+        assert self.choices is not None
+        blocked = set(self.info.blocked)
+        tries = {}
+        for slot, (job, live) in running.items():
+            commands = [c for c in live.observation.admissible or () if c not in blocked]
+            if not commands:
+                raise EnvError(
+                    f"{job.ref} lists no admissible command at step {len(live.steps)}; "
+                    "set sampling.constrained to false"
+                )
+            tries[slot] = self.choices.trie(commands)
+        return tries
 
     def _begin(
         self, queue: deque[_Job], running: dict[int, tuple[_Job, _Live]], stats: RolloutStats
@@ -233,6 +252,7 @@ class Collector:
                 prompt_ids=conversation.prompt_ids,
                 action_ids=sample.ids,
                 logprobs=sample.logprobs,
+                allowed=sample.allowed,
                 text=text,
                 thought=reply.thought,
                 command=reply.command,

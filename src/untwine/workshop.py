@@ -71,10 +71,10 @@ class Workshop:
     def __init__(self, recipe: Recipe, display: Display, model: Path | None = None) -> None:
         self.recipe = recipe
         self.display = display
-        env, prompt = recipe.env, recipe.prompt
+        env = recipe.env
         self.splits = load_splits(env.name, env.splits, env.options, env.held_out_tasks)
         self.refs = training_refs(env, self.splits)
-        self.pool = open_pool(env, list_commands=prompt.list_admissible or prompt.only_admissible)
+        self.pool = open_pool(env, list_commands=recipe.lists_commands)
         self.info = self.pool.info
         self._transcripts: list[Transcript] | None = None
         try:

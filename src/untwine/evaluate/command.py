@@ -40,8 +40,7 @@ def evaluate_run(
         raise CheckpointError(f"{run} holds no trained model yet; continue it with --resume")
     choice = recipe.policy.model_copy(update={"model": folder})
     rows = []
-    listed = recipe.prompt.list_admissible or recipe.prompt.only_admissible
-    with open_pool(recipe.env, list_commands=listed) as pool:
+    with open_pool(recipe.env, list_commands=recipe.lists_commands) as pool:
         policy = load_policy(choice, tuple, recipe.seed)
         collector = make_collector(policy, pool, recipe)
         for name in sets:

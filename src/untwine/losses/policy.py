@@ -41,9 +41,9 @@ def k3(logprobs_N: torch.Tensor, reference_N: torch.Tensor) -> torch.Tensor:
 
 
 def entropy(logits_NV: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of each row of logits, shape (N,)."""
+    """Entropy in nats of each row of logits, shape (N,); logits may be -inf."""
     logprobs = logits_NV.log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
+    return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
 
 
 def policy_loss(

@@ -9,22 +9,72 @@ returned as they were drawn.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from untwine.config import SamplingConfig
+from untwine.policy.choices import Node
 from untwine.policy.loading import Policy
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A reply: sampled ids (end token included if drawn) and the log-probability of each one
-    under the temperature-scaled, untruncated distribution."""
+    """A reply: sampled ids (end token included if drawn) and the log-probability of each one under
+    the temperature-scaled distribution, before any truncation.
+
+    allowed   for each id the ids it was chosen from, over which its log-probability is normalised;
+              None when the whole vocabulary was open
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    allowed: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A reply under way.
+
+    node   where it stands in the trie of choices; None when the whole vocabulary is open
+    fed    how many of its ids the model has read
+    """
+
+    node: Node | None
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    allowed: list[tuple[int, ...]] = field(default_factory=list)
+    over: bool = False
+    fed: int = 0
+
+    def take(self, token: int, logprob: float) -> None:
+        """Append a token that was drawn, and those that it forces."""
+        self._append(token, logprob)
+        self.force()
+
+    def force(self) -> None:
+        """Append tokens as long as there is no choice."""
+        while self.node is not None and len(self.node) == 1:
+            self._append(next(iter(self.node)), 0.0)
+        if self.node is not None and not self.node:
+            self.over = True
+
+    def unread(self) -> list[int]:
+        """The ids that the model has not read; from now on it has."""
+        first, self.fed = self.fed, len(self.ids)
+        return self.ids[first:]
+
+    def sample(self) -> Sample:
+        allowed = tuple(self.allowed) if self.node is not None else None
+        return Sample(tuple(self.ids), tuple(self.logprobs), allowed)
+
+    def _append(self, token: int, logprob: float) -> None:
+        if self.node is not None:
+            self.allowed.append(tuple(self.node))
+            self.node = self.node[token]
+        self.ids.append(token)
+        self.logprobs.append(logprob)
 
 
 class RowCache:
@@ -117,28 +167,36 @@ class Sampler:
         self.computed_tokens = 0
 
     @torch.no_grad()
-    def sample(self, prompts: Mapping[int, Sequence[int]]) -> dict[int, Sample]:
-        """One reply for each slot. Slots are small integers; a slot is also its cache row."""
-        slots = sorted(prompts)
-        logits = self._prefill(slots, prompts)
-        ids: list[list[int]] = [[] for _ in slots]
-        logprobs: list[list[float]] = [[] for _ in slots]
-        live = list(range(len(slots)))
-        for drawn in range(self.config.max_new_tokens):
-            tokens, chosen = self._draw(logits)
-            still: list[int] = []
-            for row, token, logprob in zip(live, tokens.tolist(), chosen.tolist(), strict=True):
-                ids[row].append(token)
-                logprobs[row].append(logprob)
-                if token not in self.policy.chat.end_ids:
-                    still.append(row)
-            if not still or drawn + 1 == self.config.max_new_tokens:
-                break
-            logits, live = self._continue(slots, live, still, ids)
-        return {
-            slot: Sample(tuple(i), tuple(p))
-            for slot, i, p in zip(slots, ids, logprobs, strict=True)
-        }
+    def sample(
+        self,
+        prompts: Mapping[int, Sequence[int]],
+        choices: Mapping[int, Node] | None = None,
+    ) -> dict[int, Sample]:
+        """One reply for each slot. Slots are small integers; a slot is also its cache row.
+
+        choices   for each slot the trie of the replies it may give (policy/choices.py); they end
+                  where the trie does, whatever `max_new_tokens`
+        """
+        drafts = {slot: _Draft(choices[slot] if choices else None) for slot in sorted(prompts)}
+        for draft in drafts.values():
+            draft.force()
+        live = [slot for slot, draft in drafts.items() if not draft.over]
+        if live:
+            logits = self._prefill({s: [*prompts[s], *drafts[s].unread()] for s in live})
+        while live:
+            tokens, logprobs = self._draw(logits, [drafts[slot].node for slot in live])
+            for slot, token, logprob in zip(live, tokens.tolist(), logprobs.tolist(), strict=True):
+                drafts[slot].take(token, logprob)
+                drafts[slot].over |= choices is None and self._ends(drafts[slot])
+            still = [slot for slot in live if not drafts[slot].over]
+            if still:
+                logits = self._continue(live, still, drafts)
+            live = still
+        return {slot: draft.sample() for slot, draft in drafts.items()}
+
+    def _ends(self, draft: _Draft) -> bool:
+        full = len(draft.ids) >= self.config.max_new_tokens
+        return full or draft.ids[-1] in self.policy.chat.end_ids
 
     def forget(self, slot: int) -> None:
         """The slot's episode is over; its row may be overwritten."""
@@ -153,10 +211,9 @@ class Sampler:
         self._extend({0: list(ids[cut:-1]), 1: list(ids[cut // 2 : cut])})
         return self._extend({0: list(ids[-1:])})[0]
 
-    def _prefill(self, slots: list[int], prompts: Mapping[int, Sequence[int]]) -> torch.Tensor:
+    def _prefill(self, prompts: Mapping[int, list[int]]) -> torch.Tensor:
         fresh: dict[int, list[int]] = {}
-        for slot in slots:
-            prompt = list(prompts[slot])
+        for slot, prompt in prompts.items():
             kept = _common_prefix(self._held.get(slot, []), prompt)
             kept = min(kept, len(prompt) - 1)  # the last token is always computed: it gives logits
             self._held[slot] = prompt[:kept]
@@ -166,19 +223,19 @@ class Sampler:
         return self._extend(fresh)
 
     def _continue(
-        self, slots: list[int], live: list[int], still: list[int], ids: list[list[int]]
-    ) -> tuple[torch.Tensor, list[int]]:
-        """One more position for the rows in `still`: (their logits, themselves).
+        self, live: Sequence[int], still: Sequence[int], drafts: Mapping[int, _Draft]
+    ) -> torch.Tensor:
+        """Read what was drawn; logits of the slots in `still`.
 
-        Taking rows out of the cache copies them, so ended rows ride along (their result is
-        dropped) until fewer than half are left.
+        Taking rows out of the cache copies them, so ended rows ride along (they read some token
+        and forget it) until fewer than half are left.
         """
+        going = set(still)
         riding = live if 2 * len(still) > len(live) else still
-        logits = self._extend({slots[row]: ids[row][-1:] for row in riding})
-        for row in set(riding) - set(still):
-            self._held[slots[row]].pop()
-        keep = [i for i, row in enumerate(riding) if row in set(still)]
-        return logits[keep], still
+        logits = self._extend({s: drafts[s].unread() if s in going else [0] for s in riding})
+        for slot in set(riding) - going:
+            self._held[slot].pop()
+        return logits[[i for i, slot in enumerate(riding) if slot in going]]
 
     def _extend(self, fresh: Mapping[int, list[int]]) -> torch.Tensor:
         """Append tokens to rows; logits (B, V) after the last token of each, in slot order."""
@@ -210,17 +267,31 @@ class Sampler:
             )
             return self.policy.project(hidden[:, -1])
 
-    def _draw(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token (B,) and its log-probability (B,)."""
-        scaled = torch.log_softmax(logits_BV / self.config.temperature, dim=-1)
+    def _draw(
+        self, logits_BV: torch.Tensor, nodes: Sequence[Node | None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token (B,) and its log-probability (B,). `nodes` restrict the choice, all or none."""
+        scaled = logits_BV / self.config.temperature
+        ids_BC = _children(nodes).to(scaled.device)
+        if ids_BC.numel():
+            scaled = scaled.gather(-1, ids_BC.clamp_min(0)).masked_fill(ids_BC < 0, -torch.inf)
+        scaled = scaled.log_softmax(-1)
         if self.greedy:
-            tokens = scaled.argmax(-1)
+            drawn = scaled.argmax(-1, keepdim=True)
         else:
             probs = scaled.exp().cpu()
             if self.config.top_p < 1.0:
                 probs = _nucleus(probs, self.config.top_p)
-            tokens = torch.multinomial(probs, 1, generator=self.generator)[:, 0].to(scaled.device)
-        return tokens, scaled.gather(-1, tokens[:, None])[:, 0]
+            drawn = torch.multinomial(probs, 1, generator=self.generator).to(scaled.device)
+        tokens = ids_BC.gather(-1, drawn) if ids_BC.numel() else drawn
+        return tokens[:, 0], scaled.gather(-1, drawn)[:, 0]
+
+
+def _children(nodes: Sequence[Node | None]) -> torch.Tensor:
+    """Ids of the children (B, C), padded with -1; (B, 0) when the choice is free."""
+    children = [list(node or ()) for node in nodes]
+    width = max(map(len, children))
+    return torch.tensor([ids + [-1] * (width - len(ids)) for ids in children], dtype=torch.long)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

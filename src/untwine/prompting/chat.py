@@ -59,6 +59,8 @@ class Chat:
         if not ends:
             raise ModelError("this tokenizer names no end-of-sequence token, so replies cannot end")
         self.end_ids = frozenset(ends)
+        eos = tokenizer.eos_token_id
+        self._end: int = eos if eos is not None else min(ends)
 
     def opening(self, system: str, user: str) -> tuple[int, ...]:
         """Ids of a chat with one question, ready for the reply."""
@@ -82,6 +84,10 @@ class Chat:
         ended = bool(ids) and ids[-1] in self.end_ids
         body = ids[:-1] if ended else ids
         return str(self.tokenizer.decode(list(body), skip_special_tokens=False)), ended
+
+    def reply_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a whole reply: the text and the end-of-sequence token."""
+        return (*self._encode(text), self._end)
 
     def word_ids(self, word: str) -> tuple[int, ...]:
         """Ids of a word as the first thing in a reply."""

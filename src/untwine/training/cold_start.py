@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from untwine.demonstrations import Transcript, demonstration
 from untwine.envs.protocol import EnvInfo
 from untwine.gcd.labels import label_group
 from untwine.gcd.verdicts import VerdictWords, verdict_samples
+from untwine.policy.choices import CommandChoices
 from untwine.prompting.prompter import Prompter
 from untwine.records import Episode, Group
 from untwine.training.update import Measures, Updater
@@ -26,12 +28,15 @@ class ColdStart:
         transcripts: Sequence[Transcript],
         prompter: Prompter,
         words: VerdictWords,
+        choices: CommandChoices | None,
         rng: random.Random,
     ) -> None:
         self._config = recipe.cold_start
         self._rng = rng
         noisy = self._config.imitate_noise
-        episodes = [demonstration(t, prompter, imitate_noise=noisy) for t in transcripts]
+        episodes = [
+            demonstration(t, prompter, imitate_noise=noisy, choices=choices) for t in transcripts
+        ]
         self.rows: list[Row] = [
             row for e in episodes for row in imitation_rows(e, self._config.text_weight)
         ]
@@ -72,4 +77,4 @@ def _draw(rows: Sequence[Row], tokens: int, rng: random.Random) -> list[Row]:
 
 def _rescaled(rows: Sequence[Row], scale: float) -> list[Row]:
     """Rows whose weights sum to 1 again after drawing some of them."""
-    return [Row(r.ids, r.targets, r.weights * scale, r.old_logprobs, r.advantages) for r in rows]
+    return [dataclasses.replace(row, weights=row.weights * scale) for row in rows]

@@ -129,6 +129,7 @@ class _Training:
                 self.workshop.transcripts,
                 self.collector.prompter,
                 self.words,
+                self.collector.choices,
                 self.choices,
             )
             self.display.line(

@@ -1,0 +1,61 @@
+"""Choice among the admissible commands, token by token.
+
+The commands that are admissible in a state form a trie of token ids. A reply walks down from its
+root: at each token the policy's distribution is restricted to the children of the node and
+normalised again, so the log-probability of a command is exactly the sum over its tokens of
+
+    log softmax(logits restricted to the children)[token],
+
+and every admissible command, and nothing else, can be drawn. Where a node has one child the token
+is forced: its log-probability is 0, and the model need not be asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from untwine.prompting.chat import Chat
+
+Node = dict[int, "Node"]  # the children of a node by token id; a leaf has none
+_REMEMBERED = 50_000
+
+
+class CommandChoices:
+    """Tries of commands for one tokenizer; remembers the token ids of commands."""
+
+    def __init__(self, chat: Chat) -> None:
+        self._chat = chat
+        self._ids: dict[str, tuple[int, ...]] = {}
+
+    def trie(self, commands: Collection[str]) -> Node:
+        """The trie of the commands, each followed by the end token. ValueError when there are
+        none."""
+        if not commands:
+            raise ValueError("there is no command to choose from")
+        root: Node = {}
+        for command in commands:
+            node = root
+            for token in self.reply_ids(command):
+                node = node.setdefault(token, {})
+        return root
+
+    def reply_ids(self, command: str) -> tuple[int, ...]:
+        """A command as a whole reply: its token ids and the end token."""
+        if command not in self._ids:
+            if len(self._ids) >= _REMEMBERED:
+                self._ids.clear()
+            self._ids[command] = self._chat.reply_ids(command)
+        return self._ids[command]
+
+
+def allowed_along(root: Node, ids: Sequence[int]) -> tuple[tuple[int, ...], ...] | None:
+    """For each token of a reply the ids among which it is chosen; None when the reply is not in
+    the trie."""
+    allowed = []
+    node = root
+    for token in ids:
+        if token not in node:
+            return None
+        allowed.append(tuple(node))
+        node = node[token]
+    return tuple(allowed)
