@@ -48,6 +48,7 @@ def play_experts(
     *,
     noise: float = 0.0,
     seed: int = 0,
+    valid_only: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Transcript]:
     """Play the expert of every ref; refs without an expert, or whose plan fails or is longer than
@@ -56,11 +57,15 @@ def play_experts(
     noise   chance of an error at each step. Where the environment `replans`, the expert errs and
             then plans anew (envs/wandering.py); elsewhere another command of the same plan is put
             before the right one. A plan that fails because of it is played again without.
+    valid_only  an expert that plans anew errs with commands that are valid, for policies that
+                choose among these
     """
     instances = [(ref.task, ref.variation) for ref in refs]
     plans: list[tuple[Command, ...] | None]
     if noise and pool.info.replans:
-        plans = pool.wandering_experts(instances, noise=noise, max_steps=max_steps, seed=seed)
+        plans = pool.wandering_experts(
+            instances, noise=noise, max_steps=max_steps, seed=seed, valid_only=valid_only
+        )
         noise = 0.0
     else:
         plans = [tuple(map(Command, plan or ())) for plan in pool.experts(instances)]

@@ -125,6 +125,7 @@ class Workshop:
                     self.recipe.env.max_steps,
                     noise=config.noise,
                     seed=1000 * seed + first // once,
+                    valid_only=self.recipe.sampling.constrained,
                     on_progress=on_progress,
                 )
         return found

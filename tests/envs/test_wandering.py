@@ -45,6 +45,21 @@ def test_it_errs_and_still_wins() -> None:
     assert 0 < invalid < errors
 
 
+def test_its_errors_can_be_kept_to_valid_commands() -> None:
+    env = make_env("alfworld")
+    assert isinstance(env, Planner)
+    errors = 0
+    for seed in range(12):
+        plan = wandering_plan(env, TASK, 0, 0.6, LIMIT, seed, valid_only=True)
+        assert plan
+        env.reset(TASK, 0)
+        for command in plan:
+            assert command.text in env.admissible()
+            env.step(command.text)
+            errors += not command.expert
+    assert errors > 12
+
+
 def test_without_noise_it_is_the_shortest_plan() -> None:
     env = make_env("alfworld")
     assert isinstance(env, Planner)

@@ -211,11 +211,19 @@ class EnvPool:
         return [None if plan is None else tuple(command.text for command in plan) for plan in plans]
 
     def wandering_experts(
-        self, refs: Sequence[tuple[str, int]], *, noise: float, max_steps: int, seed: int = 0
+        self,
+        refs: Sequence[tuple[str, int]],
+        *,
+        noise: float,
+        max_steps: int,
+        seed: int = 0,
+        valid_only: bool = False,
     ) -> list[tuple[Command, ...] | None]:
         """The same with experts that err (wandering.py), only where `EnvInfo.replans`. Where the
         erring one does not reach the goal in time, the plan is the faultless one."""
-        return self._search([ExpertRequest(*ref, noise, max_steps, seed) for ref in refs])
+        return self._search(
+            [ExpertRequest(*ref, noise, max_steps, seed, valid_only) for ref in refs]
+        )
 
     def _search(self, requests: Sequence[ExpertRequest]) -> list[tuple[Command, ...] | None]:
         if not self.slots:

@@ -7,7 +7,7 @@ by trying (docs/log.md).
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from untwine.envs.protocol import Planner
@@ -28,15 +28,22 @@ class Command(NamedTuple):
 
 
 def wandering_plan(
-    env: Planner, task: str, variation: int, noise: float, max_steps: int, seed: int = 0
+    env: Planner,
+    task: str,
+    variation: int,
+    noise: float,
+    max_steps: int,
+    seed: int = 0,
+    *,
+    valid_only: bool = False,
 ) -> tuple[Command, ...] | None:
     """Solve an instance, erring with probability `noise` at each step; None when that fails, or
     takes more than `max_steps`.
 
-    An error is any command that is valid now, except the one that is due, or one that was valid
-    before and no longer is: neither tells where the plan goes. The expert then plans anew
-    (`EnvInfo.replans`). Where there are too few steps left for a detour, it errs no more. The same
-    arguments give the same commands where the environment is deterministic.
+    An error is any command that is valid now, except the one that is due, or, unless `valid_only`,
+    one that was valid before and no longer is: neither tells where the plan goes. The expert then
+    plans anew (`EnvInfo.replans`). Where there are too few steps left for a detour, it errs no
+    more. The same arguments give the same commands where the environment is deterministic.
     """
     rng = random.Random(f"{seed}/{task}/{variation}")
     observation = env.reset(task, variation).observation
@@ -46,9 +53,10 @@ def wandering_plan(
     while plan and not observation.done:
         valid = env.admissible()
         known |= dict.fromkeys(valid)
-        wrong: list[str] = []
+        wrong: Sequence[str] = []
         if rng.random() < noise and len(taken) + 2 + len(plan) <= max_steps:
-            wrong = _errors(valid, plan[0], known, rng)
+            stale = [] if valid_only else [c for c in known if c not in set(valid)]
+            wrong = _errors(valid, plan[0], stale, rng)
         if not wrong:
             taken.append(Command(plan[0]))
             observation, plan = env.step(plan[0]), plan[1:]
@@ -60,10 +68,10 @@ def wandering_plan(
     return tuple(taken) if solved else None
 
 
-def _errors(valid: Sequence[str], due: str, known: Iterable[str], rng: random.Random) -> list[str]:
+def _errors(
+    valid: Sequence[str], due: str, stale: Sequence[str], rng: random.Random
+) -> Sequence[str]:
     """The errors to draw one from: all of them valid, or none."""
-    now = set(valid)
-    stale = [command for command in known if command not in now]
     if stale and rng.random() < STALE:
         return stale
     return [command for command in valid if command != due]

@@ -62,6 +62,7 @@ class ExpertRequest:
     noise: float = 0.0
     max_steps: int = 0
     seed: int = 0
+    valid_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,13 @@ def _expert(env: Env, request: ExpertRequest) -> tuple[Command, ...] | None:
         if not isinstance(env, Planner):
             raise EnvError("this environment has no experts that err: it cannot plan anew")
         wandering = wandering_plan(
-            env, task, variation, request.noise, request.max_steps, request.seed
+            env,
+            task,
+            variation,
+            request.noise,
+            request.max_steps,
+            request.seed,
+            valid_only=request.valid_only,
         )
         if wandering is not None:
             return wandering
