@@ -24,15 +24,18 @@ REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo smoke test test-all differential lint format docs bench clean
+.PHONY: help demo demo-scienceworld smoke test test-all differential lint format docs bench clean
 
 help: ## list the targets
 	@echo "Targets (VENV=$(VENV), PYTHON=$(PYTHON)):"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | \
-		while IFS='|' read -r target text; do printf '  %-12s %s\n' "$$target" "$$text"; done
+		while IFS='|' read -r target text; do printf '  %-18s %s\n' "$$target" "$$text"; done
 
-demo: $(VENV)/.installed-demo ## cold start, GRPO and GRPO+GCD on ScienceWorld, table and report
+demo: $(VENV)/.installed-demo ## cold start, GRPO and GRPO+GCD on ALFWorld, table and report
 	$(BIN)/untwine demo --out $(OUT)
+
+demo-scienceworld: $(VENV)/.installed-scienceworld ## the same on ScienceWorld
+	$(BIN)/untwine demo --recipe recipes/scienceworld-demo.yaml --out $(OUT)
 
 smoke: $(VENV)/.installed-demo ## the whole pipeline on the built-in rooms, in under a minute
 	@run=runs/smoke-$$(date +%Y%m%d-%H%M%S); set -x; \
@@ -86,12 +89,16 @@ $(VENV)/.installed-torch: $(REQUIREMENTS) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-demo: $(VENV)/.installed-torch
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-scienceworld: $(VENV)/.installed-demo
 	$(PIP) install -c constraints.txt -e '.[scienceworld]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-torch
 	$(PIP) install -c constraints.txt -e '.[scienceworld,dev]'
-	@touch $@ $(VENV)/.installed-demo
+	@touch $@ $(VENV)/.installed-demo $(VENV)/.installed-scienceworld
 
 $(VENV)/.installed-alfworld: $(VENV)/.installed-dev
 	@echo "installing alfworld, which builds a planner: needs cmake and g++, takes some minutes"

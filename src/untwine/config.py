@@ -54,6 +54,7 @@ class PromptConfig(Section):
     )
     history: Natural = Field(2, description="past (observation, action) pairs shown by `window`")
     thoughts: bool = Field(False, description="let the model think before it acts")
+    remind: bool = Field(False, description="repeat the task at the end of every question")
     list_admissible: bool = Field(False, description="list the admissible commands in the prompt")
     only_admissible: bool = Field(False, description="refuse commands outside the admissible list")
     max_tokens: Positive = Field(
@@ -71,11 +72,16 @@ class TinyConfig(Section):
     intermediate_size: Positive = 512
     vocab_size: Positive = Field(2048, description="BPE vocabulary, special tokens included")
     positions: Positive = Field(4096, description="longest context")
+    init: Literal["normal", "mimetic"] = Field(
+        "normal", description="weights at the start; mimetic: attention looks for its own token"
+    )
 
     @model_validator(mode="after")
     def _divisible(self) -> TinyConfig:
         if self.hidden_size % self.heads or self.heads % self.kv_heads:
             raise ValueError("hidden_size must be a multiple of heads, and heads of kv_heads")
+        if self.init == "mimetic" and self.heads != self.kv_heads:
+            raise ValueError("init: mimetic needs as many kv_heads as heads")
         return self
 
 

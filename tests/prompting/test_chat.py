@@ -64,6 +64,18 @@ def test_a_tokenizer_without_template_and_system_role_still_works(policy: Policy
 
 
 @pytest.mark.parametrize("layout", ["append", "window"])
+def test_the_task_ends_every_question_when_asked_for(policy: Policy, layout: str) -> None:
+    config = PromptConfig(layout=layout, remind=True)  # type: ignore[arg-type]
+    conversation = Prompter(policy.chat, config).begin("fetch it", "obs-0")
+    for t in range(1, 4):
+        assert policy.tokenizer.decode(conversation.prompt_ids).endswith(
+            f"obs-{t - 1}\n\nTask: fetch it<|end|><|start|>assistant\n"
+        )
+        reply = (*policy.chat.word_ids("go"), policy.tokenizer.eos_token_id)
+        conversation.advance(reply, "go", f"obs-{t}")
+
+
+@pytest.mark.parametrize("layout", ["append", "window"])
 def test_layouts(policy: Policy, layout: str) -> None:
     config = PromptConfig(layout=layout, history=1, list_admissible=True)  # type: ignore[arg-type]
     conversation = Prompter(policy.chat, config).begin("fetch it", "obs-0", ["go", "take"])

@@ -48,13 +48,17 @@ class Prompter:
         observation: str,
         admissible: Sequence[str] | None,
     ) -> tuple[int, ...]:
-        user = _state_text(goal, past, self._seen(observation, admissible))
+        user = _state_text(goal, past, self._seen(goal, observation, admissible))
         return self.chat.opening(SYSTEM[self.config.thoughts], user)
 
     def follow_up_ids(
-        self, reply_ids: tuple[int, ...], observation: str, admissible: Sequence[str] | None
+        self,
+        goal: str,
+        reply_ids: tuple[int, ...],
+        observation: str,
+        admissible: Sequence[str] | None,
     ) -> tuple[int, ...]:
-        return self.chat.follow_up(reply_ids, self._seen(observation, admissible))
+        return self.chat.follow_up(reply_ids, self._seen(goal, observation, admissible))
 
     def verdict_ids(self, episode: Episode, t: int, command: str | None = None) -> tuple[int, ...]:
         """Prompt that asks whether an action of step `t` is good or bad.
@@ -68,10 +72,13 @@ class Prompter:
         user = _state_text(episode.goal, past, step.observation)
         return self.chat.opening(JUDGE_SYSTEM, f"{user}\n\nAction: {candidate}\nGood or bad?")
 
-    def _seen(self, observation: str, admissible: Sequence[str] | None) -> str:
-        if not self.config.list_admissible or admissible is None:
-            return observation
-        return f"{observation}\n\nPossible commands: {'; '.join(admissible)}"
+    def _seen(self, goal: str, observation: str, admissible: Sequence[str] | None) -> str:
+        parts = [observation]
+        if self.config.list_admissible and admissible is not None:
+            parts.append(f"Possible commands: {'; '.join(admissible)}")
+        if self.config.remind:
+            parts.append(f"Task: {goal}")
+        return "\n\n".join(parts)
 
 
 class Conversation:
@@ -105,7 +112,7 @@ class Conversation:
         self._past.append((self._observation, shown_action))
         self._observation = observation
         if prompter.config.layout == "append":
-            glue = prompter.follow_up_ids(reply_ids, observation, admissible)
+            glue = prompter.follow_up_ids(self._goal, reply_ids, observation, admissible)
             self.prompt_ids = self.prompt_ids + reply_ids + glue
         else:
             past = self._past[-prompter.config.history :] if prompter.config.history else []
