@@ -127,6 +127,9 @@ class ColdStartConfig(Section):
     text_weight: Rate = Field(
         0.0, description="weight of predicting the environment's own text, for models from scratch"
     )
+    expert: Literal["oracle", "search"] = Field(
+        "oracle", description="who is imitated: it knows everything, or what it has read"
+    )
     noise: Fraction = Field(
         0.0, description="chance that another command of the plan comes before an expert step"
     )

@@ -49,6 +49,7 @@ def play_experts(
     noise: float = 0.0,
     seed: int = 0,
     valid_only: bool = False,
+    searching: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Transcript]:
     """Play the expert of every ref; refs without an expert, or whose plan fails or is longer than
@@ -59,12 +60,22 @@ def play_experts(
             before the right one. A plan that fails because of it is played again without.
     valid_only  an expert that plans anew errs with commands that are valid, for policies that
                 choose among these
+    searching   the expert does not know what it has not read (EnvError where there is none such)
     """
     instances = [(ref.task, ref.variation) for ref in refs]
     plans: list[tuple[Command, ...] | None]
-    if noise and pool.info.replans:
+    if searching and not pool.info.searches:
+        raise EnvError(
+            f"{pool.info.title} has no expert that searches; set cold_start.expert to oracle"
+        )
+    if searching or (noise and pool.info.replans):
         plans = pool.wandering_experts(
-            instances, noise=noise, max_steps=max_steps, seed=seed, valid_only=valid_only
+            instances,
+            noise=noise,
+            max_steps=max_steps,
+            seed=seed,
+            valid_only=valid_only,
+            searching=searching,
         )
         noise = 0.0
     else:

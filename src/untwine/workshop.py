@@ -109,7 +109,7 @@ class Workshop:
         """Every instance once before any of them is played again, with other errors."""
         config, seed = self.recipe.cold_start, self.recipe.seed
         once, wanted = len(self.refs), config.episodes or 64
-        if self.info.deterministic and not config.noise:
+        if self.info.deterministic and not config.noise and config.expert == "oracle":
             wanted = min(wanted, once)
         refs = TaskCursor(self.refs, seed).take(wanted)
         found: list[Transcript] = []
@@ -126,6 +126,7 @@ class Workshop:
                     noise=config.noise,
                     seed=1000 * seed + first // once,
                     valid_only=self.recipe.sampling.constrained,
+                    searching=config.expert == "search",
                     on_progress=on_progress,
                 )
         return found

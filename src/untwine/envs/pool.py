@@ -218,11 +218,13 @@ class EnvPool:
         max_steps: int,
         seed: int = 0,
         valid_only: bool = False,
+        searching: bool = False,
     ) -> list[tuple[Command, ...] | None]:
         """The same with experts that err (wandering.py), only where `EnvInfo.replans`. Where the
-        erring one does not reach the goal in time, the plan is the faultless one."""
+        erring one does not reach the goal in time, the plan is the faultless one; where a
+        `searching` one does not, there is none."""
         return self._search(
-            [ExpertRequest(*ref, noise, max_steps, seed, valid_only) for ref in refs]
+            [ExpertRequest(*ref, noise, max_steps, seed, valid_only, searching) for ref in refs]
         )
 
     def _search(self, requests: Sequence[ExpertRequest]) -> list[tuple[Command, ...] | None]:

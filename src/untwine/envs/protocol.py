@@ -12,7 +12,8 @@ declared in `EnvInfo`, so that callers ask before they use it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -37,6 +38,7 @@ class EnvInfo:
     lists_commands  `admissible` works
     has_expert      `expert` works
     replans         `plan` works, and so do experts that err (wandering.py); needs `lists_commands`
+    searches        `search` works: an expert that knows what it has read; needs `replans`
     remote          starts a heavy process of its own (a JVM): keep it in spawned workers
     inspecting      first words of commands that look without changing anything; looking twice is
                     a repeat, looking once is not a flaw (gcd/labels.py)
@@ -50,6 +52,7 @@ class EnvInfo:
     lists_commands: bool
     has_expert: bool
     replans: bool = False
+    searches: bool = False
     remote: bool = False
     inspecting: tuple[str, ...] = ()
     blocked: tuple[str, ...] = ()
@@ -113,6 +116,22 @@ class Planner(Env, Protocol):
 
     def plan(self) -> tuple[str, ...] | None:
         """Commands that solve the instance from the present state, or None when it is lost."""
+
+
+@runtime_checkable
+class Searcher(Planner, Protocol):
+    """An environment with an expert that knows no more than what it has read
+    (`EnvInfo.searches`)."""
+
+    def search(
+        self,
+        plan: Sequence[str],
+        read: Collection[str],
+        said: Collection[str],
+        rng: random.Random,
+    ) -> str:
+        """Its next command, given a plan from here, and the observations and commands of the
+        episode so far."""
 
 
 class EnvFactory(Protocol):

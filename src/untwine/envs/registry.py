@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from untwine.envs.protocol import Catalogue, Env, EnvFamily, Planner, Reset
+from untwine.envs.protocol import Catalogue, Env, EnvFamily, Planner, Reset, Searcher
 from untwine.errors import EnvError, nearest
 from untwine.records import Observation
 
@@ -87,6 +87,8 @@ class _Listing:
         self.expert = env.expert
         if isinstance(env, Planner):
             self.plan = env.plan
+        if isinstance(env, Searcher):
+            self.search = env.search
         self.close = env.close
 
     def reset(self, task: str, variation: int) -> Reset:

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from untwine.envs.protocol import Planner
+from untwine.envs.protocol import Planner, Searcher
 
 STALE = 0.5  # of the errors, how many were valid before and are not now, where there are such
 
@@ -36,6 +36,7 @@ def wandering_plan(
     seed: int = 0,
     *,
     valid_only: bool = False,
+    searching: bool = False,
 ) -> tuple[Command, ...] | None:
     """Solve an instance, erring with probability `noise` at each step; None when that fails, or
     takes more than `max_steps`.
@@ -43,29 +44,33 @@ def wandering_plan(
     An error is any command that is valid now, except the one that is due, or, unless `valid_only`,
     one that was valid before and no longer is: neither tells where the plan goes. The expert then
     plans anew (`EnvInfo.replans`). Where there are too few steps left for a detour, it errs no
-    more. The same arguments give the same commands where the environment is deterministic.
+    more. When `searching`, it does not know what it has not read (`EnvInfo.searches`). The same
+    arguments give the same commands where the environment is deterministic.
     """
     rng = random.Random(f"{seed}/{task}/{variation}")
     observation = env.reset(task, variation).observation
     taken: list[Command] = []
+    read = [observation.text]
     known: dict[str, None] = {}  # every command that was valid at some step, in order
     plan = env.plan()
-    while plan and not observation.done:
+    while plan and not observation.done and len(taken) < max_steps:
         valid = env.admissible()
         known |= dict.fromkeys(valid)
+        due = plan[0]
+        if searching:
+            assert isinstance(env, Searcher)
+            due = env.search(plan, read, [command.text for command in taken], rng)
         wrong: Sequence[str] = []
         if rng.random() < noise and len(taken) + 2 + len(plan) <= max_steps:
             stale = [] if valid_only else [c for c in known if c not in set(valid)]
-            wrong = _errors(valid, plan[0], stale, rng)
-        if not wrong:
-            taken.append(Command(plan[0]))
-            observation, plan = env.step(plan[0]), plan[1:]
-            continue
-        error, left = rng.choice(wrong), len(plan)
-        observation, plan = env.step(error), env.plan()
-        taken.append(Command(error, expert=False, off_plan=plan is None or len(plan) >= left))
-    solved = observation.success and 0 < len(taken) <= max_steps
-    return tuple(taken) if solved else None
+            wrong = _errors(valid, due, stale, rng)
+        said, left = rng.choice(wrong) if wrong else due, len(plan)
+        observation = env.step(said)
+        read.append(observation.text)
+        plan = plan[1:] if said == plan[0] else env.plan()
+        off_plan = bool(wrong) and (plan is None or len(plan) >= left)
+        taken.append(Command(said, not wrong, off_plan))
+    return tuple(taken) if observation.success and taken else None
 
 
 def _errors(

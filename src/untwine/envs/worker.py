@@ -22,7 +22,7 @@ from multiprocessing import connection
 from typing import Any
 
 from untwine.envs import registry
-from untwine.envs.protocol import Env, Planner, Reset
+from untwine.envs.protocol import Env, Planner, Reset, Searcher
 from untwine.envs.wandering import Command, wandering_plan
 from untwine.errors import EnvError, UntwineError
 from untwine.records import Observation
@@ -55,7 +55,8 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class ExpertRequest:
-    """Solve an instance. With `noise`, after a wrong command now and then (wandering.py)."""
+    """Solve an instance; with `noise`, after a wrong command now and then, and when `searching`,
+    without knowing what was not read (wandering.py)."""
 
     task: str
     variation: int
@@ -63,6 +64,7 @@ class ExpertRequest:
     max_steps: int = 0
     seed: int = 0
     valid_only: bool = False
+    searching: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +122,11 @@ class Sessions:
 
 def _expert(env: Env, request: ExpertRequest) -> tuple[Command, ...] | None:
     task, variation = request.task, request.variation
-    if request.noise:
+    if request.noise or request.searching:
         if not isinstance(env, Planner):
             raise EnvError("this environment has no experts that err: it cannot plan anew")
+        if request.searching and not isinstance(env, Searcher):
+            raise EnvError("this environment has no searching expert; use cold_start.expert=oracle")
         wandering = wandering_plan(
             env,
             task,
@@ -131,8 +135,9 @@ def _expert(env: Env, request: ExpertRequest) -> tuple[Command, ...] | None:
             request.max_steps,
             request.seed,
             valid_only=request.valid_only,
+            searching=request.searching,
         )
-        if wandering is not None:
+        if wandering is not None or request.searching:
             return wandering
     plan = env.expert(task, variation)
     return None if plan is None else tuple(Command(command) for command in plan)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+import random
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +26,7 @@ from untwine.envs.alfworld.game import Game
 from untwine.envs.alfworld.game_file import TASK_TYPES
 from untwine.envs.alfworld.games import Games, games_of
 from untwine.envs.alfworld.oracle import Unreachable, shortest_plan
+from untwine.envs.alfworld.searching import search
 from untwine.envs.alfworld.stock import Replay, StockEngine
 from untwine.envs.alfworld.text import GOAL_PREFIX
 from untwine.envs.checking import read_options
@@ -41,6 +43,7 @@ INFO = EnvInfo(
     lists_commands=True,
     has_expert=True,
     replans=True,
+    searches=True,
     inspecting=("look", "examine", "inventory", "help"),
 )
 
@@ -70,7 +73,9 @@ class Catalogue:
     def info(self) -> EnvInfo:
         real = self._options.engine == "textworld"
         title = self._games.title + (", real engine" if real else "")
-        return dataclasses.replace(INFO, title=title, remote=real, replans=not real)
+        return dataclasses.replace(
+            INFO, title=title, remote=real, replans=not real, searches=not real
+        )
 
     def tasks(self) -> tuple[str, ...]:
         return TASK_TYPES
@@ -154,6 +159,16 @@ class AlfWorldEnv:
         with contextlib.suppress(Unreachable):
             return shortest_plan(dataclasses.replace(engine.game, start=engine.snapshot()))
         return None
+
+    def search(
+        self,
+        plan: Sequence[str],
+        read: Collection[str],
+        said: Collection[str],
+        rng: random.Random,
+    ) -> str:
+        """The next command of an expert that knows what it has read (searching.py)."""
+        return search(plan, self.admissible(), read, said, rng)
 
     def close(self) -> None:
         if isinstance(self._engine, StockEngine):

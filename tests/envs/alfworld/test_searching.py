@@ -1,0 +1,79 @@
+"""The expert that knows what it has read."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from untwine.demonstrations import play_experts
+from untwine.envs.alfworld.searching import search
+from untwine.envs.pool import EnvPool
+from untwine.envs.protocol import Searcher
+from untwine.envs.registry import make_env
+from untwine.envs.wandering import wandering_plan
+from untwine.errors import EnvError
+from untwine.records import TaskRef
+
+VALID = ("go to bed 1", "go to desk 1", "go to desk 10", "look", "open drawer 2")
+TASK = "look_at_obj_in_light"
+
+
+def test_it_follows_the_plan_once_the_thing_was_mentioned() -> None:
+    plan = ("go to desk 1", "take book 1 from desk 1", "use desklamp 1")
+    rng = random.Random(0)
+    assert search(plan, VALID, ["You see a book 1."], [], rng) == "go to desk 1"
+    # book 10 is another book, and a closed drawer is looked into first
+    assert search(plan, VALID, ["You see a book 10."], [], rng) == "open drawer 2"
+    assert search(plan, VALID, ["a book 10"], ["open drawer 2"], rng).startswith("go to ")
+    said = ["open drawer 2", "go to bed 1", "go to desk 10"]
+    assert search(plan, VALID, [], said, rng) == "go to desk 1"
+    # nothing is new: the plan after all
+    assert search(plan, VALID, [], VALID, rng) == "go to desk 1"
+    # nothing is to be taken or used any more
+    assert search(("go to bed 1", "move book 1 to bed 1"), VALID, [], [], rng) == "go to bed 1"
+
+
+def test_it_takes_and_uses_only_what_it_has_read_of() -> None:
+    env = make_env("alfworld")
+    assert isinstance(env, Searcher)
+    solved = longer = 0
+    for variation in range(12):
+        plan = wandering_plan(env, TASK, variation, 0.0, 30, searching=True)
+        if plan is None:
+            continue
+        solved += 1
+        shortest = env.expert(TASK, variation)
+        assert shortest
+        assert len(plan) >= len(shortest)
+        longer += len(plan) > len(shortest)
+        read = [env.reset(TASK, variation).observation.text]
+        for command in plan:
+            assert command.expert
+            words = command.text.split()
+            if words[0] in ("take", "use"):
+                assert any(f"{words[1]} {words[2]}" in text for text in read)
+            last = env.step(command.text)
+            read.append(last.text)
+        assert last.success
+    assert solved >= 8
+    assert longer >= 4
+
+
+def test_through_the_pool_with_listed_commands() -> None:
+    refs = [TaskRef("alfworld", TASK, variation) for variation in range(6)]
+    with EnvPool("alfworld", {"list_commands": True}, workers=0, sessions=4) as pool:
+        found = play_experts(pool, refs, 30, seed=1, searching=True)
+        again = play_experts(pool, refs, 30, seed=1, searching=True)
+        other = play_experts(pool, refs, 30, seed=2, searching=True)
+    assert found == again
+    assert found != other
+    assert all(move.command.expert for transcript in found for move in transcript.moves)
+
+
+def test_other_environments_say_that_they_have_none() -> None:
+    with (
+        EnvPool("rooms", {}, workers=0, sessions=2) as pool,
+        pytest.raises(EnvError, match="no expert that searches"),
+    ):
+        play_experts(pool, [TaskRef("rooms", "fetch", 0)], 9, searching=True)
