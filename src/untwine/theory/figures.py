@@ -121,8 +121,8 @@ def draw_squeezing(path: Path, gram_AA: Array, ratios: Sequence[float], seed: in
         left.scatter(x[~rises], y[~rises], s=2, color="#c9d6df", rasterized=True)
         left.scatter(x[rises], y[rises], s=2, color=_COLOURS[1], rasterized=True)
         times = np.r_[0.0, np.geomspace(0.1, 3000, 200)]
-        for start in ([0.1, 0.35, 0.55], [0.05, 0.6, 0.35], [0.3, 0.6, 0.1], [0.02, 0.1, 0.88]):
-            flow = squeezing.flow(np.array([start]), risks, gram_AA, times)[:, 0]
+        for corner in ([0.1, 0.35, 0.55], [0.05, 0.6, 0.35], [0.3, 0.6, 0.1], [0.02, 0.1, 0.88]):
+            flow = squeezing.flow(np.array([corner]), risks, gram_AA, times)[:, 0]
             left.plot(*_corner(flow), color="black", lw=0.8)
             left.plot(*_corner(flow[0]), "o", color="black", ms=3)
         for label, place in (
@@ -131,7 +131,8 @@ def draw_squeezing(path: Path, gram_AA: Array, ratios: Sequence[float], seed: in
             ("mild", (1.02, -0.07)),
         ):
             left.text(*place, label, ha="center")
-        left.set(title=f"red: the flawed mass rises (r3 / r2 = {ratio:g})", aspect="equal")
+        left.set(aspect="equal")
+        left.set_title(f"red: the flawed mass rises (r3 / r2 = {ratio:g})", pad=14)
         left.axis("off")
         start = np.array(squeezing.SAMPLED_START)
         flow = squeezing.flow(start[None], risks, gram_AA, times)[:, 0]

@@ -203,7 +203,7 @@ def _ratio_row(starts: Array, ratio: float, gram_AA: Array, horizon: float) -> d
     path_TNA = flow(starts, risks_A, gram_AA, times)
     speed_TNA = velocity(path_TNA, risks_A, gram_AA)
     total_TN = -speed_TNA[..., GOOD]
-    rises_N = (total_TN > RISES).any(axis=0)
+    rises_N = np.asarray((total_TN > RISES).any(axis=0))
     mass_TN = 1 - path_TNA[..., GOOD]
     gain_N = mass_TN.max(axis=0) - mass_TN[0]
     likely_N = starts[:, GOOD] >= starts.max(axis=-1)

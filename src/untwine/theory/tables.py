@@ -184,8 +184,8 @@ def regions_verdict(numbers: Numbers) -> str:
     )
     text = (
         f"At κ = {model['overlap']:g}, {percent(row['near_one_from_high'])} of the starts with "
-        f".8 < q < .95 rise above .95, and {percent(row['above_half_at_end_high'])} are still above "
-        f".5 at the end; of those with q < .2 it is {percent(row['near_one_from_low'])} and "
+        f".8 < q < .95 rise above .95, and {percent(row['above_half_at_end_high'])} are still "
+        f"above .5 at the end; of those with q < .2 it is {percent(row['near_one_from_low'])} and "
         f"{percent(row['above_half_at_end_low'])}, though {percent(row['rises_at_start_low'])} are "
         "lifted at first."
     )
