@@ -64,9 +64,7 @@ def test_slope_by_hand() -> None:
     assert slope(values, 5, "none") == pytest.approx(np.full(7, 0.8))
     # a pair that differs has the advantages +-1/sqrt 2, whatever V
     assert slope(values, 2, "std") == pytest.approx(np.full(7, 2**-0.5), abs=1e-5)
-    assert slope(values, 1000, "std") == pytest.approx(
-        1 / np.sqrt(values * (1 - values)), rel=0.02
-    )
+    assert slope(values, 1000, "std") == pytest.approx(1 / np.sqrt(values * (1 - values)), rel=0.02)
 
 
 @given(shares, st.integers(2, 40), normalisers)

@@ -160,14 +160,12 @@ def _draw_sampled(axes: Axes, gram_AA: Array, seed: int) -> None:
             start, risks, gram_AA, success, size, normaliser, rate, steps, 200, rng
         )
         clock = (success, size, normaliser)
-        flow = squeezing.flow(start[None], risks, gram_AA, times, clock=clock)
+        flow = squeezing.flow(start[None], risks, gram_AA, times[::10], clock=clock)
         mass = 1 - path[..., 0]
         low, high = np.percentile(mass, [5, 95], axis=1)
         axes.fill_between(times[::10], low[::10], high[::10], color=colour, alpha=0.15, lw=0)
         axes.plot(times[::10], mass.mean(axis=1)[::10], color=colour, label=f"GRPO, {normaliser}")
-        axes.plot(
-            times[::10], 1 - flow[::10, 0, 0], "--", color=colour, label=f"flow, {normaliser}"
-        )
+        axes.plot(times[::10], 1 - flow[:, 0, 0], "--", color=colour, label=f"flow, {normaliser}")
     axes.set(
         xlabel="rate · steps", ylabel="flawed mass",
         title="sampled GRPO (G = 8): mean and 5-95 %\nof 200 seeds, and its flow",
@@ -240,15 +238,22 @@ def _draw_push(axes: Axes, model: regions.TwoStates, points: Sequence[regions.Po
     axes.plot(q, correction, color=_COLOURS[3], label="correction r q (1 − q)")
     strongest = float(model.push(0.5))
     axes.axhline(strongest, ls="--", color=_COLOURS[1], label="strongest push, κ r' / 4")
-    for colour, label in zip(
-        _COLOURS * (1 + len(points)), dict.fromkeys(p.label for p in points), strict=False
-    ):
-        chosen = [p for p in points if p.label == label]
+    kinds = list(dict.fromkeys(p.label for p in points))
+    for index, colour in zip(range(len(kinds)), _COLOURS, strict=False):
+        # kinds beyond the colours share the last one
+        last = index == len(_COLOURS) - 1
+        shown = kinds[index:] if last else kinds[index : index + 1]
+        chosen = [p for p in points if p.label in shown]
+        name = "others" if len(shown) > 1 else shown[0] or "measured"
         axes.plot(
-            [p.q for p in chosen], [p.push for p in chosen], "x", color=colour,
-            label=label or "measured",
-        )  # fmt: skip
+            [p.q for p in chosen], [p.push for p in chosen], "x", color=colour, label=_plain(name)
+        )
     axes.set(
         xlim=(0, 1), xlabel="q", ylabel="dz/dt", title="lifted where the push is above the curve"
     )
     axes.legend(frameon=False, fontsize=7)
+
+
+def _plain(text: str) -> str:
+    """A label as it is: no formula between dollar signs, and not hidden by a leading `_`."""
+    return " " + text.replace("$", r"\$")

@@ -16,6 +16,9 @@ from untwine.theory.advantage import Array
 
 Field = Callable[[Array], Array]
 
+RATES = (0.8, 0.2, 0.05)
+"""Step sizes at which sampled GRPO is compared with its flow."""
+
 _STAGES = (
     (),
     (1 / 5,),
@@ -46,6 +49,12 @@ def integrate(
         state, size = _advance(field, state, end - begin, size, rtol, atol)
         path.append(state)
     return np.stack(path)
+
+
+def thinned(path_TNA: Array, rate: float) -> tuple[Array, Array]:
+    """A path of steps of `rate` at multiples of the largest rate only, and their times (T,)."""
+    stride = round(RATES[0] / rate)
+    return path_TNA[::stride], rate * np.arange(0.0, len(path_TNA), stride)
 
 
 def _advance(

@@ -34,7 +34,7 @@ from untwine.theory.advantage import (
     group_advantages,
     slope,
 )
-from untwine.theory.flow import Field, integrate
+from untwine.theory.flow import RATES, Field, integrate, thinned
 
 GOOD, WORST, MILD = 0, 1, 2
 TABULAR = np.eye(3)
@@ -199,7 +199,7 @@ def study(
 
 def _ratio_row(starts: Array, ratio: float, gram_AA: Array, horizon: float) -> dict[str, Any]:
     risks_A = np.array([0.0, 1.0, ratio])
-    times = np.r_[0.0, np.geomspace(horizon / 1e4, horizon, 240)]
+    times = np.r_[0.0, np.geomspace(horizon / 1e4, horizon, 150)]
     path_TNA = flow(starts, risks_A, gram_AA, times)
     speed_TNA = velocity(path_TNA, risks_A, gram_AA)
     total_TN = -speed_TNA[..., GOOD]
@@ -273,13 +273,14 @@ def _sampled_row(gram_AA: Array, normaliser: Normaliser, seed: int) -> dict[str,
     success, group_size = SAMPLED_SUCCESS, SAMPLED_GROUP_SIZE
     span, rows = 40.0, []
     clock = (success, group_size, normaliser)
-    for rate, seeds in ((0.8, 400), (0.2, 400), (0.05, 400)):
-        steps = round(span / rate)
+    for rate in RATES:
+        steps, seeds = round(span / rate), 400
         rng = np.random.default_rng(seed)
         path = sampled(
             start, risks, gram_AA, success, group_size, normaliser, rate, steps, seeds, rng
         )
-        exact = flow(start[None], risks, gram_AA, np.arange(steps + 1) * rate, clock=clock)
+        path, times = thinned(path, rate)
+        exact = flow(start[None], risks, gram_AA, times, clock=clock)
         gap_TA = np.abs(path.mean(axis=1) - exact[:, 0])
         error_TA = path.std(axis=1, ddof=1) / math.sqrt(seeds)
         rows.append(
