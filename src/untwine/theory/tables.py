@@ -55,11 +55,40 @@ def calibration_tables(numbers: Numbers) -> list[Table]:
         steps.add_row(
             row["normaliser"],
             f"per {row['unit']}",
-            *(f"{row[f'mean_over_{kind}']:+.3f}" for kind in ("all", "flawed", "good")),
+            *(f"{row[f'mean_over_{kind}']:+z.3f}" for kind in ("all", "flawed", "good")),
             f"{row['tasks_flawed_mean_positive']} tasks",
             f"{row['flawed_places_pushed_up']} of {row['flawed_places']}",
         )
-    return [bandit, graded, steps]
+    return [bandit, graded, steps, _calibration_examples(numbers)]
+
+
+def _calibration_examples(numbers: Numbers) -> Table:
+    """One counter-example of every kind; none of one state with returns 0 or 1 is expected."""
+    table = _table("counter-examples", "where", "what", "E[Â | flawed]", "gradient")
+    for row in numbers["bandit"]:
+        for found in row["counter_examples"]:
+            text = f"p = {found['success']:g}, q = {found['rate']:g}, r = {found['risk']:g}"
+            where = f"one state, std {row['normaliser']}, G = {row['group_size']}"
+            table.add_row(where, text, "not negative", "")
+    example = numbers["graded_example"]
+    for name in ("std, G=2", "std, G=8"):
+        text = (
+            f"returns {_list(example['levels'])} with {_list(example['flawed'])}, "
+            f"otherwise {_list(example['other'])}"
+        )
+        table.add_row(f"graded, {name}", text, f"{example['advantage'][name]:+.4f}", "")
+    for name, text in (
+        ("fork, step", "the flawed action is met on the good way only"),
+        ("detour, episode", "the flawed action fails slowly"),
+    ):
+        found = numbers["horizon"]["examples"][name]
+        mean, gradient = found["mean_over_flawed"], found["gradient_on_flawed"]
+        table.add_row(name, text, f"{mean:+.4f}", f"{gradient:+.4f}")
+    return table
+
+
+def _list(values: list[float]) -> str:
+    return ", ".join(f"{value:.3g}" for value in values)
 
 
 def calibration_verdict(numbers: Numbers) -> str:
@@ -86,7 +115,7 @@ def squeezing_tables(numbers: Numbers) -> list[Table]:
     """Exact flow by risk ratio, and GRPO against its flow."""
     exact = _table(
         f"exact flow, {numbers['starts']} starts, until {numbers['horizon']:g} / r2",
-        "r3 / r2", "mild rises", "worst rises", "sum rises", "by at most",
+        "r3 / r2", "mild rises", "worst rises", "sum rises", "by at most", "from",
         "if good leads", "w rises",
     )  # fmt: skip
     for row in numbers["ratios"]:
@@ -96,6 +125,7 @@ def squeezing_tables(numbers: Numbers) -> list[Table]:
             percent(row["worst_rises"]),
             percent(row["total_rises"]),
             f"{row['largest_rise']:.3f}",
+            _list(row["largest_rise_from"]) if row["total_rises"] else "",
             percent(row["total_rises_where_good_most_likely"]),
             percent(row["risk_weighted_rises"]),
         )
@@ -123,7 +153,7 @@ def squeezing_verdict(numbers: Numbers) -> str:
     """Whether one rises, whether the sum rises, and what never does."""
     rows = numbers["ratios"]
     most = max(rows, key=lambda r: r["total_rises"])
-    start = ", ".join(f"{p:.3g}" for p in most["largest_rise_from"])
+    start = _list(most["largest_rise_from"])
     shares = [r["one_rises"] for r in rows]
     leading = percent(max(r["total_rises_where_good_most_likely"] for r in rows))
     text = (
@@ -147,8 +177,17 @@ def squeezing_verdict(numbers: Numbers) -> str:
             f" With {shared['grams']} random shared features the flawed mass rises at "
             f"{percent(shared['total_rises'])} of the points, and at "
             f"{percent(shared['total_rises_where_good_above_half'])} of those where the good "
-            "action has more than half of the mass."
+            "action has more than half of the mass"
         )
+        example = shared["example_where_good_above_half"]
+        if example:
+            gram = example["gram"]
+            text += (
+                f" (as from {_list(example['start'])} with r3 / r2 = {example['ratio']:g} and the "
+                f"overlaps good-worst {gram[0][1]:.2f}, good-mild {gram[0][2]:.2f}, "
+                f"flawed {gram[1][2]:.2f})"
+            )
+        text += "."
     return text
 
 
@@ -192,7 +231,7 @@ def regions_verdict(numbers: Numbers) -> str:
     unsafe = [r for r in numbers["rows"] if r["low_start_near_one"]]
     if unsafe:
         most = max(unsafe, key=lambda r: r["near_one_from_low"])
-        start = ", ".join(f"{x:.3g}" for x in most["low_start_near_one"])
+        start = _list(most["low_start_near_one"])
         text += (
             f" A low start is not always safe: with r' = {most['gain']:g} and κ = "
             f"{most['overlap']:g}, {percent(most['near_one_from_low'])} of them are carried above "
