@@ -85,6 +85,7 @@ def test_measured_points_and_the_default_folder(
         (["regions", "--format", "pgn"], "Did you mean 'png'"),
         (["regions", "--points", "nothing.jsonl"], "cannot read the points in nothing.jsonl"),
         (["regions", "--group-size", "1"], "--group-size"),
+        (["regions", "--horizon", "inf"], "positive and finite, not inf"),
         (["region"], "No such command"),
     ],
 )

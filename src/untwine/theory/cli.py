@@ -133,7 +133,7 @@ def regions(
         typer.Option(
             "--points",
             metavar="FILE",
-            help='Measured points to lay over the plot, one {"q": .9, "push": .01} per line; '
+            help='Measured points to lay over the plot, one {"q": 0.9, "push": 0.01} per line; '
             '"q_other" and "label" are optional.',
         ),
     ] = None,

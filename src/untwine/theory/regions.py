@@ -249,8 +249,8 @@ def study(
     model: TwoStates, points: int, horizon: float, group_size: int, seed: int
 ) -> dict[str, Any]:
     """The statement over starts and overlaps, the closed form of the peak, and GRPO."""
-    if not horizon > 0:
-        raise ConfigError(f"the horizon must be positive, not {horizon}")
+    if not 0 < horizon < math.inf:
+        raise ConfigError(f"the horizon must be positive and finite, not {horizon}")
     overlaps = sorted({0.0, 0.3, 0.6, 0.9, 0.99, model.overlap})
     gains = sorted({g for g in (model.gain / 2, model.gain, 2 * model.gain) if g <= 1})
     # the rates of success without b matter to sampling only

@@ -184,8 +184,8 @@ def study(
     for ratio in ratios:
         if not 0 < ratio < 1:
             raise ConfigError(f"a risk ratio r3 / r2 must lie between 0 and 1, not {ratio}")
-    if not horizon > 0:
-        raise ConfigError(f"the horizon must be positive, not {horizon}")
+    if not 0 < horizon < math.inf:
+        raise ConfigError(f"the horizon must be positive and finite, not {horizon}")
     starts = simplex_grid(points)
     return {
         "gram": gram_AA.tolist(),
