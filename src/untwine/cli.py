@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from untwine.errors import ConfigError, UntwineError
+from untwine.theory.cli import app as theory
 
 app = typer.Typer(
     name="untwine",
@@ -176,6 +177,7 @@ def demo(
 
 games = typer.Typer(help="Games from elsewhere.", no_args_is_help=True)
 app.add_typer(games, name="games")
+app.add_typer(theory, name="theory")
 
 
 @games.command("import")
