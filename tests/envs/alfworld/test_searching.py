@@ -62,7 +62,7 @@ def test_it_takes_and_uses_only_what_it_has_read_of() -> None:
 
 def test_through_the_pool_with_listed_commands() -> None:
     refs = [TaskRef("alfworld", TASK, variation) for variation in range(6)]
-    with EnvPool("alfworld", {"list_commands": True}, workers=0, sessions=4) as pool:
+    with EnvPool("alfworld", {"list_commands": True}, workers=0, sessions=4, timeout_s=60) as pool:
         found = play_experts(pool, refs, 30, seed=1, searching=True)
         again = play_experts(pool, refs, 30, seed=1, searching=True)
         other = play_experts(pool, refs, 30, seed=2, searching=True)
@@ -73,7 +73,7 @@ def test_through_the_pool_with_listed_commands() -> None:
 
 def test_other_environments_say_that_they_have_none() -> None:
     with (
-        EnvPool("rooms", {}, workers=0, sessions=2) as pool,
+        EnvPool("rooms", {}, workers=0, sessions=2, timeout_s=60) as pool,
         pytest.raises(EnvError, match="no expert that searches"),
     ):
         play_experts(pool, [TaskRef("rooms", "fetch", 0)], 9, searching=True)
