@@ -1,9 +1,10 @@
-"""From episodes to the rows a model is trained on. Padding happens here and nowhere earlier.
+"""From episodes to the rows a model is trained on.
 
-Consecutive steps whose prompt only continues the previous one (`append` layout) become one row, so
-every token of such an episode is computed once; other steps become rows of their own. The loss does
-not depend on how steps were merged: each trained token carries its own weight, with denominators
-taken over the whole batch, never over a micro-batch.
+Consecutive steps whose prompt only continues the previous one (`append` layout) become one row;
+other steps become rows of their own. What rows have in common is found again when they are scored
+(scoring.py), so no token is computed twice. The loss does not depend on how steps were merged: each
+trained token carries its own weight, with denominators taken over the whole batch, never over a
+micro-batch.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
-from untwine.policy.loading import Policy
+from untwine.policy.trie import common_prefix, shared_lengths, sort_key
 from untwine.records import Episode, Group, Step
 
 LossMean = Literal["token", "step", "episode"]
@@ -81,78 +81,37 @@ def completion_row(prompt_ids: Sequence[int], completion_ids: Sequence[int], wei
 
 
 def microbatches(rows: Sequence[Row], budget: int) -> Iterator[list[Row]]:
-    """Rows of similar length together, at most `budget` padded tokens at a time (a longer row
-    stands alone)."""
+    """Rows in the order of their trie, at most `budget` distinct tokens at a time (a longer row
+    stands alone). A beginning that rows of two micro-batches share is computed in both."""
     batch: list[Row] = []
-    for row in sorted(rows, key=lambda r: -r.length):
-        if batch and batch[0].length * (len(batch) + 1) > budget:
+    held = 0
+    for row in in_trie_order(rows):
+        new = row.length - (common_prefix(batch[-1].ids, row.ids) if batch else 0)
+        if batch and held + new > budget:
             yield batch
-            batch = []
+            batch, held, new = [], 0, row.length
         batch.append(row)
+        held += new
     if batch:
         yield batch
 
 
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """Model outputs and data at the N trained positions of a micro-batch.
-
-    logits_NV     vocabulary logits that predict each target, divided by the temperature, float32;
-                  -inf outside the choices of a target
-    ids_N         the target tokens
-    logprobs_N    their log-probabilities
-    weights_N, old_logprobs_N, advantages_N   see `Row`
-    """
-
-    logits_NV: torch.Tensor
-    ids_N: torch.Tensor
-    logprobs_N: torch.Tensor
-    weights_N: torch.Tensor
-    old_logprobs_N: torch.Tensor
-    advantages_N: torch.Tensor
+def distinct_tokens(rows: Sequence[Row]) -> int:
+    """Tokens of the rows, common beginnings counted once."""
+    ordered = [row.ids for row in in_trie_order(rows)]
+    return sum(map(len, ordered)) - int(shared_lengths(ordered).sum())
 
 
-def score(policy: Policy, rows: Sequence[Row], temperature: float = 1.0) -> Targets:
-    """Run the model over one micro-batch. The vocabulary projection sees target positions only."""
-    device = policy.device
-    ids_BL = torch.zeros(len(rows), max(row.length for row in rows), dtype=torch.long)
-    for b, row in enumerate(rows):
-        ids_BL[b, : row.length] = torch.from_numpy(row.ids)
-    row_N = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(r.targets) for r in rows]))
-    column_N = torch.from_numpy(np.concatenate([r.targets for r in rows]))
-    ids_N = ids_BL[row_N, column_N].to(device)
-    # Padding is on the right and attention is causal, so no mask is needed.
-    with policy.autocast():
-        hidden_BLD = policy.hidden_states(ids_BL.to(device), use_cache=False)
-        logits_NV = policy.project(hidden_BLD[row_N, column_N - 1]) / temperature
-    logits_NV = _restricted(logits_NV, rows)
-    logprobs_N = logits_NV.gather(-1, ids_N[:, None])[:, 0] - logits_NV.logsumexp(-1)
-
-    def gather(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([getattr(r, name) for r in rows])).to(device)
-
-    return Targets(
-        logits_NV,
-        ids_N,
-        logprobs_N,
-        gather("weights"),
-        gather("old_logprobs"),
-        gather("advantages"),
-    )
+def in_trie_order(rows: Sequence[Row]) -> list[Row]:
+    """Rows with common beginnings beside each other."""
+    return sorted(rows, key=lambda row: sort_key(row.ids))
 
 
-def _restricted(logits_NV: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-    """Logits with -inf outside the choices of each target."""
+def stacked_choices(rows: Sequence[Row]) -> np.ndarray | None:
+    """`Row.choices` of all targets of the rows, (N, C); None when no choice was restricted."""
     if all(row.choices is None for row in rows):
-        return logits_NV
-    choices_NC = torch.from_numpy(_stacked([_choices_or_open(row) for row in rows]))
-    choices_NC = choices_NC.to(logits_NV.device)
-    # one more column takes the -1
-    allowed = torch.zeros(
-        len(logits_NV), logits_NV.shape[1] + 1, dtype=torch.bool, device=logits_NV.device
-    ).scatter_(1, choices_NC % (logits_NV.shape[1] + 1), True)[:, :-1]
-    allowed |= (choices_NC < 0).all(1, keepdim=True)
-    return logits_NV.masked_fill(~allowed, -torch.inf)
+        return None
+    return _stacked([_choices_or_open(row) for row in rows])
 
 
 def _choices_or_open(row: Row) -> np.ndarray:

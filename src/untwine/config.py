@@ -85,6 +85,20 @@ class TinyConfig(Section):
         return self
 
 
+class LoRAConfig(Section):
+    """Low-rank adapters instead of full weights."""
+
+    rank: Natural = Field(0, description="rank of the adapters; 0 trains all weights")
+    alpha: Positive = Field(32, description="adapters are scaled by alpha / rank")
+    target_modules: list[str] = Field(
+        default_factory=lambda: [
+            *("q_proj", "k_proj", "v_proj", "o_proj"),
+            *("gate_proj", "up_proj", "down_proj"),
+        ],
+        description="linear layers that get an adapter, by the last part of their name",
+    )
+
+
 class PolicyConfig(Section):
     """The language model that acts."""
 
@@ -94,6 +108,10 @@ class PolicyConfig(Section):
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     threads: Natural = Field(0, description="torch threads; 0 keeps the default")
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, more time"
+    )
+    lora: LoRAConfig = LoRAConfig()
     tiny: TinyConfig = TinyConfig()
 
 
@@ -185,7 +203,7 @@ class RLConfig(Section):
     group_size: Positive = Field(8, description="episodes per task instance (G)")
     epochs: Positive = Field(1, description="passes over each batch")
     minibatches: Positive = Field(1, description="optimizer steps per pass")
-    microbatch_tokens: Positive = Field(16384, description="tokens per forward pass")
+    microbatch_tokens: Positive = Field(16384, description="distinct tokens per forward pass")
     returns: Literal["outcome", "success"] = Field(
         "outcome", description="return of an episode: its outcome, or its success (0 or 1)"
     )

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.builders import make_episode, make_step
-from untwine.batch import score
 from untwine.config import PromptConfig
 from untwine.gcd.verdicts import VerdictWords, verdict_loss, verdict_samples
 from untwine.policy.loading import Policy
 from untwine.prompting.prompter import Prompter
 from untwine.records import Episode, Label
+from untwine.scoring import score
 
 GOOD, BAD = Label("rule", "good", "progress"), Label("rule", "flawed", "no_effect")
 

@@ -47,7 +47,7 @@ def test_terms_add_up_with_their_weights() -> None:
     old, ref = logp.detach() - 0.1, logp.detach() + 0.2
     advantages, weights = torch.tensor([1.0, -1.0, 0.5]), torch.tensor([0.2, 0.3, 0.5])
     result = policy_loss(
-        logits, logp, old, advantages, weights, ref,
+        entropy(logits), logp, old, advantages, weights, ref,
         clip_low=0.2, clip_high=0.2, kl_weight=0.7, entropy_weight=0.01,
     )  # fmt: skip
     by_hand = 0.0

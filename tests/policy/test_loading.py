@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from untwine.batch import completion_row, score
+from untwine.batch import completion_row
 from untwine.config import PolicyConfig, SamplingConfig
 from untwine.errors import ModelError
 from untwine.policy.loading import Policy, check_exactness, load_policy
 from untwine.policy.sampler import Sampler
+from untwine.scoring import score
 
 SHAPE = {
     "hidden_size": 32,

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from untwine.config import Recipe
+from untwine.config import LoRAConfig, Recipe
 from untwine.envs.protocol import EnvInfo
 from untwine.envs.registry import get_catalogue
 from untwine.errors import CheckpointError, EnvError
@@ -38,7 +38,7 @@ def evaluate_run(
     folder = model or str(run / "model")
     if not model and not (run / "model" / "config.json").is_file():
         raise CheckpointError(f"{run} holds no trained model yet; continue it with --resume")
-    choice = recipe.policy.model_copy(update={"model": folder})
+    choice = recipe.policy.model_copy(update={"model": folder, "lora": LoRAConfig()})
     rows = []
     with open_pool(recipe.env, list_commands=recipe.lists_commands) as pool:
         policy = load_policy(choice, tuple, recipe.seed)

@@ -7,13 +7,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from untwine.batch import Row, Targets, completion_row
+from untwine.batch import Row, completion_row
 from untwine.errors import ModelError
 from untwine.gcd.labels import agreed_verdict
 from untwine.prompting.prompter import VERDICT_WORDS, Prompter
 from untwine.records import Episode, Verdict
+from untwine.scoring import Targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +86,11 @@ class VerdictWords:
     def correct(self, rows: Sequence[Row], targets: Targets) -> int:
         """How many of the rows put more weight on the right verdict than on the wrong one."""
         good, flawed = self.ids["good"][0], self.ids["flawed"][0]
-        first, right = 0, 0
-        for row in rows:
-            wanted = int(row.ids[row.targets[0]])
-            other = flawed if wanted == good else good
-            logits = targets.logits_NV[first]
-            right += int(bool(logits[wanted] > logits[other]))
-            first += len(row.targets)
-        return right
+        firsts = np.cumsum([0, *(len(row.targets) for row in rows[:-1])])
+        logits_nV = targets.logits(firsts.tolist())
+        says_good = (logits_nV[:, good] > logits_nV[:, flawed]).tolist()
+        wanted = [int(row.ids[row.targets[0]]) == good for row in rows]
+        return sum(x == y for x, y in zip(says_good, wanted, strict=True))
 
 
 def verdict_loss(targets: Targets) -> torch.Tensor:

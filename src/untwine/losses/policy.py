@@ -47,7 +47,7 @@ def entropy(logits_NV: torch.Tensor) -> torch.Tensor:
 
 
 def policy_loss(
-    logits_NV: torch.Tensor,
+    entropies_N: torch.Tensor,
     logprobs_N: torch.Tensor,
     old_logprobs_N: torch.Tensor,
     advantages_N: torch.Tensor,
@@ -66,8 +66,7 @@ def policy_loss(
     if reference_N is not None:
         kl = (weights_N * k3(logprobs_N, reference_N)).sum()
         loss = loss + kl_weight * kl
-    with torch.set_grad_enabled(entropy_weight > 0):
-        spread = (weights_N * entropy(logits_NV)).sum()
+    spread = (weights_N * entropies_N).sum()
     if entropy_weight > 0:
         loss = loss - entropy_weight * spread
     ratio = (logprobs_N - old_logprobs_N).exp().detach()

@@ -1,9 +1,9 @@
 """Loading a policy: a preset, any Hugging Face causal language model by id, or a folder.
 
 Whatever the source, the result is the same `Policy`. Before it is used, `check_exactness` compares
-the two shortcuts this project relies on (kept keys and values while sampling; the vocabulary
-projection at action positions only) with a plain forward pass, and refuses models for which they
-differ.
+the three shortcuts this project relies on (kept keys and values while sampling; the vocabulary
+projection at action positions only; attention along a packed trie) with a plain forward pass, and
+refuses models for which they differ.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from untwine.config import PolicyConfig
 from untwine.errors import ModelError
+from untwine.policy.lora import add_lora, has_lora, without_lora
 from untwine.policy.tiny import build_model, build_tokenizer
+from untwine.policy.tree_attention import TreePlan, adopt
+from untwine.policy.trie import Costs, PackedTrie, build_trie
 from untwine.prompting.chat import Chat
 
 _TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5}
@@ -62,14 +67,47 @@ class Policy:
         """Last hidden states, shape (B, L, D), before the vocabulary projection."""
         return self.model.base_model(input_ids=input_ids, **kwargs).last_hidden_state  # type: ignore[no-any-return]
 
+    def hidden_states_along(self, trie: PackedTrie) -> torch.Tensor:
+        """Last hidden states of the nodes of a packed trie, shape (N, D)."""
+        ids_1N = torch.from_numpy(trie.tokens_N)[None].to(self.device)
+        depth_1N = torch.from_numpy(trie.depth_N)[None].to(self.device)
+        with recomputing(self.model, torch.is_grad_enabled()):
+            return self.hidden_states(
+                ids_1N,
+                position_ids=depth_1N,
+                # Any 4D mask keeps transformers from making one of N x N; the plan stands for it.
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
+                use_cache=False,
+                untwine_plan=TreePlan(trie, self.device),
+            )[0]
+
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Vocabulary logits in float32 of hidden states (..., D)."""
-        return self.model.get_output_embeddings()(hidden).float()  # type: ignore[no-any-return]
+        """Vocabulary logits, in float32 at least, of hidden states (..., D)."""
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def costs(self) -> Costs:
+        """What one layer of this model costs, for the choice of layout (docs/fast-core.md)."""
+        config = self.model.config
+        linear = (
+            sum(p.numel() for name, p in self.model.base_model.named_parameters() if p.dim() == 2)
+            - self.model.get_input_embeddings().weight.numel()
+        )
+        heads = config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        return Costs.of_layer(linear / config.num_hidden_layers, width, self.device.type)
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder that `load_policy` and others read."""
         transformers_logging.disable_progress_bar()
-        self.model.save_pretrained(folder, safe_serialization=True)
+        model = without_lora(self.model) if has_lora(self.model) else self.model
+        model.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -94,6 +132,11 @@ def load_policy(config: PolicyConfig, texts: Callable[[], Iterable[str]], seed: 
     extra_ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = tuple(extra_ends) if isinstance(extra_ends, list) else (extra_ends,)
     model = model.to(device=device, dtype=torch.float32).eval()
+    if config.lora.rank:
+        add_lora(model, config.lora, seed)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    adopt(model)
     policy = Policy(model, tokenizer, Chat(tokenizer, ends), device, dtype, config.model)
     check_vocabulary(policy)
     return policy
@@ -111,25 +154,66 @@ def check_vocabulary(policy: Policy) -> None:
 
 @torch.no_grad()
 def check_exactness(policy: Policy, cached_logits: Callable[[Sequence[int]], torch.Tensor]) -> None:
-    """Compare the kept-cache logits and the separate projection with a plain forward pass.
+    """Compare the three shortcuts with a plain forward pass.
 
     cached_logits   given token ids, the logits of the last position computed piecewise with a kept
                     cache (from the sampler)
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, len(policy.tokenizer), (1, 24), generator=generator).to(policy.device)
+    ids = torch.randint(0, len(policy.tokenizer), (3, 24), generator=generator)
+    ids[1:, :9], ids[2, :16] = ids[0, :9], ids[1, :16]  # three branches of one trie
+    trie = build_trie(list(ids.numpy()), "trie")
+    ids = ids.to(policy.device)
     with policy.autocast():
-        plain = policy.model(input_ids=ids, use_cache=False).logits[0, -1].float()
-        projected = policy.project(policy.hidden_states(ids, use_cache=False)[0, -1])
+        plain = policy.model(input_ids=ids, use_cache=False).logits[:, -1].float()
+        projected = policy.project(policy.hidden_states(ids, use_cache=False)[:, -1])
+        ends = torch.from_numpy(np.array([path[-1] for path in trie.paths])).to(policy.device)
+        packed = policy.project(_along(policy, trie)[ends])
     tolerance = _TOLERANCE[str(policy.dtype).removeprefix("torch.")]
     kept = cached_logits(ids[0].tolist())
-    for what, other in (("a kept cache", kept), ("a separate vocabulary projection", projected)):
-        gap = float((other.float().to(plain) - plain).abs().max())
+    for what, other in (
+        ("a kept cache", kept),
+        ("a separate vocabulary projection", projected),
+        ("attention along a packed trie", packed),
+    ):
+        wanted = plain if other.dim() == 2 else plain[0]
+        gap = float((other.float().to(plain) - wanted).abs().max())
         if not gap <= tolerance * max(1.0, float(plain.abs().max())):
             raise ModelError(
                 f"model {policy.name!r} gives other logits with {what} (largest gap {gap:.1e}), so "
                 "it cannot be trained exactly here; Llama-, Qwen- and Mistral-like models work"
             )
+
+
+def _along(policy: Policy, trie: PackedTrie) -> torch.Tensor:
+    try:
+        return policy.hidden_states_along(trie)
+    except TypeError as error:  # the model's layers take no further keyword arguments
+        raise ModelError(
+            f"model {policy.name!r} does not hand its attention what a packed trie needs, so it "
+            "cannot be trained here; Llama-, Qwen- and Mistral-like models work"
+        ) from error
+
+
+@contextlib.contextmanager
+def recomputing(model: Any, on: bool) -> Iterator[None]:
+    """Gradient checkpointing, where the recipe asks for it, during one forward pass with gradient.
+
+    transformers ties it to training mode, and drops caches then; so only the layers themselves are
+    in training mode, only here, and dropout inside them stays off.
+    """
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing
+    ]
+    for layer in layers:
+        layer.training = on
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 def _device(name: str) -> torch.device:

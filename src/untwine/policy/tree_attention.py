@@ -1,11 +1,11 @@
 """Exact attention over a packed trie, registered with transformers under the name `untwine`.
 
-A call that carries a `TreePlan` reads along the trie; any other call is transformers' own SDPA, with
-the masks that belong to it. Nothing is kept between calls, so sampling, plain forward passes and
-training may use one model side by side.
+A call that carries a `TreePlan` reads along the trie; any other call is transformers' own SDPA,
+with the masks that belong to it. Nothing is kept between calls, so sampling, plain forward passes
+and training may use one model side by side.
 
-On the CPU every chain is one causal flash call (short ones batched) and every join one unmasked call.
-The results of a token over disjoint sets of keys A and B are merged by their log-sum-exp l:
+On the CPU every chain is one causal flash call (short ones batched) and every join one unmasked
+call. The results of a token over disjoint sets of keys A and B are merged by their log-sum-exp l:
 
     l = log(exp l_A + exp l_B),    o = exp(l_A - l) o_A + exp(l_B - l) o_B
 
@@ -81,7 +81,7 @@ def attend(
     untwine_plan: TreePlan | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: query (B, H, M, D), key and value (B, K, M, D); the result is
+    """transformers' attention function: query (B, H, M, D), key and value (B, K, M, D) give
     (B, M, H, D). With `untwine_plan` B is 1, M is N, and the mask is ignored."""
     if untwine_plan is None:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
@@ -106,7 +106,7 @@ def flash_tree(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: TreePlan, scale: float
 ) -> torch.Tensor:
     """Attention over the trie on the CPU: (1, H, N, D) and twice (1, K, N, D) to (N, H, D)."""
-    query_KGND = query[0].unflatten(0, (key.shape[1], -1))
+    query_KGND = query[0].view(key.shape[1], -1, *query.shape[2:])
     return _FlashTree.apply(query_KGND, key[0], value[0], plan, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -131,13 +131,14 @@ def flex_tree(
 def _flex_attention(compiled: bool) -> Callable[..., torch.Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    plain: Callable[..., Any] = flex_attention
+    return torch.compile(plain, dynamic=True) if compiled else plain
 
 
 @dataclass(frozen=True, slots=True)
 class _Operands:
-    """What the flash calls of one layer read. Query heads of one key head share its keys by a stride
-    of 0, so grouped heads are never copied.
+    """What the flash calls of one layer read. Query heads of one key head share its keys by a
+    stride of 0, so grouped heads are never copied.
 
     query, grad   (B, G, M, D), B being the key heads (times the chains of a bucket)
     key, value    (B, M, D)
@@ -165,7 +166,9 @@ class _Operands:
 
     def backward(self, part: Join, causal: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of the queries (B, G, M, D), keys and values (B, M, D) of this part."""
-        assert self.grad is not None and self.out is not None and self.lse is not None
+        assert self.grad is not None
+        assert self.out is not None
+        assert self.lse is not None
         a, b, c, d = part
         d_query, d_key, d_value = _flash_backward(
             self.grad[:, :, a:b],

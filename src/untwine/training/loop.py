@@ -376,14 +376,14 @@ def _rollout_measures(
 
 
 def _averaged(taken: Sequence[Measures]) -> dict[str, float]:
-    """Means over optimizer steps; tokens, seconds are summed and ratio_max is the largest."""
+    """Means over optimizer steps; counts and seconds are summed and ratio_max is the largest."""
     names = {name for measures in taken for name in measures.values}
     result: dict[str, float] = {}
     for name in sorted(names):
         values = [m.values[name] for m in taken if name in m.values]
         if name == "ratio_max":
             result[name] = max(values)
-        elif name.startswith("seconds_") or name == "gcd_tokens":
+        elif name.startswith("seconds_") or name.endswith("_tokens") or name == "out_of_memory":
             result[name] = sum(values)
         else:
             result[name] = sum(values) / len(values)
