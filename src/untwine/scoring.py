@@ -2,8 +2,8 @@
 
 The rows become one packed trie (policy/trie.py), the model runs over it once, and the vocabulary is
 looked at only where a target is predicted: once for each distinct place, however many rows share
-it. Where distinct places x vocabulary exceed `LOGIT_BUDGET`, logits are made in parts and made again in
-the backward pass, so that they are never all there.
+it. Where distinct places x vocabulary exceed `LOGIT_BUDGET`, logits are made in parts, and again in
+the backward pass: they are never all there.
 
 Shape suffixes: N targets, U distinct places that predict them, V vocabulary, C choices, D width.
 """
