@@ -25,7 +25,7 @@ from untwine.config import PolicyConfig
 from untwine.errors import ModelError
 from untwine.policy.lora import add_lora, has_lora, without_lora
 from untwine.policy.tiny import build_model, build_tokenizer
-from untwine.policy.tree_attention import TreePlan, adopt
+from untwine.policy.tree_attention import adopt, hidden_states_along
 from untwine.policy.trie import Costs, PackedTrie, build_trie
 from untwine.prompting.chat import Chat
 
@@ -69,17 +69,8 @@ class Policy:
 
     def hidden_states_along(self, trie: PackedTrie) -> torch.Tensor:
         """Last hidden states of the nodes of a packed trie, shape (N, D)."""
-        ids_1N = torch.from_numpy(trie.tokens_N)[None].to(self.device)
-        depth_1N = torch.from_numpy(trie.depth_N)[None].to(self.device)
         with recomputing(self.model, torch.is_grad_enabled()):
-            return self.hidden_states(
-                ids_1N,
-                position_ids=depth_1N,
-                # Any 4D mask keeps transformers from making one of N x N; the plan stands for it.
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
-                use_cache=False,
-                untwine_plan=TreePlan(trie, self.device),
-            )[0]
+            return hidden_states_along(self.model.base_model, trie, self.device)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Vocabulary logits, in float32 at least, of hidden states (..., D)."""

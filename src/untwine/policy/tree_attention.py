@@ -70,6 +70,18 @@ def adopt(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
+def hidden_states_along(base_model: Any, trie: PackedTrie, device: torch.device) -> torch.Tensor:
+    """Last hidden states (N, D) of an adopted model without its head, for the nodes of a trie."""
+    return base_model(  # type: ignore[no-any-return]
+        input_ids=torch.from_numpy(trie.tokens_N)[None].to(device),
+        position_ids=torch.from_numpy(trie.depth_N)[None].to(device),
+        # Any 4D mask keeps transformers from making one of N x N; the plan stands for it.
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+        use_cache=False,
+        untwine_plan=TreePlan(trie, device),
+    ).last_hidden_state[0]
+
+
 def attend(
     module: Any,
     query: torch.Tensor,

@@ -41,7 +41,8 @@ class Costs:
     merge   merging one query's partial result into another (by log-sum-exp)
 
     Sharing a beginning of n tokens among c branches saves (c - 1) n tokens and the pairs they read;
-    it costs one call, and a merge for every token of all but the heaviest branch.
+    it costs one call, and a merge for every token of all but the heaviest branch. Repeated rows,
+    and rows that others begin with, cost nothing and are always shared.
     """
 
     token: float = 4e6
@@ -64,7 +65,7 @@ class Costs:
         """Whether `branches` sequences should share positions base..depth, when all but the
         heaviest branch hold `light` tokens."""
         saved = (depth - base) * self.token + (depth**2 - base**2) / 2 * self.pair
-        return (branches - 1) * saved > (self.call + light * self.merge if light else 0.0)
+        return (branches - 1) * saved > self.call + light * self.merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,22 +119,29 @@ def build_trie(
     costs    what `auto` goes by
     """
     order = sorted(range(len(sequences)), key=lambda i: sort_key(sequences[i]))
-    rows = [sequences[i] for i in order]
-    nodes, ends = _branch(rows, layout, costs or Costs())
+    ordered = [sequences[i] for i in order]
+    # A row that the next one begins with costs nothing: it lies along that one's path.
+    ahead = [*shared_lengths(ordered)[1:].tolist(), -1]
+    covered = [
+        layout != "separate" and n == len(row) for n, row in zip(ahead, ordered, strict=True)
+    ]
+    rows = [row for row, c in zip(ordered, covered, strict=True) if not c]
+    nodes, leaves = _branch(rows, layout, costs or Costs())
     roots = _place(nodes)
     chains, joins = _attention(nodes, roots)
-    tokens, depth, subtree_end = (
-        np.empty(sum(nodes[r].size for r in roots), np.int64) for _ in "ndp"
-    )
-    for node in nodes:
+    total = sum(nodes[r].size for r in roots)
+    tokens, depth, subtree_end = (np.empty(total, np.int64) for _ in range(3))
+    for node in nodes:  # nothing branches inside a node, so its tokens share the subtree's end
         here = slice(node.first, node.first + node.end - node.start)
         tokens[here] = rows[node.row][node.start : node.end]
         depth[here] = np.arange(node.start, node.end)
         subtree_end[here] = node.first + node.size
-        # Within the stretch nothing branches, so its tokens share the end of their subtree.
-    paths: list[np.ndarray] = [np.empty(0, np.int64)] * len(rows)
-    for place, end in zip(order, ends, strict=True):
-        paths[place] = _path(nodes, end)
+    paths: list[np.ndarray] = [np.empty(0, np.int64)] * len(order)
+    for i in range(len(order) - 1, -1, -1):
+        if covered[i]:
+            paths[order[i]] = paths[order[i + 1]][: len(ordered[i])]
+        else:
+            paths[order[i]] = _path(nodes, leaves.pop())
     return PackedTrie(tokens, depth, subtree_end, tuple(chains), tuple(joins), tuple(paths))
 
 
@@ -165,15 +173,13 @@ def _branch(
     shared = shared_lengths(rows)
     lengths = np.array([len(row) for row in rows])
     nodes: list[_Node] = []
-    ends = [-1] * len(rows)
+    leaves = [-1] * len(rows)
     todo = [(0, len(rows), 0, -1)]  # rows lo..hi, whose first `base` tokens end in node `parent`
     while todo:
         lo, hi, base, parent = todo.pop()
         if hi - lo == 1:
-            if lengths[lo] > base:
-                nodes.append(_Node(lo, base, int(lengths[lo]), parent))
-                parent = len(nodes) - 1
-            ends[lo] = parent
+            leaves[lo] = len(nodes)
+            nodes.append(_Node(lo, base, int(lengths[lo]), parent))
             continue
         inner = shared[lo + 1 : hi]
         depth = int(inner.min())
@@ -185,8 +191,8 @@ def _branch(
         ):
             nodes.append(_Node(lo, base, depth, parent))
             base, parent = depth, len(nodes) - 1
-        todo += [(a, b, base, parent) for a, b in parts]
-    return nodes, ends
+        todo += [(a, b, base, parent) for a, b in reversed(parts)]
+    return nodes, leaves
 
 
 def _pays(

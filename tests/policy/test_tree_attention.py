@@ -1,0 +1,223 @@
+"""Tree attention against dense attention with the mask of the paths, and what it leaves alone."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.policy.tries import reads, sequences
+from untwine.config import PolicyConfig, SamplingConfig
+from untwine.errors import ModelError
+from untwine.policy import tree_attention
+from untwine.policy.loading import Policy, load_policy
+from untwine.policy.sampler import Sampler
+from untwine.policy.tree_attention import TreePlan, adopt, flash_tree, flex_tree
+from untwine.policy.trie import PackedTrie, build_trie
+from untwine.prompting.chat import Chat
+
+CPU = torch.device("cpu")
+
+
+def operands(N: int, dtype: torch.dtype, H: int = 6, K: int = 2, D: int = 8) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(N)
+    shapes = ((1, H, N, D), (1, K, N, D), (1, K, N, D))
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+
+
+def dense(qkv: list[torch.Tensor], trie: PackedTrie, scale: float) -> torch.Tensor:
+    """Softmax over the keys that each token reads, in double precision."""
+    q, k, v = (x.double() for x in qkv)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = (q @ k.transpose(-1, -2)) * scale
+    scores = scores.masked_fill(~torch.from_numpy(reads(trie)), -torch.inf)
+    return (scores.softmax(-1) @ v)[0].transpose(0, 1)
+
+
+def gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
+
+
+@settings(deadline=None)
+@given(
+    sequences(),
+    st.sampled_from(["trie", "separate"]),
+    st.sampled_from([(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)]),
+    st.sampled_from([(6, 2), (4, 4), (3, 1)]),
+)
+def test_results_and_gradients_are_those_of_dense_attention(
+    rows: list[np.ndarray], layout: Any, kind: tuple[torch.dtype, float], heads: tuple[int, int]
+) -> None:
+    dtype, tolerance = kind
+    trie = build_trie(rows, layout)
+    qkv = operands(trie.size, dtype, *heads)
+    out, wanted = flash_tree(*qkv, TreePlan(trie, CPU), 0.3), dense(qkv, trie, 0.3)
+    assert out.dtype == dtype
+    assert gap(out, wanted) < tolerance
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got = torch.autograd.grad(out, qkv, weight)
+    reference = torch.autograd.grad(wanted, qkv, weight.double())
+    for a, b in zip(got, reference, strict=True):
+        assert (a.double() - b.double()).norm() <= tolerance * (1 + b.double().norm())
+
+
+def test_short_chains_are_batched_and_padding_changes_nothing() -> None:
+    rows = [np.array([1, *[k] * n]) for k, n in enumerate([40, 39, 33, 31, 7, 6, 300], start=2)]
+    trie = build_trie(rows, "trie")
+    plan = TreePlan(trie, CPU)
+    assert len(plan.buckets) == 2
+    assert len(plan.chains) == 1
+    assert any(len(bucket.padding) for bucket in plan.buckets)
+    qkv = operands(trie.size, torch.float64)
+    out, wanted = flash_tree(*qkv, plan, 0.3), dense(qkv, trie, 0.3)
+    assert gap(out, wanted) < 1e-13
+    for a, b in zip(
+        torch.autograd.grad(out.square().sum(), qkv),
+        torch.autograd.grad(wanted.square().sum(), qkv),
+        strict=True,
+    ):
+        assert gap(a, b) < 1e-13
+
+
+@settings(deadline=None, max_examples=15)
+@given(sequences())
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_reads_the_same(rows: list[np.ndarray]) -> None:
+    trie = build_trie(rows, "trie")
+    qkv = [x.detach() for x in operands(trie.size, torch.float64)]
+    out = flex_tree(*qkv, TreePlan(trie, CPU), 0.3, compiled=False)
+    assert gap(out, dense(qkv, trie, 0.3)) < 1e-13
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_results_and_gradients_are_those_of_dense_attention() -> None:
+    rng = np.random.default_rng(0)
+    head = rng.integers(0, 9, 200)
+    trie = build_trie([np.concatenate([head[:n], rng.integers(9, 20, 90)]) for n in (200, 150, 9)])
+    qkv = [x.detach().cuda().requires_grad_() for x in operands(trie.size, torch.float32, D=32)]
+    out = flex_tree(*qkv, TreePlan(trie, torch.device("cuda")), 0.3)
+    local = [x.detach().cpu().requires_grad_() for x in qkv]
+    wanted = dense(local, trie, 0.3)
+    assert gap(out.cpu(), wanted) < 5e-3
+    for a, b in zip(
+        torch.autograd.grad(out.square().sum(), qkv),
+        torch.autograd.grad(wanted.square().sum(), local),
+        strict=True,
+    ):
+        assert gap(a.cpu(), b) < 5e-3
+
+
+def small_model(policy: Policy, implementation: str, family: str = "llama", **extra: Any) -> Any:
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=policy.vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        **extra,
+    )
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    return model.eval()
+
+
+def adopted(policy: Policy, model: Any) -> Policy:
+    adopt(model)
+    chat = Chat(policy.tokenizer)
+    return Policy(model, policy.tokenizer, chat, CPU, torch.float32, "adopted")
+
+
+BRANCHES = [[5, 6, 7, 8, 9], [5, 6, 7, 20, 21, 22], [5, 6], [30, 31]]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_repeating_positions_are_not_mistaken_for_packed_rows(
+    policy: Policy, implementation: str
+) -> None:
+    """Without a plan, transformers takes the falling positions of a trie for packed sequences."""
+    ours = adopted(policy, small_model(policy, implementation))
+    trie = build_trie([np.array(b) for b in BRANCHES], "trie")
+    got = ours.project(ours.hidden_states_along(trie))
+    ids, depth = torch.from_numpy(trie.tokens_N)[None], torch.from_numpy(trie.depth_N)[None]
+    guessed = ours.model(input_ids=ids, position_ids=depth, use_cache=False).logits[0]
+    wrong = 0.0
+    for branch, path in zip(BRANCHES, trie.paths, strict=True):
+        alone = ours.model(input_ids=torch.tensor([branch]), use_cache=False).logits[0]
+        torch.testing.assert_close(got[path], alone, atol=1e-5, rtol=1e-5)
+        wrong = max(wrong, float((guessed[path] - alone).abs().max()))
+    assert wrong > 1e-3
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_calls_without_a_plan_keep_their_masks(policy: Policy, implementation: str) -> None:
+    """A registered attention function gets no mask unless it says which; and a boolean 4D mask is
+    right for SDPA but silently wrong for eager attention, whatever the model was loaded with."""
+    plain = small_model(policy, "sdpa")
+    ours = adopted(policy, small_model(policy, implementation)).model
+    ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    padded = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
+    blocks = torch.block_diag(torch.ones(4, 4).tril(), torch.ones(5, 5).tril()).bool()
+    for mask in (None, padded, blocks[None, None].expand(2, 1, 9, 9)):
+        got = ours(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        wanted = plain(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(got[:, 3:], wanted[:, 3:], atol=1e-5, rtol=1e-5)
+    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": padded}
+    assert torch.equal(ours.generate(ids, **options), plain.generate(ids, **options))
+
+
+@torch.no_grad()
+def test_two_threads_do_not_disturb_each_other(policy: Policy) -> None:
+    tries = [
+        build_trie([np.array(b) for b in branches], "trie") for branches in (BRANCHES, BRANCHES[1:])
+    ]
+    alone = [policy.hidden_states_along(trie) for trie in tries]
+    greedy = Sampler(policy, SamplingConfig(max_new_tokens=6), torch.Generator(), greedy=True)
+    drawn = greedy.sample({0: [5, 6, 7]})[0].ids
+    wrong: list[str] = []
+
+    def work(k: int) -> None:
+        for _ in range(20):
+            if k == 2:
+                again = Sampler(policy, greedy.config, torch.Generator(), greedy=True)
+                if again.sample({0: [5, 6, 7]})[0].ids != drawn:
+                    wrong.append("sampler")
+            elif not torch.equal(policy.hidden_states_along(tries[k]), alone[k]):
+                wrong.append(f"trie {k}")
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@torch.no_grad()
+def test_a_sequence_beyond_the_sliding_window_is_refused(policy: Policy) -> None:
+    ours = adopted(policy, small_model(policy, "sdpa", "mistral", sliding_window=6))
+    trie = build_trie([np.array([5, 6, 7, 8, 9, 10]), np.array([5, 6, 9])], "trie")
+    got = ours.project(ours.hidden_states_along(trie))[trie.paths[0][-1]]
+    alone = ours.model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]])).logits[0, -1]
+    torch.testing.assert_close(got, alone, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ModelError, match="sliding window of 6"):
+        ours.hidden_states_along(build_trie([np.arange(5, 12)]))
+
+
+def test_the_way_of_attending_is_not_written_to_folders(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path)
+    assert tree_attention.NAME not in (tmp_path / "config.json").read_text()
+    assert load_policy(PolicyConfig(model=str(tmp_path)), tuple).parameters == policy.parameters
