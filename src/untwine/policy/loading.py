@@ -126,7 +126,8 @@ def load_policy(config: PolicyConfig, texts: Callable[[], Iterable[str]], seed: 
     if config.lora.rank:
         add_lora(model, config.lora, seed)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None)  # its newer name
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     adopt(model)
     policy = Policy(model, tokenizer, Chat(tokenizer, ends), device, dtype, config.model)
     check_vocabulary(policy)

@@ -1,0 +1,133 @@
+"""Running out of memory: half the budget, nothing lost, nothing counted twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from untwine.batch import Row, completion_row, distinct_tokens
+from untwine.config import LossConfig, OptimizerConfig, PromptConfig
+from untwine.errors import UntwineError
+from untwine.gcd.verdicts import VerdictWords
+from untwine.policy.loading import Policy
+from untwine.prompting.prompter import Prompter
+from untwine.scoring import Targets
+from untwine.scoring import score as real_score
+from untwine.training import update
+from untwine.training.update import Measures, Updater
+
+
+def updater(policy: Policy, budget: int) -> Updater:
+    return Updater(
+        policy,
+        OptimizerConfig(lr=1e-12, grad_clip=1e9),
+        LossConfig(kl=0.1, entropy=0.05),
+        VerdictWords(Prompter(policy.chat, PromptConfig())),
+        temperature=1.0,
+        microbatch_tokens=budget,
+    )
+
+
+def policy_batch() -> list[Row]:
+    rows = []
+    for k in range(12):
+        row = completion_row([5, 6, *range(20 + k, 28 + k)], [30 + k, 31], 1 / 12)
+        advantage = torch.full((2,), (-1.0) ** k).numpy()
+        rows.append(Row(row.ids, row.targets, row.weights, row.old_logprobs - 5, advantage))
+    return rows
+
+
+def verdict_batch() -> list[Row]:
+    return [completion_row([5, 9, *range(40, 46 + k)], [7 + k % 2], 1 / 4) for k in range(4)]
+
+
+def run(policy: Policy, budget: int) -> tuple[Measures, list[torch.Tensor], Updater]:
+    worker = updater(policy, budget)
+    measures = worker.step(policy_batch(), verdict_batch(), 0.7)
+    return measures, [p.grad.clone() for p in policy.model.parameters()], worker
+
+
+class ScarceMemory:
+    """Scoring that fails like CUDA when more than `limit` distinct tokens come at once; with
+    `in_backward`, only when the gradient flows back, after part of it has been added."""
+
+    def __init__(self, limit: int, in_backward: bool = False) -> None:
+        self.limit = limit
+        self.in_backward = in_backward
+        self.failures = 0
+
+    def __call__(self, policy: Policy, rows: list[Row], *args: Any, **kwargs: Any) -> Targets:
+        short = distinct_tokens(rows) > self.limit
+        if short and not self.in_backward:
+            self.fail()
+        if short and torch.is_grad_enabled():
+            embedding = policy.model.get_input_embeddings()
+            hook = embedding.register_forward_hook(self.arm)
+            try:
+                return real_score(policy, rows, *args, **kwargs)
+            finally:
+                hook.remove()
+        return real_score(policy, rows, *args, **kwargs)
+
+    def arm(self, _module: Any, _inputs: Any, out: torch.Tensor) -> None:
+        if out.requires_grad:
+            out.register_hook(self.fail)
+
+    def fail(self, *_: Any) -> None:
+        self.failures += 1
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_gradients_and_measures_are_those_of_enough_memory(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, in_backward: bool
+) -> None:
+    expected, gradients, _ = run(policy, 10_000)
+    scarce = ScarceMemory(40, in_backward)
+    monkeypatch.setattr(update, "score", scarce)
+    with pytest.warns(UserWarning, match="out of memory with .* tokens at once"):
+        measures, found, worker = run(policy, 10_000)
+    assert worker.microbatch_tokens <= 40
+    for a, b in zip(found, gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+    for name in ("policy_loss", "kl", "entropy", "clip_fraction", "gcd_loss", "verdict_accuracy"):
+        assert measures.values[name] == pytest.approx(expected.values[name], rel=1e-5, abs=1e-7)
+    assert measures.values["out_of_memory"] == scarce.failures
+    assert "out_of_memory" not in expected.values
+    with_less = run(policy, worker.microbatch_tokens)[0]
+    assert "out_of_memory" not in with_less.values
+
+
+def test_micro_batches_that_were_done_are_not_done_again(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, bool]] = []
+    second = iter([False, True])
+
+    def score(p: Policy, rows: list[Row], *args: Any, **kwargs: Any) -> Targets:
+        fails = next(second, False)
+        calls.append((len(rows), fails))
+        if fails:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return real_score(p, rows, *args, **kwargs)
+
+    worker = updater(policy, 60)
+    worker.reference = None
+    monkeypatch.setattr(update, "score", score)
+    with pytest.warns(UserWarning, match="out of memory"):
+        worker.step(policy_batch(), [], 0.0)
+    assert [fails for _, fails in calls[:2]] == [False, True]
+    assert sum(n for n, fails in calls if not fails) == len(policy_batch())
+
+
+def test_one_sequence_that_does_not_fit_is_said(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update, "score", ScarceMemory(3))
+    with (
+        pytest.warns(UserWarning, match="out of memory"),
+        pytest.raises(UntwineError, match="one sequence of 12 tokens does not fit"),
+    ):
+        updater(policy, 10_000).step(policy_batch(), [], 0.0)
