@@ -7,7 +7,7 @@ GRPO (arXiv 2402.03300). G episodes of one task form a group; R_g is the return 
 GCD (arXiv 2509.23870). The same weights also learn to judge actions. A verdict prompt is the
 acting prompt, an action and <judge>; the answer is one word, <good> or <flawed>:
     L = L_policy + lambda * cross-entropy(verdict word)
-Shape suffixes: G episodes of a group, B rows, T tokens, V words.
+Shape suffixes: G episodes of a group, B rows, T tokens, V words, N distinct beginnings of rows.
 
 Left out, and found in the package: a KL penalty, an entropy bonus, labels from other episodes or
 from branches (here three plain rules), and a history (here the prompt is the goal and the view).
@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
@@ -32,6 +33,8 @@ from transformers import LlamaForCausalLM as Policy
 from untwine.envs.protocol import Env
 from untwine.envs.registry import make_env
 from untwine.envs.rooms import OBJECTS, ROOM_NAMES, SPLIT_RANGES
+from untwine.policy.tree_attention import adopt, hidden_states_along
+from untwine.policy.trie import build_trie
 
 PAD, END, JUDGE, GOOD, FLAWED = range(5)
 PLAIN = "| bring to in see nothing carry north east south west go open closed door take drop can't"
@@ -47,7 +50,9 @@ def build_policy() -> Policy:
     size = {"hidden_size": 64, "intermediate_size": 192, "initializer_range": 0.1}
     depth = {"num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"vocab_size": len(WORDS), "pad_token_id": PAD, "eos_token_id": END}
-    return Policy(LlamaConfig(**size, **depth, **ids))
+    policy = Policy(LlamaConfig(**size, **depth, **ids))
+    adopt(policy)
+    return policy
 
 
 def encode(text: str) -> list[int]:
@@ -55,31 +60,29 @@ def encode(text: str) -> list[int]:
     return [WORDS.index(w) for w in re.findall(r"[a-z']+|\|", text.lower()) if w in WORDS]
 
 
-def pad_left(rows: Sequence[list[int]]) -> dict[str, Tensor]:
-    """What the model reads: three tensors of shape (B, T)."""
-    T = max(map(len, rows))
-    tokens_BT = torch.tensor([[PAD] * (T - len(row)) + row for row in rows])
-    mask_BT = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])
-    position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": tokens_BT, "attention_mask": mask_BT, "position_ids": position_BT}
+def next_logp(policy: Policy, rows: Sequence[list[int]]) -> tuple[Tensor, list[Tensor]]:
+    """log pi of what comes after each of the N distinct beginnings of the rows, (N, V), and which
+    of these belong to each row. Rows with a common beginning share its computation."""
+    trie = build_trie([np.array(row) for row in rows])
+    hidden_ND = hidden_states_along(policy.model, trie, policy.device)
+    return policy.lm_head(hidden_ND).log_softmax(-1), [torch.from_numpy(p) for p in trie.paths]
 
 
 def answer_logp(policy: Policy, pairs: Sequence[Pair]) -> list[Tensor]:
     """log pi of the answer's tokens: one (T,) tensor for each (prompt, answer)."""
-    batch = pad_left([prompt + answer for prompt, answer in pairs])
-    longest = max(len(answer) for _, answer in pairs)
-    # Position t predicts token t + 1, and the answers lie at the right edge.
-    logp_BTV = policy(**batch, logits_to_keep=longest + 1).logits[:, :-1].log_softmax(-1)
-    logp_BT = logp_BTV.gather(-1, batch["input_ids"][:, -longest:, None])[..., 0]
-    return [row_T[-len(answer) :] for row_T, (_, answer) in zip(logp_BT, pairs, strict=True)]
+    logp_NV, paths = next_logp(policy, [prompt + answer[:-1] for prompt, answer in pairs])
+    answers = [answer for _, answer in pairs]
+    return [logp_NV[p[-len(a) :], a] for p, a in zip(paths, answers, strict=True)]
 
 
 @torch.no_grad()
 def sample_actions(policy: Policy, prompts: Sequence[list[int]]) -> list[tuple[Pair, Tensor]]:
     """Every prompt with an action, and the action's log pi: the pi_old of the ratio."""
-    batch = pad_left(prompts)
-    tokens_BT = policy.generate(**batch, do_sample=True, top_k=0, max_new_tokens=MAX_TOKENS)
-    rows = tokens_BT[:, batch["input_ids"].shape[1] :].tolist()
+    T = max(map(len, prompts))  # `generate` wants the prompts padded on the left
+    batch_BT = torch.tensor([[PAD] * (T - len(row)) + row for row in prompts])
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": MAX_TOKENS}
+    tokens_BT = policy.generate(batch_BT, attention_mask=(batch_BT != PAD).long(), **options)
+    rows = tokens_BT[:, T:].tolist()
     actions = [row[: row.index(END) + 1] if END in row else row for row in rows]
     pairs = list(zip(prompts, actions, strict=True))
     return list(zip(pairs, answer_logp(policy, pairs), strict=True))
@@ -146,10 +149,11 @@ def verdict_loss(policy: Policy, pairs: Sequence[Pair]) -> tuple[Tensor, float]:
     """Cross-entropy of the right word, and the share where it is the likelier of the two."""
     if not pairs:
         return torch.zeros(()), 0.5
-    logits_BV = policy(**pad_left([prompt for prompt, _ in pairs]), logits_to_keep=1).logits[:, 0]
+    logp_NV, paths = next_logp(policy, [prompt for prompt, _ in pairs])
+    logp_BV = logp_NV[[int(p[-1]) for p in paths]]
     right_B = torch.tensor([word for _, (word,) in pairs])
-    said_B = torch.where(logits_BV[:, FLAWED] > logits_BV[:, GOOD], FLAWED, GOOD)
-    loss = nn.functional.cross_entropy(logits_BV, right_B)
+    said_B = torch.where(logp_BV[:, FLAWED] > logp_BV[:, GOOD], FLAWED, GOOD)
+    loss = nn.functional.nll_loss(logp_BV, right_B)
     return loss, (said_B == right_B).float().mean().item()
 
 

@@ -62,7 +62,7 @@ def test_clip_stops_the_gradient_only_where_the_ratio_has_gone_far_enough(loop: 
     torch.testing.assert_close(grad_T, expected_T)
 
 
-def test_padding_and_neighbours_do_not_change_log_probabilities(loop: ModuleType) -> None:
+def test_neighbours_do_not_change_log_probabilities(loop: ModuleType) -> None:
     torch.manual_seed(0)
     policy = loop.build_policy()
     pairs = [([5, 6, 7], [8, 1]), ([9, 10, 11, 12, 13, 14, 15], [16, 17, 18, 1]), ([5], [6])]

