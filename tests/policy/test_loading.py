@@ -83,6 +83,16 @@ def test_a_model_that_scales_its_logits_is_refused(policy: Policy, tmp_path: Pat
         exactness(loaded)
 
 
+@pytest.mark.parametrize("family", ["bloom", "gptj", "mpt", "gemma2"])
+def test_a_model_that_cannot_attend_along_a_trie_is_refused(
+    policy: Policy, tmp_path: Path, family: str
+) -> None:
+    """Positions that are not rotary, attention of its own, or scores that are capped."""
+    folder = model_folder(policy, tmp_path / family, family, n_head=4, n_layer=2, rotary_dim=8)
+    with pytest.raises(ModelError):
+        exactness(load_policy(PolicyConfig(model=str(folder)), tuple))
+
+
 def test_saved_policies_come_back_the_same(policy: Policy, tmp_path: Path) -> None:
     policy.save(tmp_path / "model")
     loaded = load_policy(PolicyConfig(model=str(tmp_path / "model")), tuple)
