@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.policy.tries import reads, sequences
@@ -95,6 +96,28 @@ def test_flex_attention_reads_the_same(rows: list[np.ndarray]) -> None:
     qkv = [x.detach() for x in operands(trie.size, torch.float64)]
     out = flex_tree(*qkv, TreePlan(trie, CPU), 0.3, compiled=False)
     assert gap(out, dense(qkv, trie, 0.3)) < 1e-13
+
+
+@pytest.mark.parametrize("lengths", [(300, 40, 260), (128, 128), (5,), (900, 1, 1, 130)])
+def test_the_block_mask_is_the_one_that_looking_at_every_pair_gives(
+    lengths: tuple[int, ...],
+) -> None:
+    rng = np.random.default_rng(0)
+    head = rng.integers(0, 9, 190)
+    heads = [head[: int(rng.integers(0, 190))] for _ in lengths]
+    rows = [
+        np.concatenate([h, rng.integers(9, 99, n)]) for h, n in zip(heads, lengths, strict=True)
+    ]
+    plan = TreePlan(build_trie(rows, "trie"), CPU)
+    mask = plan.block_mask
+    every = create_block_mask(mask.mask_mod, None, None, plan.size, plan.size, device="cpu")
+    for name in ("kv_num_blocks", "full_kv_num_blocks"):
+        assert torch.equal(getattr(mask, name), getattr(every, name))
+    assert torch.equal(mask.to_dense(), every.to_dense())
+    counts, ours, theirs = mask.full_kv_num_blocks, mask.full_kv_indices, every.full_kv_indices
+    for row in range(counts.shape[-1]):
+        n = int(counts[0, 0, row])
+        assert sorted(ours[0, 0, row, :n].tolist()) == sorted(theirs[0, 0, row, :n].tolist())
 
 
 @pytest.mark.gpu

@@ -35,6 +35,7 @@ from untwine.policy.trie import Chain, Join, PackedTrie
 
 NAME = "untwine"
 _BATCHED = 192  # longest chain that is batched with others
+_BLOCK = 128  # queries and keys of a block of FlexAttention's mask
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -54,15 +55,36 @@ class TreePlan:
 
     @functools.cached_property
     def block_mask(self) -> Any:
-        """The mask for FlexAttention, made once for all layers."""
-        from torch.nn.attention.flex_attention import create_block_mask
+        """The mask for FlexAttention, made once for all layers, without a table of N x N: a block
+        of keys is read by a later block of queries when its longest subtree gets there, and wholly
+        when its shortest gets past it."""
+        from torch.nn.attention.flex_attention import BlockMask
 
         ends = self.subtree_end_N
 
         def reads(_b: Any, _h: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             return (key <= query) & (query < ends[key])
 
-        return create_block_mask(reads, None, None, self.size, self.size, device=str(ends.device))
+        count = -(-self.size // _BLOCK)
+        first = torch.arange(count, device=ends.device) * _BLOCK
+        padded = torch.cat([ends, ends[-1:].expand(count * _BLOCK - self.size)])
+        blocks = padded.view(count, _BLOCK)
+        earlier = torch.ones(count, count, dtype=torch.bool, device=ends.device).tril(-1)
+        whole = earlier & (blocks.amin(1)[None] >= first[:, None] + _BLOCK)
+        partly = earlier & (blocks.amax(1)[None] > first[:, None]) & ~whole
+        partly |= torch.eye(count, dtype=torch.bool, device=ends.device)
+
+        def listed(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            order = table.int().argsort(dim=1, descending=True, stable=True)
+            return table.sum(1).int()[None, None], order.int()[None, None]
+
+        return BlockMask.from_kv_blocks(
+            *listed(partly),
+            *listed(whole),
+            BLOCK_SIZE=_BLOCK,
+            mask_mod=reads,
+            seq_lengths=(self.size, self.size),
+        )
 
 
 def adopt(model: Any) -> None:
