@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.policy.tries import reads, sequences
@@ -16,6 +16,7 @@ FREE = Costs(token=1.0, pair=0.0, call=0.0, merge=0.0)
 layouts = st.sampled_from(["auto", "trie", "separate"])
 
 
+@settings(deadline=None)
 @given(sequences(), layouts)
 def test_every_row_lies_along_its_path(rows: list[np.ndarray], layout: Layout) -> None:
     trie = build_trie(rows, layout)
@@ -25,6 +26,7 @@ def test_every_row_lies_along_its_path(rows: list[np.ndarray], layout: Layout) -
     assert {n for path in trie.paths for n in path} == set(range(trie.size))
 
 
+@settings(deadline=None)
 @given(sequences())
 def test_the_trie_holds_every_distinct_beginning_once(rows: list[np.ndarray]) -> None:
     beginnings = {tuple(row[: n + 1]) for row in rows for n in range(len(row))}
@@ -32,6 +34,7 @@ def test_the_trie_holds_every_distinct_beginning_once(rows: list[np.ndarray]) ->
     assert build_trie(rows, "separate").size == sum(map(len, rows))
 
 
+@settings(deadline=None)
 @given(sequences(), layouts)
 def test_a_token_is_read_by_its_subtree_and_no_other(
     rows: list[np.ndarray], layout: Layout
@@ -43,6 +46,7 @@ def test_a_token_is_read_by_its_subtree_and_no_other(
     assert trie.pairs == reads(trie).sum()
 
 
+@settings(deadline=None)
 @given(sequences(), layouts)
 def test_chains_and_joins_cover_every_pair_once(rows: list[np.ndarray], layout: Layout) -> None:
     trie = build_trie(rows, layout)
@@ -54,6 +58,7 @@ def test_chains_and_joins_cover_every_pair_once(rows: list[np.ndarray], layout: 
     assert (covered == reads(trie)).all()
 
 
+@settings(deadline=None)
 @given(sequences(tokens=2, rows=16))
 def test_no_token_takes_part_in_many_joins(rows: list[np.ndarray]) -> None:
     trie = build_trie(rows, "trie")
@@ -90,11 +95,13 @@ def test_a_beginning_is_shared_when_it_pays() -> None:
     assert size(5, 1, Costs(token=10.0, pair=10.0, call=100.0, merge=1.0)) == 5 + 3
 
 
+@settings(deadline=None)
 @given(sequences())
 def test_sharing_that_costs_nothing_is_always_taken(rows: list[np.ndarray]) -> None:
     assert build_trie(rows, "auto", FREE).size == build_trie(rows, "trie").size
 
 
+@settings(deadline=None)
 @given(sequences())
 def test_repeated_rows_and_beginnings_of_rows_are_always_shared(rows: list[np.ndarray]) -> None:
     dear = Costs(token=1.0, pair=0.0, call=1e12, merge=1e12)
