@@ -8,7 +8,8 @@ On the CPU each row is one attention call over exactly what it holds; no key is 
 masked but those of the row's own new tokens. Elsewhere, where calls are dear and arithmetic is not,
 rows with about the same number of new tokens are padded to one call.
 
-Shape suffixes: N packed tokens, H query heads, K key heads, G = H / K, D head size, R rows, C capacity.
+Shape suffixes: N packed tokens, H query heads, K key heads, G = H / K, D head size, R rows,
+C capacity.
 """
 
 from __future__ import annotations
@@ -35,9 +36,12 @@ class RowCache:
 
     A slot gets a row when it is first written to and gives it back in `free`. Buffers grow with the
     longest row and the number of rows, and shrink when a quarter of them would do.
+
+    batched   attention pads rows to few calls, instead of one call for each row
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, batched: bool) -> None:
+        self.batched = batched
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._row_of: dict[int, int] = {}
         self._unused: list[int] = []
@@ -57,7 +61,7 @@ class RowCache:
                 self._row_of[slot] = row
         capacity = self.capacity
         if longest > capacity:
-            capacity = max(longest + 64, capacity * 5 // 4)
+            capacity = max(longest + 64, capacity * 3 // 2)
         elif 4 * (longest + 64) < capacity:
             capacity = longest + 64
         together = 4 * len(self._row_of) < self.rows
@@ -88,10 +92,10 @@ class RowCache:
 
     def places(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Indices into the flattened first two dimensions of a buffer."""
-        row_of = np.zeros(int(slots.max()) + 1, dtype=np.int64)
-        for slot in np.unique(slots).tolist():
-            row_of[slot] = self._row_of[slot]
-        return row_of[slots] * self.capacity + positions
+        slots_U, which = np.unique(slots, return_inverse=True)
+        rows_U = np.array([self._row_of[slot] for slot in slots_U.tolist()])
+        places: np.ndarray = rows_U[which] * self.capacity + positions
+        return places
 
     def row(self, slot: int) -> int:
         return self._row_of[slot]
@@ -100,9 +104,13 @@ class RowCache:
         """Keys and values of a layer, (R, C, K, D), of the type and with the heads of `like`
         (N, K, D)."""
         if layer == len(self._buffers):
-            shape = (self.rows, self.capacity, *like.shape[1:])
-            self._buffers.append((like.new_zeros(shape), like.new_zeros(shape)))
+            self._buffers.append((self._new(like), self._new(like)))
         return self._buffers[layer]
+
+    def _new(self, like: torch.Tensor) -> torch.Tensor:
+        shape = (self.rows, self.capacity, *like.shape[-2:])
+        # padded calls read beyond the end of a row, and what they mask away must still be a number
+        return like.new_zeros(shape) if self.batched else like.new_empty(shape)
 
     def _resize(self, rows: int, capacity: int, together: bool) -> None:
         """`together`: rows in use move to the front."""
@@ -110,45 +118,37 @@ class RowCache:
         if together:
             self._row_of = {slot: row for row, slot in enumerate(self._row_of)}
             self._unused = []
-        kept = min(capacity, self.capacity)
+        before, kept = self.rows, min(capacity, self.capacity)
+        self.rows, self.capacity = rows, capacity
 
         def resized(buffer: torch.Tensor) -> torch.Tensor:
-            made = buffer.new_zeros(rows, capacity, *buffer.shape[2:])
+            made = self._new(buffer)
             if together:
                 made[: len(old), :kept] = buffer[old, :kept]
             else:
-                made[: self.rows, :kept] = buffer[:, :kept]
+                made[:before, :kept] = buffer[:, :kept]
             return made
 
         for layer, (keys, values) in enumerate(self._buffers):
             self._buffers[layer] = resized(keys), resized(values)
-        self.rows, self.capacity = rows, capacity
 
 
 class RowPass:
     """One forward pass over packed tokens; made for all layers, handed to the model.
 
     longest   tokens that the longest of its rows holds afterwards
-    batched   pad rows to few calls instead of one call for each row; by default off the CPU
     """
 
-    def __init__(
-        self,
-        cache: RowCache,
-        packed: Packed,
-        device: torch.device,
-        batched: bool | None = None,
-    ) -> None:
+    def __init__(self, cache: RowCache, packed: Packed, device: torch.device) -> None:
         self._cache = cache
         self._spans = packed.spans
         self._token_W = torch.from_numpy(packed.token_W).to(device)
         places_W = cache.places(packed.slot_W, packed.position_W)
         self._place_W = torch.from_numpy(places_W).to(device)
         self.longest = int(packed.position_W.max()) + 1
-        self._batched = device.type != "cpu" if batched is None else batched
         self._band: torch.Tensor | None = None
         self._past = 0
-        self._buckets = _buckets(cache, packed.spans, device) if self._batched else []
+        self._buckets = _buckets(cache, packed.spans, device) if cache.batched else []
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -161,8 +161,9 @@ class RowPass:
             buffer.flatten(0, 1).index_copy_(
                 0, self._place_W, new_NKD.index_select(0, self._token_W)
             )
-        query_NKGD = query[0].transpose(0, 1).unflatten(1, (key.shape[1], -1))
-        attention = self._padded if self._batched else self._row_by_row
+        query_NHD = query[0].transpose(0, 1)
+        query_NKGD = query_NHD.reshape(len(query_NHD), key.shape[1], -1, query.shape[-1])
+        attention = self._padded if self._cache.batched else self._row_by_row
         return attention(query_NKGD, keys, values, scale).flatten(1, 2)[None]
 
     def _row_by_row(
@@ -193,7 +194,7 @@ class RowPass:
         return torch.cat(out, dim=2).permute(2, 0, 1, 3)
 
     def _mask(self, span: Span, like: torch.Tensor) -> torch.Tensor:
-        """What to add to the scores (M, past + M): a window of one band, cut where this row ends."""
+        """What to add to the scores (M, past + M): a part of one band."""
         if self._band is None:
             count = max(s.end - s.first for s in self._spans)
             self._past = max(s.past for s in self._spans)
@@ -217,7 +218,7 @@ class RowPass:
                 attn_mask=bucket.mask_BMT.repeat(1, groups, 1)[:, None],
                 scale=scale,
             )
-            o = o.unflatten(2, (groups, count)).permute(0, 3, 1, 2, 4)
+            o = o.reshape(*o.shape[:2], groups, count, -1).permute(0, 3, 1, 2, 4)
             out[bucket.token_BM[bucket.real_BM]] = o[bucket.real_BM]
         return out
 

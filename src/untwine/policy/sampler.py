@@ -1,10 +1,11 @@
 """Replies for many slots at once, with kept keys and values.
 
-Every slot of a rollout owns one row of the cache. `begin` gives a slot its whole prompt; the sampler
-finds how much of it this row or another one already holds (all of the past for `append` prompts, the
-fixed head for `window` prompts, the first prompt for all episodes of a group) and computes only the
-rest. `step` is one forward pass for all slots under way, wherever they stand: some read a prompt,
-others the token they drew. Sampled ids and their log-probabilities are returned as they were drawn.
+Every slot of a rollout owns one row of the cache. `begin` gives a slot its whole prompt; the
+sampler finds how much of it this row or another one already holds (all of the past for `append`
+prompts, the fixed head for `window` prompts, the first prompt for all episodes of a group) and
+computes only the rest. `step` is one forward pass for all slots under way, wherever they stand: some
+read a prompt, others the token they drew. Sampled ids and their log-probabilities are returned as
+they were drawn.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class Sampler:
         self.greedy = greedy
         self.prompt_tokens = 0
         self.computed_tokens = 0
-        self._cache = RowCache()
+        self._cache = RowCache(batched=policy.device.type != "cpu")
         self._held: dict[int, Ids] = {}  # slot -> token ids whose keys and values are kept
         self._drafts: dict[int, _Draft] = {}
         self._twin: dict[int, int] = {}  # slots with the same number hold the same tokens
