@@ -22,7 +22,7 @@ _REMEMBERED = 500
 
 
 class CommandChoices:
-    """Tries of commands for one tokenizer; those of late are remembered, so leave them as they are."""
+    """Tries of commands for one tokenizer. They are remembered: do not change them."""
 
     def __init__(self, chat: Chat) -> None:
         self._chat = chat

@@ -50,7 +50,13 @@ class Policy:
 
     @property
     def max_positions(self) -> int:
-        return int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
+        """Longest sequence: what the model has positions for, and a sliding window, if it uses one,
+        does not cut off."""
+        config = self.model.config
+        limits = [getattr(config, "max_position_embeddings", None)]
+        if getattr(config, "use_sliding_window", True):
+            limits.append(getattr(config, "sliding_window", None))
+        return min((int(n) for n in limits if n), default=1 << 30)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Context in which forward passes run."""

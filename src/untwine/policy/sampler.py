@@ -3,9 +3,9 @@
 Every slot of a rollout owns one row of the cache. `begin` gives a slot its whole prompt; the
 sampler finds how much of it this row or another one already holds (all of the past for `append`
 prompts, the fixed head for `window` prompts, the first prompt for all episodes of a group) and
-computes only the rest. `step` is one forward pass for all slots under way, wherever they stand: some
-read a prompt, others the token they drew. Sampled ids and their log-probabilities are returned as
-they were drawn.
+computes only the rest. `step` is one forward pass for all slots under way, wherever they stand:
+some read a prompt, others the token they drew. Sampled ids and their log-probabilities are returned
+as they were drawn.
 """
 
 from __future__ import annotations
