@@ -114,7 +114,9 @@ def test_a_group_of_three_and_a_stranger() -> None:
     assert packed.positions_N.tolist() == [2, 3, 2, 3]
     assert packed.last == {0: 1, 1: 1, 2: 3}
     written = sorted(
-        zip(packed.slot_W.tolist(), packed.position_W.tolist(), packed.token_W.tolist(), strict=True)
+        zip(
+            packed.slot_W.tolist(), packed.position_W.tolist(), packed.token_W.tolist(), strict=True
+        )
     )
     assert written == [(0, 2, 0), (0, 3, 1), (1, 2, 0), (1, 3, 1), (2, 2, 2), (2, 3, 3)]
 

@@ -15,6 +15,7 @@ from untwine.config import PolicyConfig, SamplingConfig
 from untwine.errors import ModelError
 from untwine.policy import sampler as sampler_module
 from untwine.policy.loading import Policy, check_exactness, load_policy
+from untwine.policy.row_cache import RowCache
 from untwine.policy.sampler import Sample, Sampler, _nucleus
 
 
@@ -29,11 +30,14 @@ def plain_logprobs(
     return rows.gather(-1, torch.tensor(reply)[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_equal_a_fresh_forward_over_many_turns(policy: Policy, temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "batched"), [(1.0, False), (0.7, False), (1.0, True)])
+def test_logprobs_equal_a_fresh_forward_over_many_turns(
+    policy: Policy, temperature: float, batched: bool
+) -> None:
     rng = random.Random(0)
     config = SamplingConfig(temperature=temperature, max_new_tokens=7)
     sampler = Sampler(policy, config, torch.Generator().manual_seed(0))
+    sampler._cache = RowCache(batched=batched)  # as on the CPU, as elsewhere
     vocabulary = len(policy.tokenizer)
     prompts = {
         s: [rng.randrange(3, vocabulary) for _ in range(rng.randrange(1, 30))] for s in range(5)
@@ -117,8 +121,8 @@ def assert_exact(policy: Policy, prompt: list[int], sample: Sample) -> None:
 
 
 def test_a_group_computes_its_prompt_once(policy: Policy) -> None:
-    """Counted by hand: 4 episodes of one prompt of 20 tokens, 2 of another with the same head of 12,
-    then an episode that begins while the others are under way."""
+    """Counted by hand: 4 episodes of one prompt of 20 tokens, 2 of another of 22 with the same head
+    of 12, then an episode that begins when the others are under way."""
     one, other = list(range(30, 50)), [*range(30, 42), *range(60, 70)]
     prompts = {0: one, 1: other, 2: one, 3: one, 4: other, 5: one}
     sampler = Sampler(policy, SamplingConfig(max_new_tokens=4), torch.Generator().manual_seed(1))
@@ -127,7 +131,9 @@ def test_a_group_computes_its_prompt_once(policy: Policy) -> None:
     assert sampler.computed_tokens == 20 + 10
     for slot, sample in samples.items():
         assert_exact(policy, prompts[slot], sample)
-    assert len({sample.ids for sample in samples.values()}) > 2  # they share no more than the prompt
+    assert (
+        len({sample.ids for sample in samples.values()}) > 2
+    )  # they share no more than the prompt
     sampler.forget(3)
     late = [*range(30, 42), 90, 91, 92]
     sample = sampler.sample({3: late})[3]
@@ -136,19 +142,18 @@ def test_a_group_computes_its_prompt_once(policy: Policy) -> None:
 
 
 def test_window_prompts_share_their_fixed_head(policy: Policy) -> None:
-    """By hand: a head of 10, then 5 tokens that are new at each turn; slot 1 comes later."""
+    """By hand: a head of 10 tokens, then 5 that are new at each turn; slot 1 comes later."""
     head = list(range(100, 110))
-    prompts = {0: [*head, *range(5)], 1: [*head, *range(20, 25)]}
     sampler = Sampler(policy, SamplingConfig(max_new_tokens=3), torch.Generator().manual_seed(1))
-    sampler.sample({0: prompts[0]})
-    assert sampler.computed_tokens == 15
-    for turn, slots in enumerate(([0, 1], [0, 1])):
-        prompts = {s: [*head, *range(30 * s + 40 * turn, 30 * s + 40 * turn + 5)] for s in slots}
+    counts = []
+    for tails in ({0: 0}, {0: 20, 1: 30}, {0: 40, 1: 40}, {0: 40, 1: 50}):
+        prompts = {slot: [*head, *range(first, first + 5)] for slot, first in tails.items()}
         before = sampler.computed_tokens
         for slot, sample in sampler.sample(prompts).items():
             assert_exact(policy, prompts[slot], sample)
-        assert sampler.computed_tokens - before <= 10
-    assert sampler.computed_tokens == 15 + (1 + 5) + 10
+        counts.append(sampler.computed_tokens - before)
+    # the whole; two tails; one tail for both; the last token of what is held, and a tail
+    assert counts == [15, 10, 5, 6]
 
 
 def test_long_passes_are_made_in_parts(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,9 +227,7 @@ def generated(policy: Policy, prompt: list[int], length: int) -> list[int]:
 def greedy_turns(policy: Policy, prompts: dict[int, list[int]], turns: int, length: int) -> None:
     """Slots of ragged lengths, over several turns, greedily: the same as `generate`."""
     rng = random.Random(1)
-    sampler = Sampler(
-        policy, SamplingConfig(max_new_tokens=length), torch.Generator(), greedy=True
-    )
+    sampler = Sampler(policy, SamplingConfig(max_new_tokens=length), torch.Generator(), greedy=True)
     for _ in range(turns):
         for slot, sample in sampler.sample(prompts).items():
             assert list(sample.ids) == generated(policy, prompts[slot], length)

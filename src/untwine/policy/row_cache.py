@@ -62,9 +62,9 @@ class RowCache:
         capacity = self.capacity
         if longest > capacity:
             capacity = max(longest + 64, capacity * 3 // 2)
-        elif 4 * (longest + 64) < capacity:
+        elif 4 * (longest + 64) <= capacity:
             capacity = longest + 64
-        together = 4 * len(self._row_of) < self.rows
+        together = 4 * len(self._row_of) <= self.rows
         rows = len(self._row_of) + (0 if together else len(self._unused))
         if capacity != self.capacity or rows > self.rows or together:
             self._resize(rows, capacity, together)
