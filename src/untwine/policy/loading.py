@@ -100,6 +100,10 @@ def load_policy(config: PolicyConfig, texts: Callable[[], Iterable[str]], seed: 
     extra_ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = tuple(extra_ends) if isinstance(extra_ends, list) else (extra_ends,)
     model = model.to(device=device, dtype=torch.float32).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        # Weights mapped from a file lie at odd addresses, where matrix products end in other
+        # bits than elsewhere: a resumed run would drift away from an unbroken one.
+        tensor.data = tensor.data.clone()
     policy = Policy(model, tokenizer, Chat(tokenizer, ends), device, dtype, config.model)
     check_vocabulary(policy)
     return policy
