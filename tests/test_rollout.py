@@ -146,7 +146,7 @@ def test_environments_of_one_wave_act_while_the_policy_replies_for_the_other(
     assert all(len({slot % 2 for slot in now}) <= 1 for now, _ in watch.steps())
 
 
-def test_waves_can_be_repeated_exactly_and_change_no_law() -> None:
+def test_waves_can_be_repeated_exactly() -> None:
     sections = {
         "env": {"workers": 2, "sessions": 3},
         "sampling": {**CONSTRAINED, "waves": 2},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from untwine.errors import ModelError
 from untwine.policy.packing import Copy, pack, prompt_pieces, reply_pieces
-from untwine.policy.row_cache import RowCache, RowPass
+from untwine.policy.row_cache import RowCache, RowPass, attend
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 CPU = torch.device("cpu")
@@ -65,6 +68,20 @@ def test_attention_over_ragged_rows(batched: bool) -> None:
                 of(path)[:HEADS], read[:, HEADS:-KEY_HEADS], read[:, -KEY_HEADS:]
             )
             torch.testing.assert_close(out[token].double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("extra", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}])
+def test_attention_of_another_kind_is_refused(extra: dict[str, object]) -> None:
+    cache = RowCache(batched=False)
+    cache.reserve([0], 3)
+    packed = pack(prompt_pieces({}, {0: (1, 2, 3)})[1])
+    x = torch.zeros(1, 1, 3, 2)
+    layer = SimpleNamespace(layer_idx=0)
+    attend(layer, x, x, x, None, untwine_rows=RowPass(cache, packed, CPU), softcap=None)
+    with pytest.raises(ModelError, match=next(iter(extra))):
+        attend(layer, x, x, x, None, untwine_rows=RowPass(cache, packed, CPU), **extra)
+    with pytest.raises(ModelError, match="does not hand its attention"):
+        attend(layer, x, x, x, None)
 
 
 def filled(cache: RowCache, slot: int, length: int, mark: float) -> None:

@@ -196,8 +196,9 @@ class RowPass:
     def _mask(self, span: Span, like: torch.Tensor) -> torch.Tensor:
         """What to add to the scores (M, past + M): a part of one band."""
         if self._band is None:
-            count = max(s.end - s.first for s in self._spans)
-            self._past = max(s.past for s in self._spans)
+            masked = [s for s in self._spans if s.past and s.end - s.first > 1]
+            count = max(s.end - s.first for s in masked)
+            self._past = max(s.past for s in masked)
             forbidden = like.new_full((count, self._past + count), -torch.inf)
             self._band = forbidden.triu(self._past + 1)
         shift, count = self._past - span.past, span.end - span.first
@@ -273,12 +274,16 @@ def attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    *,
-    untwine_rows: RowPass,
+    untwine_rows: RowPass | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: query (1, H, N, D), key and value (1, K, N, D); the mask is
     ignored. ModelError for attention that reads its past in another way."""
+    if untwine_rows is None:
+        raise ModelError(
+            "the model does not hand its attention what kept rows need, so it cannot be sampled "
+            "here; Llama-, Qwen- and Mistral-like models work"
+        )
     odd = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     window = kwargs.get("sliding_window")
     if odd or (window is not None and untwine_rows.longest > window):
