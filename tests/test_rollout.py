@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytest
 import torch
 
 from untwine.config import Recipe
+from untwine.envs.pool import ResetRequest
+from untwine.policy.sampler import Sample, Sampler
 from untwine.progress import Display
 from untwine.records import Group
 from untwine.rollout import RolloutStats
 from untwine.workshop import Workshop
 
+CONSTRAINED = {"constrained": True, "max_new_tokens": 1}
 
-def collected(**sections: object) -> tuple[list[Group], RolloutStats]:
+
+def workshop_of(**sections: Any) -> Workshop:
+    env = {"name": "rooms", "tasks": ["fetch"], "variations": 3, "max_steps": 6}
     recipe = Recipe.model_validate(
         {
-            "env": {"name": "rooms", "tasks": ["fetch"], "variations": 3, "max_steps": 6},
             "policy": {
                 "model": "tiny",
                 "threads": 1,
                 "tiny": {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 2},
             },
             **sections,
+            "env": env | sections.get("env", {}),
         }
     )
-    with Workshop(recipe, Display(quiet=True)) as workshop:
+    return Workshop(recipe, Display(quiet=True))
+
+
+def collected(**sections: Any) -> tuple[list[Group], RolloutStats]:
+    with workshop_of(**sections) as workshop:
         return workshop.collector.collect(workshop.refs, 4, torch.Generator().manual_seed(0))
 
 
 def test_a_constrained_policy_says_admissible_commands_only() -> None:
-    groups, stats = collected(sampling={"constrained": True, "max_new_tokens": 1})
+    groups, stats = collected(sampling=CONSTRAINED)
     steps = [step for group in groups for episode in group.episodes for step in episode.steps]
     assert len({step.command for step in steps}) > 5
     for step in steps:
@@ -47,3 +63,125 @@ def test_an_unconstrained_policy_from_scratch_says_what_nobody_understands() -> 
     steps = [step for group in groups for episode in group.episodes for step in episode.steps]
     assert all(step.allowed is None for step in steps)
     assert sum(step.invalid is not None for step in steps) > len(steps) / 2
+
+
+class Watch:
+    """Notes what a rollout does: ("step", slots that read, slots whose reply is over),
+    ("send", slots, slots that are reset), ("receive", slots)."""
+
+    def __init__(self, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[tuple[Any, ...]] = []
+        pool = workshop.pool
+        send, receive, step = pool.send, pool.receive, Sampler.step
+
+        def noted_send(requests: Mapping[int, Any]) -> None:
+            resets = {s for s, r in requests.items() if isinstance(r, ResetRequest)}
+            self.events.append(("send", set(requests), resets))
+            send(requests)
+
+        def noted_receive(slots: Iterable[int]) -> dict[int, Any]:
+            slots = list(slots)
+            self.events.append(("receive", set(slots)))
+            return receive(slots)
+
+        def noted_step(sampler: Sampler) -> dict[int, Sample]:
+            under_way = set(sampler._drafts)
+            samples = step(sampler)
+            self.events.append(("step", under_way, set(samples)))
+            return samples
+
+        monkeypatch.setattr(pool, "send", noted_send)
+        monkeypatch.setattr(pool, "receive", noted_receive)
+        monkeypatch.setattr(Sampler, "step", noted_step)
+
+    def steps(self) -> list[tuple[set[int], set[int]]]:
+        return [(e[1], e[2]) for e in self.events if e[0] == "step"]
+
+
+def test_a_reply_that_is_over_does_not_wait_for_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some slot acts and reads its next prompt while the reply of another goes on, and as long as
+    episodes wait in the queue no slot is idle."""
+    with workshop_of(env={"sessions": 4}, sampling=CONSTRAINED) as workshop:
+        watch = Watch(workshop, monkeypatch)
+        groups, _ = workshop.collector.collect(workshop.refs, 4, torch.Generator().manual_seed(0))
+    assert [len(group.episodes) for group in groups] == [4, 4, 4]
+    steps = watch.steps()
+    assert any(
+        over & then and (now - over) & then for (now, over), (then, _) in itertools.pairwise(steps)
+    )
+    last_reset = max(i for i, e in enumerate(watch.events) if e[0] == "send" and e[2])
+    busy = [e[1] for e in watch.events[:last_reset] if e[0] == "step"]
+    assert busy
+    assert all(len(now) == 4 for now in busy)
+
+
+def test_environments_of_one_wave_act_while_the_policy_replies_for_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with workshop_of(
+        env={"workers": 2, "sessions": 2, "max_steps": 4}, sampling={**CONSTRAINED, "waves": 2}
+    ) as workshop:
+        assert workshop.collector.waves == 2
+        watch = Watch(workshop, monkeypatch)
+        groups, _ = workshop.collector.collect(
+            workshop.refs[:1], 4, torch.Generator().manual_seed(0)
+        )
+    assert [len(g.episodes) for g in groups] == [4]
+    sent: dict[int, int] = {}
+    waits = overlapped = 0
+    for place, event in enumerate(watch.events):
+        if event[0] == "send":
+            sent.update(dict.fromkeys(event[1], place))
+        elif event[0] == "receive" and event[1]:
+            first = min(sent[slot] for slot in event[1])
+            between = [e for e in watch.events[first:place] if e[0] == "step"]
+            waits += 1
+            overlapped += any(not e[1] & event[1] for e in between)
+    # 4 episodes of at most 4 steps in two waves: 2 starts and 8 answers are waited for. Only the
+    # very first start, and the last answers when the other wave is through, overlap with nothing.
+    assert waits >= 8
+    assert overlapped >= waits - 2
+    assert all(len({slot % 2 for slot in now}) <= 1 for now, _ in watch.steps())
+
+
+def test_waves_can_be_repeated_exactly() -> None:
+    sections = {
+        "env": {"workers": 2, "sessions": 3},
+        "sampling": {**CONSTRAINED, "waves": 2},
+    }
+    (first, stats), (second, _) = collected(**sections), collected(**sections)
+    assert first == second
+    steps = [step for group in first for episode in group.episodes for step in episode.steps]
+    assert stats.env_steps == len(steps)
+    assert stats.episodes_lost == 0
+    assert all(step.command in (step.admissible or ()) for step in steps)
+
+
+def test_without_workers_there_are_no_waves() -> None:
+    with workshop_of(sampling={"waves": 2}) as workshop:
+        assert workshop.collector.waves == 1
+
+
+def test_episodes_of_a_worker_that_dies_are_played_again() -> None:
+    with workshop_of(
+        env={"workers": 2, "sessions": 2}, sampling={**CONSTRAINED, "waves": 2}
+    ) as workshop:
+        turns = 0
+
+        def on_turn(done: int, total: int) -> None:
+            nonlocal turns
+            turns += 1
+            if turns == 6:
+                pid = workshop.pool._workers[0].process.pid
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
+
+        groups, stats = workshop.collector.collect(
+            workshop.refs, 4, torch.Generator().manual_seed(0), on_turn=on_turn
+        )
+    assert stats.episodes_lost == 2
+    assert workshop.pool.restarts == 1
+    assert [len(group.episodes) for group in groups] == [4, 4, 4]
+    assert all(episode.length for group in groups for episode in group.episodes)

@@ -122,6 +122,9 @@ class SamplingConfig(Section):
     constrained: bool = Field(
         False, description="choose among the admissible commands only, token by token"
     )
+    waves: Natural = Field(
+        0, description="parts of the slots that act in turn, with workers; 0: 2 for slow ones"
+    )
 
 
 class OptimizerConfig(Section):

@@ -1,15 +1,19 @@
 """From task instances to groups of episodes.
 
-All slots of the pool act in step: one batched reply of the policy, then one command for each
-environment. A slot whose episode has ended begins the next one at once. An episode whose worker
-died is begun again in a new worker and counted, so none is lost.
+Each slot of the pool goes its own way: it reads an observation, replies, acts, and begins the next
+episode when the last one is over. Every forward pass serves all slots whose reply is under way.
+With worker processes the slots are split into waves, and the environments of one act while the
+policy replies for the next (docs/rollout.md). Which slot goes when never depends on time, so a
+rollout can be repeated exactly. An episode whose worker died is begun again and counted, so none is
+lost.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -38,12 +42,19 @@ class RolloutStats:
     sampled_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    index: int  # position in the result
+    ref: TaskRef
+    id: str
+    tries: int = 0
+
+
 @dataclass(slots=True)
 class _Live:
     """An episode under way in one slot."""
 
-    ref: TaskRef
-    id: str
+    job: _Job
     goal: str
     conversation: Conversation
     observation: Observation
@@ -51,11 +62,12 @@ class _Live:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    index: int  # position in the result
-    ref: TaskRef
-    id: str
-    tries: int = 0
+class _Act:
+    """What a slot replied; its command, if there is one, is with the environment."""
+
+    sample: Sample
+    text: str
+    reply: Reply
 
 
 class Collector:
@@ -78,6 +90,8 @@ class Collector:
         self.prompter = Prompter(policy.chat, prompt)
         self._longest = min(prompt.max_tokens, policy.max_positions - sampling.max_new_tokens)
         self.choices = CommandChoices(policy.chat) if sampling.constrained else None
+        waves = sampling.waves or (2 if self.info.remote else 1)
+        self.waves = min(waves, pool.slots) if pool.workers else 1
         listed = prompt.list_admissible or prompt.only_admissible or sampling.constrained
         if listed and not self.info.lists_commands:
             raise EnvError(
@@ -105,182 +119,206 @@ class Collector:
             for i, ref in enumerate(refs)
             for g in range(group_size)
         ]
-        stats = RolloutStats()
-        episodes = self._play(deque(jobs), generator, greedy, on_turn, stats)
+        sampler = Sampler(self.policy, self.sampling, generator, greedy=greedy)
+        play = _Play(self, sampler, deque(jobs), on_turn)
+        episodes, stats = play.run()
         groups = [
             Group(ref, tuple(episodes[i * group_size : (i + 1) * group_size]))
             for i, ref in enumerate(refs)
         ]
         return groups, stats
 
-    def _play(
-        self,
-        queue: deque[_Job],
-        generator: torch.Generator,
-        greedy: bool,
-        on_turn: Callable[[int, int], None] | None,
-        stats: RolloutStats,
-    ) -> list[Episode]:
-        total = len(queue)
-        finished: dict[int, Episode] = {}
-        running: dict[int, tuple[_Job, _Live]] = {}
-        sampler = Sampler(self.policy, self.sampling, generator, greedy=greedy)
-        while queue or running:
-            if on_turn:
-                on_turn(len(finished), total)
-            self._begin(queue, running, stats)
-            if not running:
-                continue
-            samples = sampler.sample(
-                {slot: live.conversation.prompt_ids for slot, (_, live) in running.items()},
-                self._choices(running) if self.choices else None,
+    def begin(self, job: _Job, start: Reset) -> _Live:
+        """The episode of a job whose environment has been reset."""
+        goal, observation = start
+        conversation = self.prompter.begin(goal, observation.text, observation.admissible)
+        if len(conversation.prompt_ids) > self._longest:
+            raise UntwineError(
+                f"the first prompt of {job.ref} has {len(conversation.prompt_ids)} tokens but "
+                f"only {self._longest} fit; raise prompt.max_tokens or use a model with more "
+                "positions"
             )
-            ended = self._act(queue, running, samples, stats)
-            for slot, episode in ended.items():
-                job, _ = running.pop(slot)
-                finished[job.index] = episode
-                sampler.forget(slot)
-        stats.prompt_tokens += sampler.prompt_tokens
-        stats.computed_tokens += sampler.computed_tokens
-        return [finished[i] for i in range(total)]
+        return _Live(job, goal, conversation, observation)
 
-    def _choices(self, running: dict[int, tuple[_Job, _Live]]) -> dict[int, Node]:
-        """For each slot the trie of the commands it may give."""
-        assert self.choices is not None
-        blocked = set(self.info.blocked)
-        tries = {}
-        for slot, (job, live) in running.items():
-            commands = [c for c in live.observation.admissible or () if c not in blocked]
-            if not commands:
-                raise EnvError(
-                    f"{job.ref} lists no admissible command at step {len(live.steps)}; "
-                    "set sampling.constrained to false"
-                )
-            tries[slot] = self.choices.trie(commands)
-        return tries
-
-    def _begin(
-        self, queue: deque[_Job], running: dict[int, tuple[_Job, _Live]], stats: RolloutStats
-    ) -> None:
-        """Fill free slots from the queue."""
-        free = [slot for slot in range(self.pool.slots) if slot not in running]
-        starting = {slot: queue.popleft() for slot in free[: len(queue)]}
-        if not starting:
-            return
-        replies = self.pool.call(
-            {s: ResetRequest(job.ref.task, job.ref.variation) for s, job in starting.items()}
-        )
-        for slot, job in starting.items():
-            reply = replies[slot]
-            if isinstance(reply, Lost):
-                self._redo(queue, job, reply, stats)
-                continue
-            assert isinstance(reply, Reset)
-            goal, observation = reply
-            conversation = self.prompter.begin(goal, observation.text, observation.admissible)
-            if len(conversation.prompt_ids) > self._longest:
-                raise UntwineError(
-                    f"the first prompt of {job.ref} has {len(conversation.prompt_ids)} tokens but "
-                    f"only {self._longest} fit; raise prompt.max_tokens or use a model with more "
-                    "positions"
-                )
-            live = _Live(job.ref, job.id, goal, conversation, observation)
-            running[slot] = (job, live)
-
-    def _redo(self, queue: deque[_Job], job: _Job, lost: Lost, stats: RolloutStats) -> None:
-        stats.episodes_lost += 1
-        if job.tries + 1 >= _MAX_RETRIES:
-            raise EnvError(f"{job.ref} failed {_MAX_RETRIES} times in new workers: {lost.reason}")
-        queue.appendleft(_Job(job.index, job.ref, job.id, job.tries + 1))
-
-    def _act(
-        self,
-        queue: deque[_Job],
-        running: dict[int, tuple[_Job, _Live]],
-        samples: dict[int, Sample],
-        stats: RolloutStats,
-    ) -> dict[int, Episode]:
-        """Send every command, append every step; the episodes that ended."""
-        replies: dict[int, tuple[str, Reply]] = {}
-        for slot, (_, live) in running.items():
-            text, over = self.policy.chat.decode(samples[slot].ids)
-            only = live.observation.admissible if self.prompt.only_admissible else None
-            replies[slot] = (
-                text,
-                parse_reply(
-                    text,
-                    ended=over,
-                    thoughts=self.prompt.thoughts,
-                    blocked=self.info.blocked,
-                    admissible=only,
-                ),
+    def choices_of(self, live: _Live) -> Node | None:
+        """The trie of the commands the policy may give; None when it may say anything."""
+        if self.choices is None:
+            return None
+        blocked = self.info.blocked
+        commands = [c for c in live.observation.admissible or () if c not in blocked]
+        if not commands:
+            raise EnvError(
+                f"{live.job.ref} lists no admissible command at step {len(live.steps)}; "
+                "set sampling.constrained to false"
             )
-            stats.sampled_tokens += len(samples[slot].ids)
-        answers = self.pool.call(
-            {s: StepRequest(r.command) for s, (_, r) in replies.items() if r.command is not None}
-        )
-        stats.env_steps += len(answers)
-        ended: dict[int, Episode] = {}
-        for slot in list(running):
-            job, live = running[slot]
-            answer = answers.get(slot)
-            if isinstance(answer, Lost):
-                del running[slot]
-                self._redo(queue, job, answer, stats)
-                continue
-            assert answer is None or isinstance(answer, Observation)
-            text, reply = replies[slot]
-            self._record(live, samples[slot], text, reply, answer)
-            if how := self._ending(live):
-                ended[slot] = _episode(live, how)
-        return ended
+        return self.choices.trie(commands)
 
-    def _record(
-        self, live: _Live, sample: Sample, text: str, reply: Reply, answer: Observation | None
-    ) -> None:
-        before = live.observation
-        # without an answer the parser refused the reply, and nothing reached the environment
-        after = answer or before
-        invalid = after.invalid if answer else reply.problem
-        feedback = answer.text if answer else PROBLEM_FEEDBACK[reply.problem or "empty"]
-        conversation = live.conversation
-        live.steps.append(
-            Step(
-                index=len(live.steps),
-                state_key=before.state_key,
-                observation=live.steps[-1].feedback if live.steps else before.text,
-                prompt_ids=conversation.prompt_ids,
-                action_ids=sample.ids,
-                logprobs=sample.logprobs,
-                allowed=sample.allowed,
-                text=text,
-                thought=reply.thought,
-                command=reply.command,
-                invalid=invalid,
-                next_state_key=after.state_key,
-                feedback=feedback,
-                score=after.score,
-                outcome=after.outcome,
-                reward=after.outcome - before.outcome,
-                done=after.done,
-                admissible=before.admissible,
-            )
+    def read(self, live: _Live, sample: Sample) -> _Act:
+        """What a reply says."""
+        text, over = self.policy.chat.decode(sample.ids)
+        reply = parse_reply(
+            text,
+            ended=over,
+            thoughts=self.prompt.thoughts,
+            blocked=self.info.blocked,
+            admissible=live.observation.admissible if self.prompt.only_admissible else None,
         )
-        live.observation = after
-        shown = reply.command if reply.command is not None else " ".join(text.split())[:200]
-        conversation.advance(sample.ids, shown, feedback, after.admissible)
+        return _Act(sample, text, reply)
 
-    def _ending(self, live: _Live) -> str | None:
+    def ending(self, live: _Live) -> str | None:
         if live.observation.done:
             return "success" if live.observation.success else "failure"
         too_long = len(live.conversation.prompt_ids) > self._longest
         return "limit" if len(live.steps) >= self.max_steps or too_long else None
 
 
+class _Play:
+    """One rollout. A slot is free, or its environment is starting, or it has an episode; then its
+    reply is under way in the sampler, or its command is with the environment (`acts`)."""
+
+    def __init__(
+        self,
+        collector: Collector,
+        sampler: Sampler,
+        queue: deque[_Job],
+        on_turn: Callable[[int, int], None] | None,
+    ) -> None:
+        self.collector = collector
+        self.pool = collector.pool
+        self.sampler = sampler
+        self.queue = queue
+        self.on_turn = on_turn
+        self.total = len(queue)
+        self.stats = RolloutStats()
+        self.starting: dict[int, _Job] = {}
+        self.episodes: dict[int, _Live] = {}
+        self.acts: dict[int, _Act] = {}
+        self.finished: dict[int, Episode] = {}
+
+    def run(self) -> tuple[list[Episode], RolloutStats]:
+        slots, waves = range(self.pool.slots), self.collector.waves
+        for wave in itertools.cycle([slots[w::waves] for w in range(waves)]):
+            if len(self.finished) == self.total:
+                break
+            if self.on_turn:
+                self.on_turn(len(self.finished), self.total)
+            self._listen(wave)
+            self._refill(wave)
+            if waves == 1:  # nobody else can reply while the environments start
+                self._listen(wave)
+            while self.sampler.busy:
+                self._act(self.sampler.step())
+                if not self.pool.workers:  # the environments have answered already
+                    break
+        self.stats.prompt_tokens = self.sampler.prompt_tokens
+        self.stats.computed_tokens = self.sampler.computed_tokens
+        return [self.finished[i] for i in range(self.total)], self.stats
+
+    def _refill(self, wave: Iterable[int]) -> None:
+        """Free slots take jobs from the queue."""
+        free = [s for s in wave if s not in self.episodes and s not in self.starting]
+        jobs = {slot: self.queue.popleft() for slot in free[: len(self.queue)]}
+        self.pool.send(
+            {s: ResetRequest(job.ref.task, job.ref.variation) for s, job in jobs.items()}
+        )
+        self.starting.update(jobs)
+
+    def _listen(self, wave: Iterable[int]) -> None:
+        """Take the answers of the environments, and let the policy reply to them."""
+        acting = [s for s in wave if s in self.acts]
+        starting = [s for s in wave if s in self.starting]
+        asked = [s for s in acting if self.acts[s].reply.command is not None]
+        answers = self.pool.receive([*asked, *starting])
+        for slot in starting:
+            self._started(slot, self.starting.pop(slot), answers[slot])
+        for slot in acting:
+            self._answered(slot, self.acts.pop(slot), answers.get(slot))
+
+    def _started(self, slot: int, job: _Job, answer: Reset | Observation | Lost) -> None:
+        if isinstance(answer, Lost):
+            self._redo(job, answer)
+            return
+        assert isinstance(answer, Reset)
+        self.episodes[slot] = self.collector.begin(job, answer)
+        self._reply(slot)
+
+    def _answered(self, slot: int, act: _Act, answer: Reset | Observation | Lost | None) -> None:
+        live = self.episodes[slot]
+        if isinstance(answer, Lost):
+            del self.episodes[slot]
+            self.sampler.forget(slot)
+            self._redo(live.job, answer)
+            return
+        assert not isinstance(answer, Reset)
+        _record(live, act, answer)
+        if how := self.collector.ending(live):
+            del self.episodes[slot]
+            self.sampler.forget(slot)
+            self.finished[live.job.index] = _episode(live, how)
+        else:
+            self._reply(slot)
+
+    def _reply(self, slot: int) -> None:
+        live = self.episodes[slot]
+        choices = self.collector.choices_of(live)
+        self.sampler.begin(slot, live.conversation.prompt_ids, choices)
+
+    def _act(self, samples: Mapping[int, Sample]) -> None:
+        """Send the commands of replies that are over."""
+        acts = {s: self.collector.read(self.episodes[s], x) for s, x in samples.items()}
+        commands = {s: act.reply.command for s, act in acts.items()}
+        self.pool.send({s: StepRequest(c) for s, c in commands.items() if c is not None})
+        self.acts.update(acts)
+        self.stats.env_steps += sum(c is not None for c in commands.values())
+        self.stats.sampled_tokens += sum(len(sample.ids) for sample in samples.values())
+
+    def _redo(self, job: _Job, lost: Lost) -> None:
+        self.stats.episodes_lost += 1
+        if job.tries + 1 >= _MAX_RETRIES:
+            raise EnvError(f"{job.ref} failed {_MAX_RETRIES} times in new workers: {lost.reason}")
+        self.queue.appendleft(replace(job, tries=job.tries + 1))
+
+
+def _record(live: _Live, act: _Act, answer: Observation | None) -> None:
+    """Append a step to an episode and go on to the next prompt."""
+    sample, text, reply = act.sample, act.text, act.reply
+    before = live.observation
+    # without an answer the parser refused the reply, and nothing reached the environment
+    after = answer or before
+    invalid = after.invalid if answer else reply.problem
+    feedback = answer.text if answer else PROBLEM_FEEDBACK[reply.problem or "empty"]
+    conversation = live.conversation
+    live.steps.append(
+        Step(
+            index=len(live.steps),
+            state_key=before.state_key,
+            observation=live.steps[-1].feedback if live.steps else before.text,
+            prompt_ids=conversation.prompt_ids,
+            action_ids=sample.ids,
+            logprobs=sample.logprobs,
+            allowed=sample.allowed,
+            text=text,
+            thought=reply.thought,
+            command=reply.command,
+            invalid=invalid,
+            next_state_key=after.state_key,
+            feedback=feedback,
+            score=after.score,
+            outcome=after.outcome,
+            reward=after.outcome - before.outcome,
+            done=after.done,
+            admissible=before.admissible,
+        )
+    )
+    live.observation = after
+    shown = reply.command if reply.command is not None else " ".join(text.split())[:200]
+    conversation.advance(sample.ids, shown, feedback, after.admissible)
+
+
 def _episode(live: _Live, ended: str) -> Episode:
     return Episode(
-        id=live.id,
-        ref=live.ref,
+        id=live.job.id,
+        ref=live.job.ref,
         goal=live.goal,
         steps=tuple(live.steps),
         outcome=live.observation.outcome,

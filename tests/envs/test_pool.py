@@ -154,6 +154,48 @@ def test_answers_of_a_call_that_was_broken_off_are_dropped() -> None:
         assert pool.restarts == 0
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_requests_are_answered_while_the_caller_does_other_things(workers: int) -> None:
+    with make_pool(workers) as pool:
+        slots = range(pool.slots)
+        pool.send({s: ResetRequest("count", s) for s in slots if s % 2})
+        pool.send({s: ResetRequest("count", s) for s in slots if not s % 2})
+        evens = [s for s in slots if not s % 2]
+        assert all(isinstance(a, Reset) for a in pool.receive(evens).values())
+        pool.send({s: StepRequest("x") for s in evens})  # the odd ones still have answers waiting
+        odd = pool.receive([s for s in slots if s % 2])
+        assert [s for s, a in odd.items() if isinstance(a, Reset)] == [1, 3][: len(odd)]
+        assert [text_of(a).split()[:2] for a in pool.receive(evens[::-1]).values()] == [
+            [f"count/{s}", "1"] for s in evens[::-1]
+        ]
+        assert pool.receive([]) == {}
+        with pytest.raises(ValueError, match="nothing was sent to slot 1"):
+            pool.receive([1])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_later_request_takes_the_place_of_an_earlier_one(workers: int) -> None:
+    with make_pool(workers) as pool:
+        pool.call({0: ResetRequest("count", 5)})
+        pool.send({0: StepRequest("x")})
+        pool.send({0: ResetRequest("count", 6)})
+        start = pool.receive([0])[0]
+        assert isinstance(start, Reset)
+        assert start.observation.text.startswith("count/6 0")
+
+
+def test_answers_that_wait_are_lost_with_their_worker() -> None:
+    """Slot 0 has answered when slot 1 takes the worker down; nobody had taken the answer yet."""
+    with make_pool(1) as pool:
+        pool.call({s: ResetRequest("count", s) for s in range(2)})
+        pool.send({0: ResetRequest("count", 7)})
+        pool.send({1: StepRequest("die")})
+        assert isinstance(pool.receive([1])[1], Lost)
+        assert isinstance(pool.receive([0])[0], Lost)
+        assert isinstance(pool.call({0: StepRequest("x")})[0], Lost)
+        assert isinstance(pool.call({0: ResetRequest("count", 7)})[0], Reset)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_wrong_use_is_an_error_of_the_caller(workers: int) -> None:
     with make_pool(workers) as pool:

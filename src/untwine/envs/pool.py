@@ -1,9 +1,9 @@
 """Many episodes at once: slots in this process or in spawned workers.
 
-A *slot* holds one live episode. `EnvPool.call` takes requests for distinct slots and returns one
-reply for each, in order; workers act at the same time. A worker that dies or stays silent is
-replaced, and every episode it held is answered with `Lost`: the caller begins it again (rollout.py
-does, and counts it), so none is lost for good.
+A *slot* holds one live episode. `EnvPool.send` takes requests for distinct slots, `receive` returns
+one reply for each, in order; workers act at the same time, and while the caller does other things
+in between. A worker that dies or stays silent is replaced, and every episode it held is answered
+with `Lost`: the caller begins it again (rollout.py does, and counts it), so none is lost for good.
 
 The silence allowed is counted per request: a worker answers one request after the other, and each
 answer starts the clock anew. A process that has never answered gets `STARTUP_S` more, since it has
@@ -70,12 +70,18 @@ class EnvPool:
         self._timeout_s = timeout_s
         self._live: set[int] = set()
         self._lost: dict[int, Lost] = {}
+        self._answers: dict[int, Answer | Lost] = {}  # that nobody has received yet
         self._here = Sessions(name, self._options)
         self._here_answered = False
         self._failures = [0] * max(1, workers)
         self._workers = [Worker(name, self._options) for _ in range(workers)]
         self.slots = max(1, workers) * sessions
         self.restarts = 0
+
+    @property
+    def workers(self) -> int:
+        """Number of processes; without any, environments act while the caller waits."""
+        return len(self._workers)
 
     @property
     def info(self) -> EnvInfo:
@@ -85,57 +91,61 @@ class EnvPool:
     def call(
         self, requests: Mapping[int, ResetRequest | StepRequest]
     ) -> dict[int, Reset | Observation | Lost]:
-        """Answer every request, in the order given.
+        """Send every request and wait for the answers, in the order given. See `receive`."""
+        self.send(requests)
+        return self.receive(requests)
 
-        An UntwineError raised by an environment is raised here, once all workers have answered.
-        EnvError when a worker fails `ATTEMPTS` times in a row before its first answer.
+    def send(self, requests: Mapping[int, ResetRequest | StepRequest]) -> None:
+        """Hand requests to the workers; their answers wait for `receive`. Without workers they are
+        answered now. A slot has one request at a time: a later one takes the place of an earlier.
+
         ValueError for a slot that does not exist, or a step in a slot without an episode.
         """
         passed: dict[int, list[tuple[int, Request]]] = {}
-        replies: dict[int, Reset | Observation | Lost] = {}
         for slot, request in requests.items():
             if not self.slots:
                 raise ValueError("the pool is closed")
             if not 0 <= slot < self.slots:
                 raise ValueError(f"there is no slot {slot}, only 0 to {self.slots - 1}")
+            self._answers.pop(slot, None)
             if isinstance(request, ResetRequest):
                 self._lost.pop(slot, None)
             elif slot in self._lost:
-                replies[slot] = self._lost[slot]
+                self._answers[slot] = self._lost[slot]
                 continue
             elif slot not in self._live:
                 raise ValueError(f"slot {slot} has no episode; send a ResetRequest first")
             passed.setdefault(slot // self._sessions, []).append((slot, request))
-        for slot, answer in self._exchange(passed).items():
-            if isinstance(answer, Reset | Observation | Lost):
-                replies[slot] = answer
-        return {slot: replies[slot] for slot in requests}
-
-    def _exchange(
-        self, passed: Mapping[int, list[tuple[int, Request]]]
-    ) -> dict[int, Answer | Lost]:
-        """Send each worker its requests and gather the answers."""
-        answers: dict[int, Answer | Lost] = {}
-        if not self._workers:
-            for batch in passed.values():
-                answers.update(self._answer_here(batch))
-        else:
-            waiting = {i: {slot for slot, _ in batch} for i, batch in passed.items()}
-            for i, batch in passed.items():
+        for i, batch in passed.items():
+            if self._workers:
                 self._workers[i].send(batch)
-            while waiting:
-                for i, slot, answer in self._hear(waiting, self._timeout_s):
-                    if isinstance(answer, Broken):
-                        lost = self._replace(i, answer.reason)
-                        answers.update({slot: lost for slot, _ in passed[i]})
-                        del waiting[i]
-                        continue
-                    answers[slot] = answer
-                    waiting[i].discard(slot)
-                    if not waiting[i]:
-                        del waiting[i]
+            else:
+                self._answers.update(self._answer_here(batch))
+
+    def receive(self, slots: Iterable[int]) -> dict[int, Reset | Observation | Lost]:
+        """Wait for the answers to what was sent to these slots, in the order given.
+
+        An UntwineError raised by an environment is raised here, once all of them have answered.
+        EnvError when a worker fails `ATTEMPTS` times in a row before its first answer.
+        ValueError for a slot to which nothing was sent.
+        """
+        wanted = list(slots)
+        while missing := [slot for slot in wanted if slot not in self._answers]:
+            waiting = {slot // self._sessions for slot in missing}
+            idle = [s for s in missing if not self._awaits(s)]
+            if idle:
+                raise ValueError(f"nothing was sent to slot {idle[0]}")
+            for i, slot, answer in self._hear(waiting, self._timeout_s):
+                if isinstance(answer, Broken):
+                    self._replace(i, answer.reason)
+                else:
+                    self._answers[slot] = answer
+        answers = {slot: self._answers.pop(slot) for slot in wanted}
         self._remember(answers)
-        return answers
+        return {s: a for s, a in answers.items() if isinstance(a, Reset | Observation | Lost)}
+
+    def _awaits(self, slot: int) -> bool:
+        return bool(self._workers) and slot in self._workers[slot // self._sessions].awaited
 
     def _remember(self, answers: Mapping[int, Answer | Lost]) -> None:
         """Keep the books on live slots; raise the first fault."""
@@ -170,14 +180,16 @@ class EnvPool:
         """Put a new worker in the place of worker `i`; its episodes are lost."""
         worker = self._workers[i]
         worker.stop()
-        reason = f"worker {i} of environment {self._name!r}: {reason}"
-        self._note_failure(i, worker.answered, reason)
+        lost = Lost(f"worker {i} of environment {self._name!r}: {reason}")
+        self._answers.update({slot: lost for slot in worker.awaited if slot != SPARE})
+        self._note_failure(i, worker.answered, lost.reason)
         self._workers[i] = Worker(self._name, self._options)
-        return Lost(reason)
+        return lost
 
     def _note_failure(self, i: int, answered: bool, reason: str) -> None:
         self.restarts += 1
         mine = range(i * self._sessions, (i + 1) * self._sessions)
+        self._answers.update({slot: Lost(reason) for slot in mine if slot in self._answers})
         self._lost.update({slot: Lost(reason) for slot in self._live.intersection(mine)})
         self._live.difference_update(mine)
         self._failures[i] = 0 if answered else self._failures[i] + 1
@@ -230,6 +242,13 @@ class EnvPool:
     def _search(self, requests: Sequence[ExpertRequest]) -> list[tuple[Command, ...] | None]:
         if not self.slots:
             raise ValueError("the pool is closed")
+        try:
+            return self._searched(requests)
+        finally:  # after a fault nobody waits for the others any more
+            for worker in self._workers:
+                worker.awaited.pop(SPARE, None)
+
+    def _searched(self, requests: Sequence[ExpertRequest]) -> list[tuple[Command, ...] | None]:
         found: dict[int, tuple[Command, ...] | None] = {}
         failed = [0] * len(requests)
         todo = deque(range(len(requests)))
@@ -263,11 +282,15 @@ class EnvPool:
     ) -> list[tuple[int, Answer | Lost]]:
         if not self._workers:
             return [(0, self._answer_here([(SPARE, requests[busy[0]])])[SPARE])]
-        news = self._hear(busy, EXPERT_FACTOR * self._timeout_s)
-        return [
-            (i, self._replace(i, answer.reason) if isinstance(answer, Broken) else answer)
-            for i, _, answer in news
-        ]
+        plans: list[tuple[int, Answer | Lost]] = []
+        for i, slot, answer in self._hear(busy, EXPERT_FACTOR * self._timeout_s):
+            if isinstance(answer, Broken):
+                plans.append((i, self._replace(i, answer.reason)))
+            elif slot == SPARE:
+                plans.append((i, answer))
+            else:
+                self._answers[slot] = answer
+        return plans
 
     def close(self) -> None:
         """End all workers and environments; no slots remain. Safe to call twice."""

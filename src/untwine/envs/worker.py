@@ -4,8 +4,9 @@ No process outlives the pool. A worker leads a process group of its own, in whic
 stays too; killing a worker means killing the group, and a worker whose parent has gone kills its
 own group.
 
-Every message carries a number. Answers to an earlier message (its call was broken off by an error)
-are dropped, so they are never taken for answers to a later one.
+Every message carries a number, and a slot has one request at a time. An answer to an earlier
+request of the slot (its call was broken off by an error) is dropped, so it is never taken for an
+answer to a later one.
 """
 
 from __future__ import annotations
@@ -177,7 +178,10 @@ def _follow_parent() -> None:
 
 
 class Worker:
-    """A spawned process, seen from the parent."""
+    """A spawned process, seen from the parent.
+
+    awaited   slots that have not been answered -> number of the message with their request
+    """
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -189,12 +193,14 @@ class Worker:
         self.process.start()
         theirs.close()
         self._number = 0
+        self.awaited: dict[int, int] = {}
         self.answered = False
         self.heard = time.monotonic()
 
     def send(self, requests: Sequence[tuple[int, Request]]) -> None:
         self.heard = time.monotonic()
         self._number += 1
+        self.awaited.update({slot: self._number for slot, _ in requests})
         with contextlib.suppress(OSError):  # a dead worker is noticed when its answer is awaited
             self.pipe.send((self._number, requests))
 
@@ -209,7 +215,10 @@ class Worker:
         if isinstance(answer, Broken):
             return SPARE, answer
         self.answered = True
-        return (slot, answer) if number == self._number else None
+        if self.awaited.get(slot) != number:
+            return None
+        del self.awaited[slot]
+        return slot, answer
 
     def silence_left(self, allowed: float) -> float:
         """Seconds until the worker counts as dead."""

@@ -12,40 +12,36 @@ is forced: its log-probability is 0, and the model need not be asked.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Iterable, Sequence
 
 from untwine.prompting.chat import Chat
 
 Node = dict[int, "Node"]  # the children of a node by token id; a leaf has none
-_REMEMBERED = 50_000
+_REMEMBERED = 500
 
 
 class CommandChoices:
-    """Tries of commands for one tokenizer; remembers the token ids of commands."""
+    """Tries of commands for one tokenizer. They are remembered: do not change them."""
 
     def __init__(self, chat: Chat) -> None:
         self._chat = chat
-        self._ids: dict[str, tuple[int, ...]] = {}
+        self._trie = functools.lru_cache(_REMEMBERED)(self._built)
 
-    def trie(self, commands: Collection[str]) -> Node:
+    def trie(self, commands: Iterable[str]) -> Node:
         """The trie of the commands, each followed by the end token. ValueError when there are
         none."""
+        return self._trie(tuple(commands))
+
+    def _built(self, commands: tuple[str, ...]) -> Node:
         if not commands:
             raise ValueError("there is no command to choose from")
         root: Node = {}
         for command in commands:
             node = root
-            for token in self.reply_ids(command):
+            for token in self._chat.reply_ids(command):
                 node = node.setdefault(token, {})
         return root
-
-    def reply_ids(self, command: str) -> tuple[int, ...]:
-        """A command as a whole reply: its token ids and the end token."""
-        if command not in self._ids:
-            if len(self._ids) >= _REMEMBERED:
-                self._ids.clear()
-            self._ids[command] = self._chat.reply_ids(command)
-        return self._ids[command]
 
 
 def allowed_along(root: Node, ids: Sequence[int]) -> tuple[tuple[int, ...], ...] | None:

@@ -55,7 +55,13 @@ class Policy:
 
     @property
     def max_positions(self) -> int:
-        return int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
+        """Longest sequence: what the model has positions for, and a sliding window, if it uses one,
+        does not cut off."""
+        config = self.model.config
+        limits = [getattr(config, "max_position_embeddings", None)]
+        if getattr(config, "use_sliding_window", True):
+            limits.append(getattr(config, "sliding_window", None))
+        return min((int(n) for n in limits if n), default=1 << 30)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Context in which forward passes run."""
@@ -123,6 +129,10 @@ def load_policy(config: PolicyConfig, texts: Callable[[], Iterable[str]], seed: 
     extra_ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = tuple(extra_ends) if isinstance(extra_ends, list) else (extra_ends,)
     model = model.to(device=device, dtype=torch.float32).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        # Weights mapped from a file lie at odd addresses, where matrix products end in other
+        # bits than elsewhere: a resumed run would drift away from an unbroken one.
+        tensor.data = tensor.data.clone()
     if config.lora.rank:
         add_lora(model, config.lora, seed)
     if config.gradient_checkpointing:

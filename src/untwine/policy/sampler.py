@@ -1,22 +1,28 @@
-"""Batched sampling with kept keys and values.
+"""Replies for many slots at once, with kept keys and values.
 
-Every slot of a rollout owns one row of the cache. A call gives each slot its whole prompt; the
-sampler finds how much of it the row already holds (all of the past for `append` prompts, the fixed
-head for `window` prompts) and computes only the rest. Sampled ids and their log-probabilities are
-returned as they were drawn.
+Every slot of a rollout owns one row of the cache. `begin` gives a slot its whole prompt; the
+sampler finds how much of it this row or another one already holds (all of the past for `append`
+prompts, the fixed head for `window` prompts, the first prompt for all episodes of a group) and
+computes only the rest. `step` is one forward pass for all slots under way, wherever they stand:
+some read a prompt, others the token they drew. Sampled ids and their log-probabilities are returned
+as they were drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+import numpy as np
 import torch
 
 from untwine.config import SamplingConfig
 from untwine.policy.choices import Node
 from untwine.policy.loading import Policy
+from untwine.policy.packing import Ids, Packed, pack, prompt_pieces, reply_pieces
+from untwine.policy.row_cache import RowCache, RowPass, attending
+
+PASS_TOKENS = 8192  # a forward pass over more tokens is made in parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +43,12 @@ class Sample:
 class _Draft:
     """A reply under way.
 
-    node   where it stands in the trie of choices; None when the whole vocabulary is open
-    fed    how many of its ids the model has read
+    prompt   what the model is to read before it; None when it has
+    node     where the reply stands in the trie of choices; None when the whole vocabulary is open
+    fed      how many of its ids the model has read
     """
 
+    prompt: Ids | None
     node: Node | None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -60,10 +68,11 @@ class _Draft:
         if self.node is not None and not self.node:
             self.over = True
 
-    def unread(self) -> list[int]:
+    def unread(self) -> Ids:
         """The ids that the model has not read; from now on it has."""
         first, self.fed = self.fed, len(self.ids)
-        return self.ids[first:]
+        prompt, self.prompt = self.prompt or (), None
+        return (*prompt, *self.ids[first:])
 
     def sample(self) -> Sample:
         allowed = tuple(self.allowed) if self.node is not None else None
@@ -77,76 +86,13 @@ class _Draft:
         self.logprobs.append(logprob)
 
 
-class RowCache:
-    """Keys and values of many rows, each as long as it is; dead positions are masked away.
-
-    Stands where transformers expects a `Cache`: attention layers call `update`. Shapes:
-    key and value buffers (rows, kv heads, capacity, head size), one pair per layer.
-    """
-
-    is_compileable = False
-
-    def __init__(self) -> None:
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
-        self.rows = torch.empty(0, dtype=torch.long)
-        self.row_of_new = self.column_of_new = self.position_of_new = self.rows
-        self.upto = 0
-        self.capacity = 0
-        self.row_count = 0
-
-    def plan(self, rows: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor) -> None:
-        """Announce a forward pass: cache rows (B,), which of its tokens are real (B, M), and their
-        positions (B, M)."""
-        self.rows = rows
-        self.row_of_new, self.column_of_new = valid.nonzero(as_tuple=True)
-        self.position_of_new = positions[self.row_of_new, self.column_of_new]
-        self.upto = int(self.position_of_new.max()) + 1
-        self.row_count = max(self.row_count, int(rows.max()) + 1)
-        if self.upto > self.capacity:
-            self.capacity = max(self.upto + 64, int(self.capacity * 1.5))
-
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the new keys and values (B, H, M, D) and return those of all live positions."""
-        if layer == len(self._keys):
-            self._keys.append(key.new_zeros(0))
-            self._values.append(value.new_zeros(0))
-        self._keys[layer] = self._fit(self._keys[layer], key)
-        self._values[layer] = self._fit(self._values[layer], value)
-        keys, values = self._keys[layer], self._values[layer]
-        target = (self.rows[self.row_of_new], slice(None), self.position_of_new)
-        keys[target] = key[self.row_of_new, :, self.column_of_new]
-        values[target] = value[self.row_of_new, :, self.column_of_new]
-        return self._view(keys), self._view(values)
-
-    def get_seq_length(self, *_: Any) -> int:
-        return 0
-
-    def _fit(self, buffer: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        rows, capacity = self.row_count, self.capacity
-        if buffer.dim() == 4 and buffer.shape[0] >= rows and buffer.shape[2] >= capacity:
-            return buffer
-        grown = like.new_zeros(rows, like.shape[1], capacity, like.shape[3])
-        if buffer.dim() == 4:
-            grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
-        return grown
-
-    def _view(self, buffer: torch.Tensor) -> torch.Tensor:
-        n = self.rows.shape[0]
-        live = buffer[:, :, : self.upto]
-        if n == buffer.shape[0] and bool(
-            (self.rows == torch.arange(n, device=self.rows.device)).all()
-        ):
-            return live
-        return live[self.rows]
-
-
 class Sampler:
     """Samples replies for the slots of one rollout.
 
     Make a new one for every rollout: kept keys and values belong to the weights of their time.
+
+    prompt_tokens     length of all prompts that were read, with what was forced to follow them
+    computed_tokens   how many of these tokens the model ran over
     """
 
     def __init__(
@@ -161,111 +107,128 @@ class Sampler:
         self.config = config
         self.generator = generator
         self.greedy = greedy
-        self._cache = RowCache()
-        self._held: dict[int, list[int]] = {}  # row -> token ids whose keys and values are kept
         self.prompt_tokens = 0
         self.computed_tokens = 0
+        self._cache = RowCache(batched=policy.device.type != "cpu")
+        self._held: dict[int, Ids] = {}  # slot -> token ids whose keys and values are kept
+        self._drafts: dict[int, _Draft] = {}
+        self._twin: dict[int, int] = {}  # slots with the same number hold the same tokens
+
+    @property
+    def busy(self) -> bool:
+        """Whether a reply is under way."""
+        return bool(self._drafts)
+
+    def begin(self, slot: int, prompt: Sequence[int], choices: Node | None = None) -> None:
+        """Begin a reply; a slot has one at a time. Slots are small integers.
+
+        choices   the trie of the replies it may give (policy/choices.py); the reply ends where the
+                  trie does, whatever `max_new_tokens`
+        """
+        if slot in self._drafts:
+            raise ValueError(f"slot {slot} has a reply under way")
+        draft = _Draft(tuple(prompt), choices)
+        draft.force()
+        self._drafts[slot] = draft
 
     @torch.no_grad()
+    def step(self) -> dict[int, Sample]:
+        """One token, and those that it forces, for every reply under way; the replies that are
+        over, in the order of their slots."""
+        live = sorted(slot for slot, draft in self._drafts.items() if not draft.over)
+        if live:
+            drafts = [self._drafts[slot] for slot in live]
+            tokens, logprobs = self._draw(self._logits(live), [draft.node for draft in drafts])
+            for draft, token, logprob in zip(
+                drafts, tokens.tolist(), logprobs.tolist(), strict=True
+            ):
+                draft.take(token, logprob)
+                draft.over |= draft.node is None and self._ends(draft)
+        over = sorted(slot for slot, draft in self._drafts.items() if draft.over)
+        return {slot: self._drafts.pop(slot).sample() for slot in over}
+
     def sample(
         self,
         prompts: Mapping[int, Sequence[int]],
         choices: Mapping[int, Node] | None = None,
     ) -> dict[int, Sample]:
-        """One reply for each slot. Slots are small integers; a slot is also its cache row.
-
-        choices   for each slot the trie of the replies it may give (policy/choices.py); they end
-                  where the trie does, whatever `max_new_tokens`
-        """
-        drafts = {slot: _Draft(choices[slot] if choices else None) for slot in sorted(prompts)}
-        for draft in drafts.values():
-            draft.force()
-        live = [slot for slot, draft in drafts.items() if not draft.over]
-        if live:
-            logits = self._prefill({s: [*prompts[s], *drafts[s].unread()] for s in live})
-        while live:
-            tokens, logprobs = self._draw(logits, [drafts[slot].node for slot in live])
-            for slot, token, logprob in zip(live, tokens.tolist(), logprobs.tolist(), strict=True):
-                drafts[slot].take(token, logprob)
-                drafts[slot].over |= choices is None and self._ends(drafts[slot])
-            still = [slot for slot in live if not drafts[slot].over]
-            if still:
-                logits = self._continue(live, still, drafts)
-            live = still
-        return {slot: draft.sample() for slot, draft in drafts.items()}
-
-    def _ends(self, draft: _Draft) -> bool:
-        full = len(draft.ids) >= self.config.max_new_tokens
-        return full or draft.ids[-1] in self.policy.chat.end_ids
+        """One reply for each slot, in the order of the slots."""
+        for slot in sorted(prompts):
+            self.begin(slot, prompts[slot], choices[slot] if choices else None)
+        samples: dict[int, Sample] = {}
+        while self.busy:
+            samples.update(self.step())
+        return {slot: samples[slot] for slot in sorted(samples)}
 
     def forget(self, slot: int) -> None:
         """The slot's episode is over; its row may be overwritten."""
         self._held.pop(slot, None)
+        self._drafts.pop(slot, None)
+        self._cache.free(slot)
 
     @torch.no_grad()
     def logits_piecewise(self, ids: Sequence[int]) -> torch.Tensor:
         """Logits after `ids`, computed in three pieces with the kept cache (for the exactness
         check of a freshly loaded model). Two rows of unequal length, as in a real rollout."""
-        cut = len(ids) // 2
-        self._extend({0: list(ids[:cut]), 1: list(ids[: cut // 2])})
-        self._extend({0: list(ids[cut:-1]), 1: list(ids[cut // 2 : cut])})
-        return self._extend({0: list(ids[-1:])})[0]
+        whole, cut = tuple(ids), len(ids) // 2
+        self._read({0: whole[:cut], 1: whole[: cut // 2]}, {})
+        self._read({1: whole[:cut]}, {0: whole[cut:-1]})
+        return self._read({}, {0: whole[-1:]})[0]
 
-    def _prefill(self, prompts: Mapping[int, list[int]]) -> torch.Tensor:
-        fresh: dict[int, list[int]] = {}
-        for slot, prompt in prompts.items():
-            kept = _common_prefix(self._held.get(slot, []), prompt)
-            kept = min(kept, len(prompt) - 1)  # the last token is always computed: it gives logits
-            self._held[slot] = prompt[:kept]
-            fresh[slot] = prompt[kept:]
-            self.prompt_tokens += len(prompt)
-            self.computed_tokens += len(fresh[slot])
-        return self._extend(fresh)
+    def _ends(self, draft: _Draft) -> bool:
+        full = len(draft.ids) >= self.config.max_new_tokens
+        return full or draft.ids[-1] in self.policy.chat.end_ids
 
-    def _continue(
-        self, live: Sequence[int], still: Sequence[int], drafts: Mapping[int, _Draft]
-    ) -> torch.Tensor:
-        """Read what was drawn; logits of the slots in `still`.
+    def _logits(self, live: Sequence[int]) -> torch.Tensor:
+        """Let the model read what it has not; logits (B, V) after it, in the order of `live`."""
+        prompts: dict[int, Ids] = {}
+        replies: dict[int, Ids] = {}
+        for slot in live:
+            draft = self._drafts[slot]
+            read = replies if draft.prompt is None else prompts
+            read[slot] = draft.unread()
+        self.prompt_tokens += sum(map(len, prompts.values()))
+        return self._read(prompts, replies)
 
-        Taking rows out of the cache copies them, so ended rows ride along (they read some token
-        and forget it) until fewer than half are left.
-        """
-        going = set(still)
-        riding = live if 2 * len(still) > len(live) else still
-        logits = self._extend({s: drafts[s].unread() if s in going else [0] for s in riding})
-        for slot in set(riding) - going:
-            self._held[slot].pop()
-        return logits[[i for i, slot in enumerate(riding) if slot in going]]
-
-    def _extend(self, fresh: Mapping[int, list[int]]) -> torch.Tensor:
-        """Append tokens to rows; logits (B, V) after the last token of each, in slot order."""
-        device = self.policy.device
-        slots = sorted(fresh)
-        width = max(len(fresh[slot]) for slot in slots)
-        ids_BM = torch.zeros(len(slots), width, dtype=torch.long)
-        valid_BM = torch.zeros(len(slots), width, dtype=torch.bool)
-        positions_BM = torch.zeros(len(slots), width, dtype=torch.long)
-        for b, slot in enumerate(slots):
-            new = fresh[slot]
-            start = len(self._held.setdefault(slot, []))
-            ids_BM[b, width - len(new) :] = torch.tensor(new)
-            valid_BM[b, width - len(new) :] = True
-            positions_BM[b, width - len(new) :] = torch.arange(start, start + len(new))
-            self._held[slot].extend(new)
-        longest = int(positions_BM.max()) + 1
-        mask = (torch.arange(longest)[None, None] <= positions_BM[:, :, None])[:, None]
-        self._cache.plan(
-            torch.tensor(slots, device=device), valid_BM.to(device), positions_BM.to(device)
-        )
+    def _read(self, prompts: Mapping[int, Ids], replies: Mapping[int, Ids]) -> torch.Tensor:
+        """Rows become `prompts`, or are extended by `replies`; logits (B, V) after the last token
+        of each, in the order of the slots."""
+        copies, pieces = prompt_pieces(self._held, prompts)
+        self.computed_tokens += sum(len(piece.ids) - piece.shared for piece in pieces)
+        pieces += reply_pieces(self._held, replies, self._twin)
+        self._held.update(prompts)
+        self._held.update({slot: self._held[slot] + ids for slot, ids in replies.items()})
+        self._cache.reserve(prompts, max(map(len, self._held.values())))
+        self._cache.copy(copies)
+        packed = pack(pieces)
+        self._twin = dict(packed.last)
+        ends_B = np.array([packed.last[slot] for slot in sorted([*prompts, *replies])])
+        ends_U, place_B = np.unique(ends_B, return_inverse=True)
         with self.policy.autocast():
-            hidden = self.policy.hidden_states(
-                ids_BM.to(device),
-                attention_mask=mask.to(device),
-                position_ids=positions_BM.to(device),
-                past_key_values=self._cache,
-                use_cache=True,
-            )
-            return self.policy.project(hidden[:, -1])
+            logits_UV = self.policy.project(self._hidden(packed, ends_U))
+        return logits_UV[torch.from_numpy(place_B).to(logits_UV.device)]
+
+    def _hidden(self, packed: Packed, ends_U: np.ndarray) -> torch.Tensor:
+        """Run the model; hidden states (U, D) at the packed tokens `ends_U`, which are sorted."""
+        device = self.policy.device
+        found = []
+        for first, part in packed.parts(PASS_TOKENS):
+            hidden_ND = self._forward(part)
+            here = ends_U[(ends_U >= first) & (ends_U < first + len(part.ids_N))] - first
+            found.append(hidden_ND[torch.from_numpy(here).to(device)])
+        return torch.cat(found)
+
+    def _forward(self, part: Packed) -> torch.Tensor:
+        device = self.policy.device
+        with attending(self.policy.model):
+            return self.policy.hidden_states(
+                torch.from_numpy(part.ids_N)[None].to(device),
+                position_ids=torch.from_numpy(part.positions_N)[None].to(device),
+                # any mask of four dimensions keeps transformers from making one
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+                use_cache=False,
+                untwine_rows=RowPass(self._cache, part, device),
+            )[0]
 
     def _draw(
         self, logits_BV: torch.Tensor, nodes: Sequence[Node | None]
@@ -292,15 +255,6 @@ def _children(nodes: Sequence[Node | None]) -> torch.Tensor:
     children = [list(node or ()) for node in nodes]
     width = max(map(len, children))
     return torch.tensor([ids + [-1] * (width - len(ids)) for ids in children], dtype=torch.long)
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    n = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        n += 1
-    return n
 
 
 def _nucleus(probs_BV: torch.Tensor, top_p: float) -> torch.Tensor:

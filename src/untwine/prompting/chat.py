@@ -8,6 +8,7 @@ the new user text are tokenised; sampled ids are carried over untouched.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from jinja2 import TemplateError
@@ -21,6 +22,7 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
 )
 
+_REMEMBERED = 20_000  # texts whose ids are kept: observations and commands come again and again
 _USER, _REPLY, _NEXT = "user-marker-1", "reply-marker-2", "next-marker-3"
 
 
@@ -33,6 +35,7 @@ class Chat:
     def __init__(self, tokenizer: Any, extra_end_ids: tuple[int, ...] = ()) -> None:
         self.tokenizer = tokenizer
         self._template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+        self._encode = functools.lru_cache(_REMEMBERED)(self._tokenised)
         self._special_tokens = [t for t in tokenizer.all_special_tokens if len(t) > 1]
         self._system_role = self._accepts_system()
         text = self._render(
@@ -69,7 +72,7 @@ class Chat:
             messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         else:
             messages = [{"role": "user", "content": f"{system}\n\n{user}".strip()}]
-        return tuple(self._encode(self._render(messages)))
+        return self._encode(self._render(messages))
 
     def follow_up(self, reply_ids: tuple[int, ...], user: str) -> tuple[int, ...]:
         """Ids between a sampled reply and the next one. The end-of-turn token is added only when
@@ -77,7 +80,7 @@ class Chat:
         glue = self._encode(self._before_user + self._defuse(user) + self._after_user)
         if reply_ids and glue and reply_ids[-1] == glue[0] and glue[0] in self.end_ids:
             glue = glue[1:]
-        return tuple(glue)
+        return glue
 
     def decode(self, ids: tuple[int, ...]) -> tuple[str, bool]:
         """(text of a reply without its end token, whether it ended)."""
@@ -91,7 +94,7 @@ class Chat:
 
     def word_ids(self, word: str) -> tuple[int, ...]:
         """Ids of a word as the first thing in a reply."""
-        return tuple(self._encode(word))
+        return self._encode(word)
 
     def _defuse(self, text: str) -> str:
         """Text of an environment must not open or close turns: control tokens in it are spaced."""
@@ -116,6 +119,5 @@ class Chat:
         )
         return str(rendered)
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids
+    def _tokenised(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)

@@ -1,0 +1,315 @@
+"""Keys and values of many rows, each as long as it is, and attention over them.
+
+Registered with transformers as the attention function `untwine_rows`: a forward pass that carries a
+`RowPass` writes its keys and values to the rows and lets each token read its own row. Tokens come
+packed (packing.py), so linear layers see no padding.
+
+On the CPU each row is one attention call over exactly what it holds; no key is copied and none is
+masked but those of the row's own new tokens. Elsewhere, where calls are dear and arithmetic is not,
+rows with about the same number of new tokens are padded to one call.
+
+Shape suffixes: N packed tokens, H query heads, K key heads, G = H / K, D head size, R rows,
+C capacity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from untwine.errors import ModelError
+from untwine.policy.packing import Copy, Packed, Span
+
+NAME = "untwine_rows"
+_UNKNOWN = ("softcap", "s_aux", "position_bias")  # attention that is not computed here
+
+
+class RowCache:
+    """Keys and values of slots: per layer a buffer (R, C, K, D) each.
+
+    A slot gets a row when it is first written to and gives it back in `free`. Buffers grow with the
+    longest row and the number of rows, and shrink when a quarter of them would do.
+
+    batched   attention pads rows to few calls, instead of one call for each row
+    """
+
+    def __init__(self, *, batched: bool) -> None:
+        self.batched = batched
+        self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._row_of: dict[int, int] = {}
+        self._unused: list[int] = []
+        self.rows = 0
+        self.capacity = 0
+
+    @property
+    def bytes(self) -> int:
+        """Memory that is taken."""
+        return sum(x.nbytes for pair in self._buffers for x in pair)
+
+    def reserve(self, slots: Iterable[int], longest: int) -> None:
+        """Give these slots rows. `longest`: tokens that the longest row is about to hold."""
+        for slot in slots:
+            if slot not in self._row_of:
+                row = self._unused.pop() if self._unused else len(self._row_of)
+                self._row_of[slot] = row
+        capacity = self.capacity
+        if longest > capacity:
+            capacity = max(longest + 64, capacity * 3 // 2)
+        elif 4 * (longest + 64) <= capacity:
+            capacity = longest + 64
+        together = 4 * len(self._row_of) <= self.rows
+        rows = len(self._row_of) + (0 if together else len(self._unused))
+        if capacity != self.capacity or rows > self.rows or together:
+            self._resize(rows, capacity, together)
+
+    def free(self, slot: int) -> None:
+        """The row of the slot may be given to another."""
+        if slot in self._row_of:
+            self._unused.append(self._row_of.pop(slot))
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copy positions from row to row, all at once. The rows must be reserved."""
+        if not copies or not self._buffers:
+            return
+        positions = np.concatenate([np.arange(c.start, c.end) for c in copies])
+        lengths = [c.end - c.start for c in copies]
+        device = self._buffers[0][0].device
+        source, target = (
+            torch.from_numpy(self.places(np.repeat(slots, lengths), positions)).to(device)
+            for slots in ([c.source for c in copies], [c.target for c in copies])
+        )
+        for pair in self._buffers:
+            for buffer in pair:
+                flat = buffer.flatten(0, 1)
+                flat.index_copy_(0, target, flat.index_select(0, source))
+
+    def places(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Indices into the flattened first two dimensions of a buffer."""
+        slots_U, which = np.unique(slots, return_inverse=True)
+        rows_U = np.array([self._row_of[slot] for slot in slots_U.tolist()])
+        places: np.ndarray = rows_U[which] * self.capacity + positions
+        return places
+
+    def row(self, slot: int) -> int:
+        return self._row_of[slot]
+
+    def buffers(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, (R, C, K, D), of the type and with the heads of `like`
+        (N, K, D)."""
+        if layer == len(self._buffers):
+            self._buffers.append((self._new(like), self._new(like)))
+        return self._buffers[layer]
+
+    def _new(self, like: torch.Tensor) -> torch.Tensor:
+        shape = (self.rows, self.capacity, *like.shape[-2:])
+        # padded calls read beyond the end of a row, and what they mask away must still be a number
+        return like.new_zeros(shape) if self.batched else like.new_empty(shape)
+
+    def _resize(self, rows: int, capacity: int, together: bool) -> None:
+        """`together`: rows in use move to the front."""
+        old = [row for row in self._row_of.values() if row < self.rows]
+        if together:
+            self._row_of = {slot: row for row, slot in enumerate(self._row_of)}
+            self._unused = []
+        before, kept = self.rows, min(capacity, self.capacity)
+        self.rows, self.capacity = rows, capacity
+
+        def resized(buffer: torch.Tensor) -> torch.Tensor:
+            made = self._new(buffer)
+            if together:
+                made[: len(old), :kept] = buffer[old, :kept]
+            else:
+                made[:before, :kept] = buffer[:, :kept]
+            return made
+
+        for layer, (keys, values) in enumerate(self._buffers):
+            self._buffers[layer] = resized(keys), resized(values)
+
+
+class RowPass:
+    """One forward pass over packed tokens; made for all layers, handed to the model.
+
+    longest   tokens that the longest of its rows holds afterwards
+    """
+
+    def __init__(self, cache: RowCache, packed: Packed, device: torch.device) -> None:
+        self._cache = cache
+        self._spans = packed.spans
+        self._token_W = torch.from_numpy(packed.token_W).to(device)
+        places_W = cache.places(packed.slot_W, packed.position_W)
+        self._place_W = torch.from_numpy(places_W).to(device)
+        self.longest = int(packed.position_W.max()) + 1
+        self._band: torch.Tensor | None = None
+        self._past = 0
+        self._buckets = _buckets(cache, packed.spans, device) if cache.batched else []
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Write key and value (1, K, N, D) to their rows; attention of query (1, H, N, D) over the
+        rows, (1, N, H, D)."""
+        keys, values = self._cache.buffers(layer, key[0].transpose(0, 1))
+        for buffer, new in ((keys, key), (values, value)):
+            new_NKD = new[0].transpose(0, 1)
+            buffer.flatten(0, 1).index_copy_(
+                0, self._place_W, new_NKD.index_select(0, self._token_W)
+            )
+        query_NHD = query[0].transpose(0, 1)
+        query_NKGD = query_NHD.reshape(len(query_NHD), key.shape[1], -1, query.shape[-1])
+        attention = self._padded if self._cache.batched else self._row_by_row
+        return attention(query_NKGD, keys, values, scale).flatten(1, 2)[None]
+
+    def _row_by_row(
+        self, query_NKGD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        query_KGND = query_NKGD.permute(1, 2, 0, 3)
+        groups = query_KGND.shape[1]
+        out = []
+        for span in self._spans:
+            row, count = self._cache.row(span.slot), span.end - span.first
+            length = span.past + count
+            q = query_KGND[:, :, span.first : span.end]
+            k, v = (x[row, :length].transpose(0, 1)[:, None] for x in (keys, values))
+            if count == 1:  # the heads of a group are like several queries without a mask
+                o = scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale)
+                out.append(o.transpose(1, 2))
+                continue
+            out.append(
+                scaled_dot_product_attention(
+                    q,
+                    k.expand(-1, groups, -1, -1),
+                    v.expand(-1, groups, -1, -1),
+                    attn_mask=self._mask(span, query_NKGD) if span.past else None,
+                    is_causal=not span.past,
+                    scale=scale,
+                )
+            )
+        return torch.cat(out, dim=2).permute(2, 0, 1, 3)
+
+    def _mask(self, span: Span, like: torch.Tensor) -> torch.Tensor:
+        """What to add to the scores (M, past + M): a part of one band."""
+        if self._band is None:
+            masked = [s for s in self._spans if s.past and s.end - s.first > 1]
+            count = max(s.end - s.first for s in masked)
+            self._past = max(s.past for s in masked)
+            forbidden = like.new_full((count, self._past + count), -torch.inf)
+            self._band = forbidden.triu(self._past + 1)
+        shift, count = self._past - span.past, span.end - span.first
+        return self._band[:count, shift : self._past + count]
+
+    def _padded(
+        self, query_NKGD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        out = torch.empty_like(query_NKGD)
+        for bucket in self._buckets:
+            q = query_NKGD[bucket.token_BM]  # (B, M, K, G, D)
+            count, groups = q.shape[1], q.shape[3]
+            k, v = (x[bucket.row_B, : bucket.longest].transpose(1, 2) for x in (keys, values))
+            o = scaled_dot_product_attention(
+                q.permute(0, 2, 3, 1, 4).flatten(2, 3),
+                k,
+                v,
+                attn_mask=bucket.mask_BMT.repeat(1, groups, 1)[:, None],
+                scale=scale,
+            )
+            o = o.reshape(*o.shape[:2], groups, count, -1).permute(0, 3, 1, 2, 4)
+            out[bucket.token_BM[bucket.real_BM]] = o[bucket.real_BM]
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """Rows with about as many new tokens M, for one padded call.
+
+    token_BM   packed tokens, the last one repeated; real_BM says which are no repetition
+    mask_BMT   what each token reads of its row
+    """
+
+    row_B: torch.Tensor
+    token_BM: torch.Tensor
+    real_BM: torch.Tensor
+    mask_BMT: torch.Tensor
+    longest: int
+
+
+def _buckets(cache: RowCache, spans: Sequence[Span], device: torch.device) -> list[_Bucket]:
+    """Spans sorted by length and cut where the next is half as long."""
+    groups: list[list[Span]] = []
+    for span in sorted(spans, key=lambda s: s.first - s.end):
+        count = span.end - span.first
+        if groups and 2 * count + 8 > groups[-1][0].end - groups[-1][0].first:
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    return [_bucket(cache, group, device) for group in groups]
+
+
+def _bucket(cache: RowCache, spans: Sequence[Span], device: torch.device) -> _Bucket:
+    first_B, end_B, past_B = np.array([(s.first, s.end, s.past) for s in spans]).T
+    column = np.arange((end_B - first_B).max())[None]
+    within = np.minimum(column, (end_B - first_B - 1)[:, None])
+    reach = past_B[:, None] + within
+    longest = int(reach.max()) + 1
+    return _Bucket(
+        torch.tensor([cache.row(s.slot) for s in spans], device=device),
+        torch.from_numpy(first_B[:, None] + within).to(device),
+        torch.from_numpy(column == within).to(device),
+        torch.from_numpy(np.arange(longest) <= reach[:, :, None]).to(device),
+        longest,
+    )
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    untwine_rows: RowPass | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: query (1, H, N, D), key and value (1, K, N, D); the mask is
+    ignored. ModelError for attention that reads its past in another way."""
+    if untwine_rows is None:
+        raise ModelError(
+            "the model does not hand its attention what kept rows need, so it cannot be sampled "
+            "here; Llama-, Qwen- and Mistral-like models work"
+        )
+    odd = [name for name in _UNKNOWN if kwargs.get(name) is not None]
+    window = kwargs.get("sliding_window")
+    if odd or (window is not None and untwine_rows.longest > window):
+        what = odd[0] if odd else f"a sliding window of {window} tokens, less than a prompt"
+        raise ModelError(
+            f"the model's attention has {what}, with which it cannot be sampled exactly here; "
+            "Llama-, Qwen- and Mistral-like models work, below the length of their window"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        half = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(half), key.to(half), value.to(half)
+    return untwine_rows.attend(module.layer_idx, query, key, value, scale), None
+
+
+@contextlib.contextmanager
+def attending(model: Any) -> Iterator[None]:
+    """While this lasts the model attends through `attend`."""
+    config = model.config
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+AttentionInterface.register(NAME, attend)
