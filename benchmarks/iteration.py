@@ -48,11 +48,11 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens per reply, at most")
     parser.add_argument("--hidden", type=int, default=192, help="a multiple of 64")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--warm-up", type=int, default=200, help="steps of imitation")
+    parser.add_argument("--warm-up", type=int, default=300, help="steps of imitation")
     parser.add_argument(
         "--least-valid",
         type=float,
-        default=0.2,
+        default=0.1,
         help="stop where a smaller share of the replies is understood: such a model does not act",
     )
     parser.add_argument("--repeats", type=int, default=3)
@@ -108,6 +108,7 @@ def check(setting: Setting, name: str, count: Count, least_valid: float) -> None
         sys.exit(
             f"arm {name!r} played {count.episodes} episodes, {count.steps} steps, not {wanted}"
         )
+    print(f"{name}: {count.seconds:.3g} s, {count.valid} understood", file=sys.stderr, flush=True)
     if count.valid < least_valid * wanted:
         sys.exit(
             f"arm {name!r} does not act: of {wanted} replies {count.sent} were commands and "
@@ -164,6 +165,8 @@ def main() -> None:
         getattr(importlib.import_module(module), function)(setting, options.model, pipe)
         return
     arms = chosen_arms(options.arms.split(","))
+    if options.model and not (options.model / "config.json").is_file():
+        sys.exit(f"{options.model} is no model folder; leave out --model and one is made")
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or warm_up(setting, Path(folder) / "warm-up")
         answers = measure(setting, arms, model, options.least_valid)

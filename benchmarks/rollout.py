@@ -17,6 +17,7 @@ stops when two arms do not say the same, token for token.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,12 +101,16 @@ def arms(policy: Policy, reply: int) -> dict[str, Callable[[], Replier]]:
                 for slot in prompts:
                     sampler.forget(slot)
             samples = sampler.sample(prompts)
+            if forgetful and sampler.computed_tokens < sampler.prompt_tokens:
+                sys.exit("'re-read' did not read everything")
             return [samples[slot].ids for slot in prompts]
 
         return answer
 
+    plain = copy.deepcopy(policy.model)
+
     def generated(histories: Sequence[list[int]]) -> list[tuple[int, ...]]:
-        return generate(policy.model, histories, reply, pad=PAD, greedy=True)
+        return generate(plain, histories, reply, pad=PAD, greedy=True)
 
     return {
         "kept": lambda: sampled(forgetful=False),

@@ -19,7 +19,7 @@ from untwine.config import LossConfig, OptimizerConfig, PromptConfig
 from untwine.credit import credit_method
 from untwine.gcd.verdicts import VerdictWords
 from untwine.policy.loading import Policy
-from untwine.prompting.prompter import Prompter
+from untwine.prompting.prompter import SYSTEM, Prompter
 from untwine.records import Group
 from untwine.training.update import Updater
 
@@ -152,6 +152,42 @@ def test_endless_games_go_on_and_count() -> None:
     env.reset("pick_and_place_simple", 0)
     assert env.step("dance").outcome == 0.0
     assert (env.sent, env.valid) == (len(plan) + 2, len(plan))
+
+
+@pytest.mark.skipif(not HAS_TRL, reason="needs the extra bench")
+def test_trl_reads_the_same_tokens(policy: Policy) -> None:
+    from arms.trl_trainer import RESPONSE, TEMPLATE, Household
+    from trl.chat_template_utils import is_chat_template_prefix_preserving, parse_response
+
+    env, household = EndlessAlfWorld({}), Household()
+    goal, observation = env.reset("pick_and_place_simple", 0)
+    conversation = Prompter(policy.chat, PromptConfig()).begin(goal, observation.text)
+    opening = conversation.prompt_ids
+    reply = (*policy.chat.word_ids("go to bed 1"), policy.tokenizer.eos_token_id)
+    answer = household.reset("pick_and_place_simple", 0)
+    assert household.act("go to bed 1") == env.step("go to bed 1").text
+    conversation.advance(reply, "go to bed 1", "You see a cat.")
+
+    policy.tokenizer.chat_template = TEMPLATE
+    policy.tokenizer.response_template = RESPONSE
+    assert is_chat_template_prefix_preserving(policy.tokenizer)
+    messages = [{"role": "system", "content": SYSTEM[False]}, {"role": "user", "content": answer}]
+    parsed = parse_response(policy.tokenizer, list(reply), prefix=list(opening))
+    assert parsed["tool_calls"] == [
+        {"type": "function", "function": {"name": "act", "arguments": {"command": "go to bed 1"}}}
+    ]
+
+    def rendered(*more: dict[str, str]) -> tuple[int, ...]:
+        return tuple(
+            policy.tokenizer.apply_chat_template(
+                [*messages, *more], add_generation_prompt=True, return_dict=False
+            )
+        )
+
+    assert rendered() == opening
+    spoken = {"role": "assistant", "content": "go to bed 1"}
+    told = {"role": "tool", "content": "You see a cat."}
+    assert rendered(spoken, told) == conversation.prompt_ids
 
 
 HISTORIES = [(5, 6, 7, 8, 9, 10), (11, 12), (13, 14, 15, 16)]

@@ -7,18 +7,19 @@ from pathlib import Path
 import torch
 
 from arms.machine import clock
-from arms.world import ENDLESS, Count, Setting, Turn, load
+from arms.world import ENDLESS, Count, Setting, Turn
 from untwine.batch import policy_rows
 from untwine.credit import credit_method
 from untwine.envs.pool import EnvPool
 from untwine.gcd.verdicts import VerdictWords
+from untwine.policy.loading import load_policy
 from untwine.training.update import Updater
 from untwine.workshop import make_collector
 
 
 def run(setting: Setting, model: Path, turn: Turn) -> None:
     recipe, now = setting.recipe(), clock(setting.threads)
-    policy = load(setting, model)
+    policy = load_policy(recipe.policy.model_copy(update={"model": str(model)}), tuple)
     generator = torch.Generator().manual_seed(setting.seed)
     credit = credit_method(recipe.credit.name, recipe.credit.options)
     with EnvPool(ENDLESS, {}, workers=0, sessions=setting.episodes, timeout_s=60) as pool:

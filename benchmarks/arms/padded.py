@@ -28,16 +28,16 @@ class Sample(NamedTuple):
 
 def run(setting: Setting, model: Path, turn: Turn) -> None:
     recipe, now = setting.recipe(), clock(setting.threads)
-    policy = load(setting, model)
-    prompter = Prompter(policy.chat, recipe.prompt)
+    network, _, chat = load(setting, model)
+    prompter = Prompter(chat, recipe.prompt)
     generator = torch.Generator().manual_seed(setting.seed)
     optimizer = torch.optim.AdamW(
-        policy.model.parameters(), lr=setting.lr, betas=(0.9, 0.98), weight_decay=0.0
+        network.parameters(), lr=setting.lr, betas=(0.9, 0.98), weight_decay=0.0
     )
     envs = [EndlessAlfWorld({}) for _ in range(setting.episodes)]
 
     def reply(prompts: Sequence[Sequence[int]]) -> list[Reply]:
-        return sample(policy.model, prompts, setting.new_tokens, policy.chat.end_ids, generator)
+        return sample(network, prompts, setting.new_tokens, chat.end_ids, generator)
 
     for refs in setting.refs():
         before = [(env.sent, env.valid) for env in envs]
@@ -46,7 +46,7 @@ def run(setting: Setting, model: Path, turn: Turn) -> None:
         jobs = [ref for ref in refs for _ in range(setting.group_size)]
         games = play(jobs, envs, prompter, reply, setting.turns)
         rolled = now()
-        update(policy.model, optimizer, with_advantages(games, setting.group_size), setting)
+        update(network, optimizer, with_advantages(games, setting.group_size), setting)
         ended = now()
         turn.done(
             Count(

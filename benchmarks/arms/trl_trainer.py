@@ -127,8 +127,8 @@ class Pace(TrainerCallback):  # type: ignore[misc]
 
 
 def run_rollout(setting: Setting, model: Path, turn: Turn) -> None:
-    policy = load(setting, model)
-    prompter = Prompter(policy.chat, setting.recipe().prompt)
+    network, tokenizer, chat = load(setting, model)
+    prompter = Prompter(chat, setting.recipe().prompt)
     worlds = [EndlessAlfWorld({}) for _ in range(setting.episodes)]
     pace = Pace(setting, turn, worlds)
 
@@ -141,8 +141,8 @@ def run_rollout(setting: Setting, model: Path, turn: Turn) -> None:
                 mine,
                 histories,
                 setting.new_tokens,
-                pad=policy.tokenizer.pad_token_id,
-                ends=policy.chat.end_ids,
+                pad=tokenizer.pad_token_id,
+                ends=chat.end_ids,
             )
             return [(row, (0.0,) * len(row)) for row in ids]
 
@@ -177,13 +177,13 @@ def run_rollout(setting: Setting, model: Path, turn: Turn) -> None:
         for refs in setting.refs()
         for ref in refs
     ]
-    _train(setting, policy, rows, reward, pace, rollout_func=rollout)
+    _train(setting, network, tokenizer, rows, reward, pace, rollout_func=rollout)
 
 
 def run_environment(setting: Setting, model: Path, turn: Turn) -> None:
-    policy = load(setting, model)
-    policy.tokenizer.chat_template = TEMPLATE
-    policy.tokenizer.response_template = RESPONSE
+    network, tokenizer, _ = load(setting, model)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.response_template = RESPONSE
     worlds: list[EndlessAlfWorld] = []
     pace = Pace(setting, turn, worlds)
 
@@ -202,12 +202,13 @@ def run_environment(setting: Setting, model: Path, turn: Turn) -> None:
         for refs in setting.refs()
         for ref in refs
     ]
-    _train(setting, policy, rows, reward, pace, environment_factory=make)
+    _train(setting, network, tokenizer, rows, reward, pace, environment_factory=make)
 
 
 def _train(
     setting: Setting,
-    policy: Any,
+    network: Any,
+    tokenizer: Any,
     rows: list[dict[str, Any]],
     reward: Callable[..., list[float]],
     pace: Pace,
@@ -239,11 +240,11 @@ def _train(
             disable_tqdm=True,
         )
         GRPOTrainer(
-            model=policy.model,
+            model=network,
             reward_funcs=reward,
             args=config,
             train_dataset=Dataset.from_list(rows),
-            processing_class=policy.tokenizer,
+            processing_class=tokenizer,
             callbacks=[pace],
             **how,
         ).train()

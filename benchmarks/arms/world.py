@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from untwine.config import PolicyConfig, Recipe, make_recipe
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from untwine.config import Recipe, make_recipe
 from untwine.envs.alfworld.env import AlfWorldEnv, Catalogue
 from untwine.envs.protocol import EnvFamily, Reset
 from untwine.envs.registry import register_family
 from untwine.envs.splits import load_splits
-from untwine.policy.loading import Policy, load_policy
 from untwine.progress import Display
+from untwine.prompting.chat import Chat
 from untwine.records import Observation, TaskRef
 from untwine.training.loop import train
 from untwine.workshop import TaskCursor, training_refs
@@ -66,7 +69,12 @@ class Setting:
             {
                 "name": "warm-up",
                 "seed": self.seed,
-                "env": {"name": "alfworld", "max_steps": self.turns, "sessions": self.episodes},
+                "env": {
+                    "name": "alfworld",
+                    "tasks": ["look_at_obj_in_light"],
+                    "max_steps": self.turns,
+                    "sessions": self.episodes,
+                },
                 "policy": {"device": "cpu", "threads": self.threads, "tiny": tiny},
                 "sampling": {"max_new_tokens": self.new_tokens},
                 "cold_start": {
@@ -170,6 +178,12 @@ def warm_up(setting: Setting, folder: Path) -> Path:
     return train(setting.recipe(), folder, Display(quiet=True))
 
 
-def load(setting: Setting, model: Path) -> Policy:
-    config = PolicyConfig(model=str(model), device="cpu", threads=setting.threads)
-    return load_policy(config, lambda: ())
+def load(setting: Setting, model: Path) -> tuple[Any, Any, Chat]:
+    """(model, tokenizer, view of its chat template), as transformers loads them, for the arms that
+    are not ours."""
+    torch.set_num_threads(setting.threads)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    return loaded, tokenizer, Chat(tokenizer)
