@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -83,6 +84,7 @@ def measure(
 ) -> dict[str, list[Answer]]:
     """The counted iterations of every arm."""
     command = [str(Path(__file__).resolve()), *sys.argv[1:], "--model", str(model)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the arms are ended too
     workers: list[Worker] = []
     answers: dict[str, list[Answer]] = {name: [] for name in arms}
     try:

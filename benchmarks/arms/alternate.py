@@ -65,7 +65,7 @@ class Worker:
         assert self._process.stdin
         self._process.stdin.close()
         try:
-            self._process.wait(timeout=20)
+            self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             self._process.kill()
         self._said.close()
