@@ -147,6 +147,7 @@ def measure(options: argparse.Namespace, turns: int) -> dict[str, list[float]]:
             started = now()
             said[name] = play(world, begin())
             seconds[name].append(now() - started)
+            print(f"{turns} turns, {name}: {seconds[name][-1]:.3g} s", file=sys.stderr, flush=True)
         compare(said, options.reply)
     return seconds
 

@@ -48,7 +48,7 @@ def run(script: str, *arguments: str) -> str:
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
+        timeout=900,
     )
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout
