@@ -63,7 +63,7 @@ format: $(VENV)/.installed-dev ## format the code and apply safe lint fixes
 docs: $(VENV)/.installed-docs ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.installed-alfworld ## run every benchmarks/*.py
+bench: $(VENV)/.installed-alfworld ## run every benchmarks/*.py; with TRL if .[bench] is installed
 	@set -- benchmarks/*.py; \
 	if [ ! -e "$$1" ]; then echo "no benchmarks yet: benchmarks/*.py does not exist"; exit 0; fi; \
 	for file; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done

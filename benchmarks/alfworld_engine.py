@@ -16,11 +16,9 @@ most of that.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import os
-import platform
 import random
 import statistics
 import sys
@@ -31,6 +29,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from arms.machine import heading
 
 from untwine.envs.alfworld.engine import Engine
 from untwine.envs.alfworld.game import Game
@@ -249,15 +249,8 @@ def main() -> None:
                 engine.close()
         memory = native_bytes(games[-1], commands[-1])
         stock_memory = stock_bytes(paths[-1])
-    arguments = " ".join(sys.argv[1:])
-    print(
-        f"Command: `python benchmarks/alfworld_engine.py{' ' + arguments if arguments else ''}`  "
-    )
-    print(
-        f"Date: {datetime.date.today()}; machine: {_processor()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}  "
-    )
-    print(f"{len(paths)} games, {options.steps} commands each, {options.repeats} repetitions\n")
+    facts = f"{len(paths)} games, {options.steps} commands each, {options.repeats} repetitions"
+    print(heading("alfworld_engine.py", facts))
     print("\n".join(table(times["native"], times["stock"])))
     shown = "" if stock_memory is None else f"{stock_memory / 1e6:.3g} MB"
     factor = "" if stock_memory is None else f"{stock_memory / memory:,.0f}"
@@ -267,13 +260,6 @@ def main() -> None:
         other = "not measured" if stock_rate is None else f"{stock_rate:.3g}"
         ratio = "" if stock_rate is None else f"{rate / stock_rate:,.0f}"
         print(f"| episodes/s, {count} environments in turn | {rate:,.0f} | {other} | {ratio} |")
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

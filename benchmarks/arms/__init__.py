@@ -1,0 +1,1 @@
+"""The ways of doing the same work that the benchmarks beside this folder compare."""
