@@ -124,6 +124,8 @@ def demonstration(
         allowed = None
         if choices and before.admissible:
             allowed = allowed_along(choices.trie(before.admissible), action_ids)
+            if allowed and command.chance:
+                allowed = _first_choice(allowed, action_ids)
         possible = choices is None or allowed is not None
         imitated = possible and (command.expert or imitate_noise)
         steps.append(
@@ -151,6 +153,18 @@ def demonstration(
         score=last.score,
         success=last.success,
         ended="success",
+    )
+
+
+def _first_choice(
+    allowed: tuple[tuple[int, ...], ...], ids: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """The allowed ids of a reply of which only the first choice counts: what comes after it is
+    taken as forced, so that luck is not imitated."""
+    first = next((i for i, among in enumerate(allowed) if len(among) > 1), len(ids))
+    return tuple(
+        among if i <= first else (token,)
+        for i, (among, token) in enumerate(zip(allowed, ids, strict=True))
     )
 
 

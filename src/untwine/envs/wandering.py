@@ -20,11 +20,13 @@ class Command(NamedTuple):
 
     expert   false where it errs on purpose
     off_plan an error after which a shortest plan is as long as before it, or longer
+    chance   drawn from several that were as good: the first word is the expert's, the rest is luck
     """
 
     text: str
     expert: bool = True
     off_plan: bool = False
+    chance: bool = False
 
 
 def wandering_plan(
@@ -56,7 +58,7 @@ def wandering_plan(
     while plan and not observation.done and len(taken) < max_steps:
         valid = env.admissible()
         known |= dict.fromkeys(valid)
-        due = plan[0]
+        due = planned = plan[0]
         if searching:
             assert isinstance(env, Searcher)
             due = env.search(plan, read, [command.text for command in taken], rng)
@@ -69,7 +71,7 @@ def wandering_plan(
         read.append(observation.text)
         plan = plan[1:] if said == plan[0] else env.plan()
         off_plan = bool(wrong) and (plan is None or len(plan) >= left)
-        taken.append(Command(said, not wrong, off_plan))
+        taken.append(Command(said, not wrong, off_plan, chance=not wrong and said != planned))
     return tuple(taken) if observation.success and taken else None
 
 
