@@ -113,10 +113,12 @@ def test_exactness_check_accepts_this_model_and_refuses_a_wrong_cache(policy: Po
         check_exactness(policy, lambda ids: probe.logits_piecewise(list(ids)[::-1]))
 
 
-def assert_exact(policy: Policy, prompt: list[int], sample: Sample) -> None:
+def assert_exact(
+    policy: Policy, prompt: list[int], sample: Sample, tolerance: float = 1e-5
+) -> None:
     expected = plain_logprobs(policy, prompt, list(sample.ids), 1.0)
     torch.testing.assert_close(
-        torch.tensor(sample.logprobs, dtype=torch.float64), expected, atol=1e-5, rtol=0
+        torch.tensor(sample.logprobs, dtype=torch.float64), expected, atol=tolerance, rtol=0
     )
 
 
@@ -224,14 +226,20 @@ def generated(policy: Policy, prompt: list[int], length: int) -> list[int]:
     return ids
 
 
-def greedy_turns(policy: Policy, prompts: dict[int, list[int]], turns: int, length: int) -> None:
+def greedy_turns(
+    policy: Policy,
+    prompts: dict[int, list[int]],
+    turns: int,
+    length: int,
+    tolerance: float = 1e-5,
+) -> None:
     """Slots of ragged lengths, over several turns, greedily: the same as `generate`."""
     rng = random.Random(1)
     sampler = Sampler(policy, SamplingConfig(max_new_tokens=length), torch.Generator(), greedy=True)
     for _ in range(turns):
         for slot, sample in sampler.sample(prompts).items():
             assert list(sample.ids) == generated(policy, prompts[slot], length)
-            assert_exact(policy, prompts[slot], sample)
+            assert_exact(policy, prompts[slot], sample, tolerance)
             new = rng.randrange(1, 9)
             prompts[slot] += [*sample.ids, *(rng.randrange(3, 300) for _ in range(new))]
     assert sampler.computed_tokens < sampler.prompt_tokens
@@ -261,7 +269,8 @@ def test_greedy_turns_of_smollm2_equal_generate(
     loaded = load_policy(PolicyConfig(model="smollm2"), tuple)
     asked = ["What is the capital of France?", "Name a fruit.", "Name a fruit that is red."]
     prompts = {s: list(loaded.chat.opening("", text)) for s, text in enumerate(asked)}
-    greedy_turns(loaded, prompts, turns=2, length=8)
+    # through 30 layers in float32 the plain forward is itself 1.4e-5 away from float64
+    greedy_turns(loaded, prompts, turns=2, length=8, tolerance=3e-5)
 
 
 def test_bfloat16_is_near(policy: Policy, tmp_path: Path) -> None:
