@@ -183,8 +183,10 @@ def test_snippets_run(
     for code in [
         *blocks(ROOT / "README.md", "python"),
         *blocks(DOCS / "environments.md", "python"),
+        *blocks(DOCS / "diagnose/calibration.md", "python"),
     ]:
         exec(code, {})
     printed = capsys.readouterr().out
     assert "[score 100]" in printed
+    assert "{'value': 0.5, 'interval': " in printed
     assert "rooms/fetch/0 1 go north None ['undo']" in printed

@@ -6,6 +6,9 @@ With worker processes the slots are split into waves, and the environments of on
 policy replies for the next (docs/rollout.md). Which slot goes when never depends on time, so a
 rollout can be repeated exactly. An episode whose worker died is begun again and counted, so none is
 lost.
+
+An episode may also begin in the middle of another one (`Start`), perhaps with a given reply: that
+is how steps are judged by branching (diagnose/branching.py).
 """
 
 from __future__ import annotations
@@ -18,14 +21,14 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from untwine.config import PromptConfig, SamplingConfig
-from untwine.envs.pool import EnvPool, Lost, ResetRequest, StepRequest
+from untwine.envs.pool import Beginning, EnvPool, EpisodeAnswer, Lost, ResetRequest, StepRequest
 from untwine.envs.protocol import Reset
 from untwine.errors import EnvError, UntwineError
 from untwine.policy.choices import CommandChoices, Node
 from untwine.policy.loading import Policy
 from untwine.policy.sampler import Sample, Sampler
 from untwine.prompting.parser import PROBLEM_FEEDBACK, Reply, parse_reply
-from untwine.prompting.prompter import Conversation, Prompter
+from untwine.prompting.prompter import Conversation, Prompter, action_as_shown
 from untwine.records import Episode, Group, Observation, Step, TaskRef
 
 _MAX_RETRIES = 5
@@ -43,11 +46,38 @@ class RolloutStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """A moment of an episode from which to play on.
+
+    back          brings an environment there
+    state_key     of the state there; an environment with another one is not there
+    observation   what the policy read last
+    conversation  all that the policy has read
+    steps         played before; they count for the step limit
+    reply         given instead of the first sampled one
+    """
+
+    ref: TaskRef
+    goal: str
+    back: Beginning
+    state_key: str
+    observation: str
+    conversation: Conversation
+    steps: tuple[Step, ...]
+    reply: Sample | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
     index: int  # position in the result
     ref: TaskRef
     id: str
+    start: Start | None = None
     tries: int = 0
+
+    @property
+    def beginning(self) -> Beginning:
+        return self.start.back if self.start else ResetRequest(self.ref.task, self.ref.variation)
 
 
 @dataclass(slots=True)
@@ -59,6 +89,7 @@ class _Live:
     conversation: Conversation
     observation: Observation
     steps: list[Step] = field(default_factory=list)
+    reply: Sample | None = None  # given instead of the next sampled one
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +152,26 @@ class Collector:
         ]
         sampler = Sampler(self.policy, self.sampling, generator, greedy=greedy)
         play = _Play(self, sampler, deque(jobs), on_turn)
-        episodes, stats = play.run()
+        finished, stats = play.run()
+        episodes = [episode for episode in finished if episode is not None]
         groups = [
             Group(ref, tuple(episodes[i * group_size : (i + 1) * group_size]))
             for i, ref in enumerate(refs)
         ]
         return groups, stats
+
+    def play_on(
+        self,
+        starts: Sequence[Start],
+        generator: torch.Generator,
+        *,
+        on_turn: Callable[[int, int], None] | None = None,
+    ) -> tuple[list[Episode | None], RolloutStats]:
+        """One episode for every start, its earlier steps included; None where the environment did
+        not come back to the state it should be in."""
+        jobs = [_Job(i, start.ref, f"{i:06d}", start) for i, start in enumerate(starts)]
+        sampler = Sampler(self.policy, self.sampling, generator)
+        return _Play(self, sampler, deque(jobs), on_turn).run()
 
     def begin(self, job: _Job, start: Reset) -> _Live:
         """The episode of a job whose environment has been reset."""
@@ -142,13 +187,18 @@ class Collector:
 
     def choices_of(self, live: _Live) -> Node | None:
         """The trie of the commands the policy may give; None when it may say anything."""
+        return self.choices_among(live.observation.admissible, live.job.ref, len(live.steps))
+
+    def choices_among(
+        self, admissible: Sequence[str] | None, ref: TaskRef, step: int
+    ) -> Node | None:
+        """The same where these commands are admissible. EnvError when there is none."""
         if self.choices is None:
             return None
-        blocked = self.info.blocked
-        commands = [c for c in live.observation.admissible or () if c not in blocked]
+        commands = [c for c in admissible or () if c not in self.info.blocked]
         if not commands:
             raise EnvError(
-                f"{live.job.ref} lists no admissible command at step {len(live.steps)}; "
+                f"{ref} lists no admissible command at step {step}; "
                 "set sampling.constrained to false"
             )
         return self.choices.trie(commands)
@@ -193,9 +243,10 @@ class _Play:
         self.starting: dict[int, _Job] = {}
         self.episodes: dict[int, _Live] = {}
         self.acts: dict[int, _Act] = {}
-        self.finished: dict[int, Episode] = {}
+        self.finished: dict[int, Episode | None] = {}
 
-    def run(self) -> tuple[list[Episode], RolloutStats]:
+    def run(self) -> tuple[list[Episode | None], RolloutStats]:
+        """An episode for every job; None for one that could not begin where it should."""
         slots, waves = range(self.pool.slots), self.collector.waves
         for wave in itertools.cycle([slots[w::waves] for w in range(waves)]):
             if len(self.finished) == self.total:
@@ -218,9 +269,7 @@ class _Play:
         """Free slots take jobs from the queue."""
         free = [s for s in wave if s not in self.episodes and s not in self.starting]
         jobs = {slot: self.queue.popleft() for slot in free[: len(self.queue)]}
-        self.pool.send(
-            {s: ResetRequest(job.ref.task, job.ref.variation) for s, job in jobs.items()}
-        )
+        self.pool.send({slot: job.beginning for slot, job in jobs.items()})
         self.starting.update(jobs)
 
     def _listen(self, wave: Iterable[int]) -> None:
@@ -234,22 +283,29 @@ class _Play:
         for slot in acting:
             self._answered(slot, self.acts.pop(slot), answers.get(slot))
 
-    def _started(self, slot: int, job: _Job, answer: Reset | Observation | Lost) -> None:
+    def _started(self, slot: int, job: _Job, answer: EpisodeAnswer) -> None:
         if isinstance(answer, Lost):
             self._redo(job, answer)
             return
-        assert isinstance(answer, Reset)
-        self.episodes[slot] = self.collector.begin(job, answer)
+        if isinstance(answer, Reset):
+            self.episodes[slot] = self.collector.begin(job, answer)
+        else:
+            assert isinstance(answer, Observation)
+            assert job.start is not None
+            if answer.state_key != job.start.state_key:
+                self.finished[job.index] = None
+                return
+            self.episodes[slot] = _returned(job, job.start, answer)
         self._reply(slot)
 
-    def _answered(self, slot: int, act: _Act, answer: Reset | Observation | Lost | None) -> None:
+    def _answered(self, slot: int, act: _Act, answer: EpisodeAnswer | None) -> None:
         live = self.episodes[slot]
         if isinstance(answer, Lost):
             del self.episodes[slot]
             self.sampler.forget(slot)
             self._redo(live.job, answer)
             return
-        assert not isinstance(answer, Reset)
+        assert answer is None or isinstance(answer, Observation)
         _record(live, act, answer)
         if how := self.collector.ending(live):
             del self.episodes[slot]
@@ -260,6 +316,10 @@ class _Play:
 
     def _reply(self, slot: int) -> None:
         live = self.episodes[slot]
+        if live.reply is not None:
+            given, live.reply = live.reply, None
+            self._act({slot: given})
+            return
         choices = self.collector.choices_of(live)
         self.sampler.begin(slot, live.conversation.prompt_ids, choices)
 
@@ -311,8 +371,20 @@ def _record(live: _Live, act: _Act, answer: Observation | None) -> None:
         )
     )
     live.observation = after
-    shown = reply.command if reply.command is not None else " ".join(text.split())[:200]
+    shown = action_as_shown(reply.command, text)
     conversation.advance(sample.ids, shown, feedback, after.admissible)
+
+
+def _returned(job: _Job, start: Start, observation: Observation) -> _Live:
+    """The episode as it was at its start."""
+    return _Live(
+        job,
+        start.goal,
+        start.conversation.fork(),
+        replace(observation, text=start.observation),
+        list(start.steps),
+        start.reply,
+    )
 
 
 def _episode(live: _Live, ended: str) -> Episode:

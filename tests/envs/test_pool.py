@@ -11,7 +11,16 @@ import pytest
 
 from untwine.envs import pool as pool_module
 from untwine.envs import registry, worker
-from untwine.envs.pool import EnvPool, Lost, ResetRequest, StepRequest
+from untwine.envs.pool import (
+    EnvPool,
+    Lost,
+    ReplayRequest,
+    ResetRequest,
+    RestoreRequest,
+    Snapshot,
+    SnapshotRequest,
+    StepRequest,
+)
 from untwine.envs.protocol import Reset
 from untwine.errors import EnvError
 from untwine.records import Observation
@@ -232,6 +241,40 @@ def test_experts_of_a_dead_worker_are_redone(tmp_path: Path) -> None:
         assert pool.restarts == 1
         with pytest.raises(EnvError, match=r"fake/doomed/0 failed 3 times.*exit code 3"):
             pool.experts([("count", 0), ("doomed", 0)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_is_restored_in_any_slot(workers: int) -> None:
+    """A snapshot crosses processes; later steps leave it as it is; replays lead to the same."""
+    with EnvPool("rooms", {}, workers=workers, sessions=1, timeout_s=60.0) as pool:
+        far = pool.slots - 1
+        with pytest.raises(ValueError, match="no episode"):
+            pool.call({0: SnapshotRequest()})
+        pool.call({0: ResetRequest("fetch", 5)})
+        before = pool.call({0: StepRequest("look")})[0]
+        saved = pool.call({0: SnapshotRequest()})[0]
+        assert isinstance(saved, Snapshot)
+        commands = [f"go {way}" for way in ("north", "east", "south", "west")]
+        answers = [pool.call({0: StepRequest(command)})[0] for command in commands]
+        restored = pool.call({far: RestoreRequest(saved)})[far]
+        assert isinstance(before, Observation)
+        assert isinstance(restored, Observation)
+        assert restored.state_key == before.state_key
+        assert [pool.call({far: StepRequest(command)})[far] for command in commands] == answers
+        replay = ReplayRequest("fetch", 5, ("look", *commands))
+        assert pool.call({far: replay})[far] == answers[-1]
+
+
+def test_a_lost_slot_is_taken_up_by_a_restored_state() -> None:
+    with make_pool(0, sessions=2) as pool:
+        pool.call({0: ResetRequest("count", 0), 1: ResetRequest("count", 1)})
+        pool.call({0: StepRequest("raise")})
+        assert isinstance(pool.call({1: StepRequest("x")})[1], Lost)
+        replay = ReplayRequest("count", 4, ("x", "x"))
+        assert text_of(pool.call({1: replay})[1]).startswith("count/4 2")
+        assert text_of(pool.call({1: StepRequest("x")})[1]).startswith("count/4 3")
+        with pytest.raises(EnvError, match="no snapshots"):
+            pool.call({1: SnapshotRequest()})
 
 
 def test_closing_twice_ends_the_workers() -> None:

@@ -24,6 +24,10 @@ def register_credit(name: str, method: CreditMethod) -> None:
     _METHODS[name] = method
 
 
+def credit_names() -> tuple[str, ...]:
+    return tuple(sorted(_METHODS))
+
+
 def credit_method(name: str, options: Mapping[str, Any]) -> Callable[[Group], Group]:
     """The method `name` with its options bound: a function that fills in the advantages."""
     if name not in _METHODS:

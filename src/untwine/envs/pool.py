@@ -26,13 +26,18 @@ from untwine.envs.wandering import Command
 from untwine.envs.worker import (
     SPARE,
     Answer,
+    Beginning,
     Broken,
     ExpertRequest,
     Fault,
     Lost,
+    ReplayRequest,
     Request,
     ResetRequest,
+    RestoreRequest,
     Sessions,
+    Snapshot,
+    SnapshotRequest,
     StepRequest,
     Worker,
     describe,
@@ -40,7 +45,13 @@ from untwine.envs.worker import (
 from untwine.errors import EnvError
 from untwine.records import Observation
 
-__all__ = ["ATTEMPTS", "EXPERT_FACTOR", "EnvPool", "Lost", "ResetRequest", "StepRequest"]
+__all__ = [
+    "ATTEMPTS", "EXPERT_FACTOR", "Beginning", "EnvPool", "EpisodeRequest", "Lost", "ReplayRequest",
+    "ResetRequest", "RestoreRequest", "Snapshot", "SnapshotRequest", "StepRequest",
+]  # fmt: skip
+
+EpisodeRequest = Beginning | StepRequest | SnapshotRequest
+EpisodeAnswer = Reset | Observation | Snapshot | Lost
 
 EXPERT_FACTOR = 5.0  # an expert may search this many times as long as a step may take
 ATTEMPTS = 3  # failed starts of a worker in a row, or failed searches of one expert
@@ -88,18 +99,19 @@ class EnvPool:
         """What the environments of this pool offer. EnvError for wrong options."""
         return registry.get_catalogue(self._name, self._options).info
 
-    def call(
-        self, requests: Mapping[int, ResetRequest | StepRequest]
-    ) -> dict[int, Reset | Observation | Lost]:
+    def call(self, requests: Mapping[int, EpisodeRequest]) -> dict[int, EpisodeAnswer]:
         """Send every request and wait for the answers, in the order given. See `receive`."""
         self.send(requests)
         return self.receive(requests)
 
-    def send(self, requests: Mapping[int, ResetRequest | StepRequest]) -> None:
+    def send(self, requests: Mapping[int, EpisodeRequest]) -> None:
         """Hand requests to the workers; their answers wait for `receive`. Without workers they are
         answered now. A slot has one request at a time: a later one takes the place of an earlier.
 
-        ValueError for a slot that does not exist, or a step in a slot without an episode.
+        A snapshot may be restored in any slot.
+
+        ValueError for a slot that does not exist, or a step or snapshot in a slot without an
+        episode.
         """
         passed: dict[int, list[tuple[int, Request]]] = {}
         for slot, request in requests.items():
@@ -108,7 +120,7 @@ class EnvPool:
             if not 0 <= slot < self.slots:
                 raise ValueError(f"there is no slot {slot}, only 0 to {self.slots - 1}")
             self._answers.pop(slot, None)
-            if isinstance(request, ResetRequest):
+            if isinstance(request, Beginning):
                 self._lost.pop(slot, None)
             elif slot in self._lost:
                 self._answers[slot] = self._lost[slot]
@@ -122,7 +134,7 @@ class EnvPool:
             else:
                 self._answers.update(self._answer_here(batch))
 
-    def receive(self, slots: Iterable[int]) -> dict[int, Reset | Observation | Lost]:
+    def receive(self, slots: Iterable[int]) -> dict[int, EpisodeAnswer]:
         """Wait for the answers to what was sent to these slots, in the order given.
 
         An UntwineError raised by an environment is raised here, once all of them have answered.
@@ -142,7 +154,7 @@ class EnvPool:
                     self._answers[slot] = answer
         answers = {slot: self._answers.pop(slot) for slot in wanted}
         self._remember(answers)
-        return {s: a for s, a in answers.items() if isinstance(a, Reset | Observation | Lost)}
+        return {s: a for s, a in answers.items() if isinstance(a, EpisodeAnswer)}
 
     def _awaits(self, slot: int) -> bool:
         return bool(self._workers) and slot in self._workers[slot // self._sessions].awaited
@@ -150,7 +162,7 @@ class EnvPool:
     def _remember(self, answers: Mapping[int, Answer | Lost]) -> None:
         """Keep the books on live slots; raise the first fault."""
         for slot, answer in answers.items():
-            if isinstance(answer, Reset):
+            if isinstance(answer, Reset | Observation):
                 self._live.add(slot)
             elif isinstance(answer, Lost):
                 self._live.discard(slot)
@@ -273,7 +285,7 @@ class EnvPool:
                         )
                     todo.appendleft(index)
                 else:
-                    assert not isinstance(answer, Reset | Observation)
+                    assert not isinstance(answer, Reset | Observation | Snapshot)
                     found[index] = answer
         return [found[index] for index in range(len(requests))]
 

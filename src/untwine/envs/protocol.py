@@ -34,7 +34,8 @@ class EnvInfo:
     """What an environment family offers.
 
     deterministic   the same commands give the same observations, so a run can be repeated exactly
-    snapshots       `snapshot` and `restore` work
+    snapshots       `snapshot` and `restore` work; elsewhere a state is reached by sending the
+                    commands again, which needs `deterministic`
     lists_commands  `admissible` works
     has_expert      `expert` works
     replans         `plan` works, and so do experts that err (wandering.py); needs `lists_commands`
@@ -97,10 +98,13 @@ class Env(Protocol):
         """Commands that are valid now (only where `EnvInfo.lists_commands`)."""
 
     def snapshot(self) -> Any:
-        """The present state, to be given to `restore` (only where `EnvInfo.snapshots`)."""
+        """The present state, to be given to `restore` (only where `EnvInfo.snapshots`). It can be
+        pickled, and later steps leave it as it is."""
 
     def restore(self, snapshot: Any) -> Observation:
-        """Return to a snapshot taken from this environment family."""
+        """Return to a snapshot taken from any environment of this family with the same options,
+        in this process or another. The state key is the same as when it was taken; so is what
+        follows, where the environment is deterministic."""
 
     def expert(self, task: str, variation: int) -> tuple[str, ...] | None:
         """Commands that solve the instance, or None (only where `EnvInfo.has_expert`).

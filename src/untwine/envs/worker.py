@@ -48,6 +48,34 @@ class StepRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotRequest:
+    """Save the present state of the episode in the slot (only where `EnvInfo.snapshots`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreRequest:
+    """Return to a state saved in any slot of the pool, whatever was in this one before."""
+
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayRequest:
+    """Begin an episode and send these commands; the answer is the last observation."""
+
+    task: str
+    variation: int
+    commands: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What an environment gave as its state."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
     """The episode of this slot went down with its worker; `reason` says how."""
 
@@ -88,8 +116,9 @@ class Broken:
     reason: str
 
 
-Request = ResetRequest | StepRequest | ExpertRequest
-Answer = Reset | Observation | Fault | tuple[Command, ...] | None
+Beginning = ResetRequest | RestoreRequest | ReplayRequest  # needs no episode in the slot
+Request = Beginning | StepRequest | SnapshotRequest | ExpertRequest
+Answer = Reset | Observation | Snapshot | Fault | tuple[Command, ...] | None
 
 
 class Sessions:
@@ -110,6 +139,12 @@ class Sessions:
                 return env.step(request.command)
             if isinstance(request, ResetRequest):
                 return env.reset(request.task, request.variation)
+            if isinstance(request, SnapshotRequest):
+                return Snapshot(env.snapshot())
+            if isinstance(request, RestoreRequest):
+                return env.restore(request.snapshot.value)
+            if isinstance(request, ReplayRequest):
+                return _replay(env, request)
             return _expert(env, request)
         except UntwineError as error:
             return Fault(type(error), str(error))
@@ -119,6 +154,13 @@ class Sessions:
             with contextlib.suppress(Exception):
                 env.close()
         self._envs.clear()
+
+
+def _replay(env: Env, request: ReplayRequest) -> Observation:
+    observation = env.reset(request.task, request.variation).observation
+    for command in request.commands:
+        observation = env.step(command)
+    return observation
 
 
 def _expert(env: Env, request: ExpertRequest) -> tuple[Command, ...] | None:

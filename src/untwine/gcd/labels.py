@@ -44,20 +44,27 @@ def group_labels(group: Group, info: EnvInfo, least: int = 2) -> list[list[Label
     through: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     for g, episode in enumerate(group.episodes):
         for step in episode.steps:
-            through[step.state_key][_action_key(step)].add(g)
+            through[step.state_key][action_key(step)].add(g)
     returns_G = group.returns_G
     labels: list[list[Label | None]] = []
     for episode in group.episodes:
         labels.append(
-            [
-                _compare(through[s.state_key], _action_key(s), returns_G, least)
-                for s in episode.steps
-            ]
+            [_compare(through[s.state_key], action_key(s), returns_G, least) for s in episode.steps]
         )
     return labels
 
 
 _SOURCES: dict[str, LabelSource] = {"rule": rule_labels, "group": group_labels}
+
+
+def register_labels(name: str, source: LabelSource) -> None:
+    """Add a source of your own, or one that needs more than a group, such as `branch`
+    (diagnose/truth_file.py)."""
+    _SOURCES[name] = source
+
+
+def label_sources() -> tuple[str, ...]:
+    return tuple(sorted(_SOURCES))
 
 
 def label_group(
@@ -95,7 +102,7 @@ def _episode_rules(episode: Episode, info: EnvInfo) -> list[Label | None]:
     for t, step in enumerate(episode.steps):
         before = episode.steps[t - 1] if t else None
         labels.append(_step_rule(step, before, seen, info, episode))
-        seen.add((step.state_key, _action_key(step)))
+        seen.add((step.state_key, action_key(step)))
     return labels
 
 
@@ -118,7 +125,7 @@ def _step_rule(
     if step.reward < 0:
         return flawed("setback")
     if step.next_state_key == step.state_key:
-        if (step.state_key, _action_key(step)) in seen:
+        if (step.state_key, action_key(step)) in seen:
             return flawed("repeat")
         return None if _only_looks(step, info) else flawed("no_effect")
     if before is not None and step.next_state_key == before.state_key:
@@ -131,7 +138,8 @@ def _only_looks(step: Step, info: EnvInfo) -> bool:
     return bool(words) and words[0] in info.inspecting
 
 
-def _action_key(step: Step) -> str:
+def action_key(step: Step) -> str:
+    """Equal for steps that did the same: the command, or the text where there is none."""
     return step.command.lower() if step.command is not None else f"\0{step.text}"
 
 

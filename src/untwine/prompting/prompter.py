@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from untwine.config import PromptConfig
@@ -67,8 +68,8 @@ class Prompter:
         """
         step = episode.steps[t]
         first = max(0, t - self.config.history)
-        past = [(s.observation, _shown(s.command, s.text)) for s in episode.steps[first:t]]
-        candidate = command if command is not None else _shown(step.command, step.text)
+        past = [(s.observation, action_as_shown(s.command, s.text)) for s in episode.steps[first:t]]
+        candidate = command if command is not None else action_as_shown(step.command, step.text)
         user = _state_text(episode.goal, past, step.observation)
         return self.chat.opening(JUDGE_SYSTEM, f"{user}\n\nAction: {candidate}\nGood or bad?")
 
@@ -96,6 +97,12 @@ class Conversation:
         self._observation = observation
         self._past: list[tuple[str, str]] = []
         self.prompt_ids = prompter.opening_ids(goal, (), observation, admissible)
+
+    def fork(self) -> Conversation:
+        """A copy that goes its own way."""
+        other = copy.copy(self)
+        other._past = list(self._past)
+        return other
 
     def advance(
         self,
@@ -126,5 +133,6 @@ def _state_text(goal: str, past: Sequence[tuple[str, str]], now: str) -> str:
     return "\n\n".join(parts)
 
 
-def _shown(command: str | None, text: str) -> str:
+def action_as_shown(command: str | None, text: str) -> str:
+    """How later prompts show an action: its command, or the start of a reply without one."""
     return command if command is not None else " ".join(text.split())[:200]

@@ -6,6 +6,7 @@ RUN/
   metrics.jsonl   one JSON object per line; `stage` is cold_start, rl or evaluate
   tensorboard/    the same numbers
   episodes/       every episode of every iteration (episodes.py)
+  diagnose/       what `untwine diagnose` found (diagnose/)
   checkpoints/    state to continue from (checkpoint.py)
   initial/        the policy as the iterations began, an ordinary Hugging Face folder
   model/          the policy at the end, the same
@@ -76,8 +77,8 @@ class RunDir:
         _replace_text(path / "recipe.yaml", recipe.to_yaml())
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         _replace_text(path / "metrics.jsonl", "".join(lines[:metric_lines]))
-        for file in (path / "episodes").glob("iter-*"):
-            if int(file.name[5:11]) >= first_iteration:
+        for file in [*path.glob("episodes/iter-*"), *path.glob("diagnose/truth-iter-*.jsonl")]:
+            if int(file.name.partition("iter-")[2][:6]) >= first_iteration:
                 file.unlink()
         shutil.rmtree(path / "tensorboard", ignore_errors=True)
         run = cls(path)

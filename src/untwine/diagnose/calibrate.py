@@ -1,0 +1,260 @@
+"""`untwine diagnose calibration`: every credit method on the recorded groups of a run, against the
+truth files, or against labels where there is no truth."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from untwine.config import Recipe
+from untwine.credit import credit_method, credit_names
+from untwine.diagnose.calibration import Floats, Judged, calibrate, lemma_advantage
+from untwine.diagnose.population import RecordedStep, recorded_steps
+from untwine.diagnose.recorded import episode_file, iteration_files, read_recorded
+from untwine.diagnose.truth_file import TruthRow, read_truth, truth_path
+from untwine.envs.protocol import EnvInfo
+from untwine.envs.registry import get_catalogue
+from untwine.errors import ConfigError, UntwineError
+from untwine.gcd.labels import label_group, label_sources
+from untwine.records import Group, Step, Verdict
+
+_SIGNS: Mapping[str, int] = {"good": 1, "flawed": -1, "neutral": 0}
+_EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A judged step: where it is, what is known of it.
+
+    iteration         number of its file
+    row               what branching found; None where only a label is known
+    frequency         share of the group's visits to its state that took its action
+    deviation         standard deviation of the group's returns
+    """
+
+    iteration: int
+    step: RecordedStep
+    verdict: str
+    weight: float
+    row: TruthRow | None
+    frequency: float
+    deviation: float
+
+    @property
+    def at(self) -> tuple[int, str, int]:
+        return self.iteration, self.step.episode.id, self.step.t
+
+
+def calibrate_run(
+    run: Path, recipe: Recipe, *, iteration: int | None = None, labels: str = "", seed: int = 0
+) -> dict[str, Any]:
+    """Measures of every method, in all and by kind and position; keys are explained in
+    docs/diagnose/calibration.md.
+
+    iteration  by default all that have a truth file (with `labels`: all)
+    labels     whose labels to take instead of the truth
+    """
+    info = get_catalogue(recipe.env.name, recipe.env.options).info
+    files = _files(run, iteration, labels)
+    groups = {k: read_recorded(file, recipe) for k, file in files.items()}
+    items: list[_Item] = []
+    chance = 0.0
+    for k, file in files.items():
+        if labels:
+            items += _labelled(k, groups[k], info, labels)
+        else:
+            truth = read_truth(truth_path(run, k), file)
+            items += _judged(k, groups[k], info, truth.rows)
+            chance += float(truth.header.get("flawed_by_chance", 0.0))
+    if not items:
+        known = ", ".join(label_sources())
+        raise ConfigError(
+            f"no step of {run} has a label of source {labels!r}; those that can be computed here "
+            f"are {known}"
+            if labels
+            else f"the truth files of {run} hold no step; run `untwine diagnose truth` again"
+        )
+    return {
+        "source": labels or "truth",
+        "note": _note(labels),
+        "iterations": sorted(files),
+        "steps": len(items),
+        "flawed": sum(item.verdict == "flawed" for item in items),
+        "good": sum(item.verdict == "good" for item in items),
+        "flawed_by_chance": None if labels else chance,
+        "methods": {name: _method(name, recipe, groups, items, seed) for name in credit_names()},
+    }
+
+
+def _files(run: Path, iteration: int | None, labels: str) -> dict[int, Path]:
+    files = iteration_files(run)
+    if iteration is not None:
+        files = dict([episode_file(run, iteration)])
+    if not labels:
+        files = {k: file for k, file in files.items() if truth_path(run, k).is_file()}
+        if not files:
+            raise ConfigError(
+                f"{run} holds no truth about these episodes; run `untwine diagnose truth {run}`, "
+                "or take labels with --labels group"
+            )
+    return files
+
+
+def _note(labels: str) -> str:
+    if not labels:
+        return "good and flawed steps are those that branching found"
+    if labels == "group":
+        return (
+            "no truth: good and flawed are `group` labels, made from the same returns that the "
+            "methods see, so they agree more than they should"
+        )
+    return f"no truth: good and flawed are `{labels}` labels; there is no A* to compare with"
+
+
+def _judged(
+    iteration: int, groups: Sequence[Group], info: EnvInfo, rows: Sequence[TruthRow]
+) -> list[_Item]:
+    """The steps of a truth file."""
+    context = _Context(iteration, groups, info)
+    steps = {(step.episode.id, step.t): step for step in context.steps}
+    return [context.item(steps[row.episode, row.step], row.label, row.weight, row) for row in rows]
+
+
+def _labelled(iteration: int, groups: Sequence[Group], info: EnvInfo, source: str) -> list[_Item]:
+    """The steps that have a label of `source`, computed here or on record."""
+    if source in label_sources():
+        groups = [label_group(group, [source], info) for group in groups]
+    context = _Context(iteration, groups, info)
+    return [
+        context.item(step, verdict, 1.0, None)
+        for step in context.steps
+        if (verdict := _verdict(step.step, source))
+    ]
+
+
+def _verdict(step: Step, source: str) -> Verdict | None:
+    verdicts = {label.verdict for label in step.labels if label.source == source}
+    return verdicts.pop() if len(verdicts) == 1 else None
+
+
+class _Context:
+    """What the other steps of an episode file say about one of them."""
+
+    def __init__(self, iteration: int, groups: Sequence[Group], info: EnvInfo) -> None:
+        self.steps = recorded_steps(groups, info)
+        self._iteration = iteration
+        self._deviations = [_deviation(group.returns_G) for group in groups]
+        self._taken = Counter(step.pair for step in self.steps)
+        self._visits = Counter(step.pair[:2] for step in self.steps)
+
+    def item(self, step: RecordedStep, verdict: str, weight: float, row: TruthRow | None) -> _Item:
+        return _Item(
+            self._iteration,
+            step,
+            verdict,
+            weight,
+            row,
+            frequency=self._taken[step.pair] / self._visits[step.pair[:2]],
+            deviation=self._deviations[step.group],
+        )
+
+
+def _deviation(returns_G: Sequence[float]) -> float:
+    """Unbiased, as in credit/grpo.py; 0 for a group of one."""
+    n = len(returns_G)
+    mean = math.fsum(returns_G) / n
+    return math.sqrt(math.fsum((r - mean) ** 2 for r in returns_G) / (n - 1)) if n > 1 else 0.0
+
+
+def _method(
+    name: str,
+    recipe: Recipe,
+    groups: Mapping[int, Sequence[Group]],
+    items: Sequence[_Item],
+    seed: int,
+) -> dict[str, Any]:
+    """One method's measures, or why it does not apply."""
+    options = recipe.credit.options if name == recipe.credit.name else {}
+    try:
+        credit = credit_method(name, options)
+        estimates = {
+            (k, episode.id, step.index): step.advantage
+            for k, own in groups.items()
+            for group in own
+            for episode in credit(group).episodes
+            for step in episode.steps
+        }
+    except UntwineError as error:
+        return {"options": options, "not_applicable": str(error)}
+    found = [estimates[item.at] for item in items]
+    kept = [
+        (item, estimate)
+        for item, estimate in zip(items, found, strict=True)
+        if estimate is not None
+    ]
+    if not kept:
+        return {"options": options, "not_applicable": "it gives none of these steps an advantage"}
+    judged = _arrays(kept)
+    parts = {
+        "by_kind": [i.step.kind for i, _ in kept],
+        "by_position": [i.step.position for i, _ in kept],
+    }
+    return {
+        "options": options,
+        "without_estimate": len(found) - len(kept),
+        "all": calibrate(judged, seed=seed),
+        **{
+            part: {
+                name: calibrate(judged.where(np.array(names) == name), seed=seed)
+                for name in sorted(set(names))
+            }
+            for part, names in parts.items()
+        },
+        "lemma": _lemma(kept),
+    }
+
+
+def _arrays(kept: Sequence[tuple[_Item, float]]) -> Judged:
+    groups: dict[tuple[int, int], int] = {}
+    episodes: dict[tuple[int, str], int] = {}
+    for item, _ in kept:
+        groups.setdefault((item.iteration, item.step.group), len(groups))
+        episodes.setdefault((item.iteration, item.step.episode.id), len(episodes))
+    return Judged.of(
+        [estimate for _, estimate in kept],
+        [_SIGNS[item.verdict] for item, _ in kept],
+        advantages=[item.row.advantage if item.row else math.nan for item, _ in kept],
+        weights=[item.weight for item, _ in kept],
+        groups=[groups[item.iteration, item.step.group] for item, _ in kept],
+        episodes=[episodes[item.iteration, item.step.episode.id] for item, _ in kept],
+    )
+
+
+def _lemma(kept: Sequence[tuple[_Item, float]]) -> dict[str, float] | None:
+    """The lemma's mean over flawed steps, in units of return and of the group's standard deviation
+    (as GRPO divides), beside the measured mean; None without A*."""
+    flawed = [(i, i.row, a) for i, a in kept if i.row is not None and i.verdict == "flawed"]
+    if not flawed:
+        return None
+    weights_N = np.array([item.weight for item, _, _ in flawed])
+    advantages_N = np.array([row.advantage for _, row, _ in flawed])
+    policy_q_N = np.array([row.q for _, row, _ in flawed])
+    deviations_N = np.array([item.deviation for item, _, _ in flawed])
+    group_q_N = np.array([item.frequency for item, _, _ in flawed])
+    estimates_N = np.array([estimate for _, _, estimate in flawed])
+
+    def mean(values_N: Floats) -> float:
+        return float(np.average(values_N, weights=weights_N))
+
+    result = {"measured": mean(estimates_N)}
+    for name, q_N in (("policy_q", policy_q_N), ("group_q", group_q_N)):
+        predicted_N = lemma_advantage(advantages_N, policy_q_N, q_N)
+        scaled_N = np.where(deviations_N > 0, predicted_N / (deviations_N + _EPS), 0.0)
+        result |= {name: mean(predicted_N), f"{name}_in_deviations": mean(scaled_N)}
+    return result
