@@ -41,8 +41,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from untwine.batch import Row, microbatches
+from untwine.policy.attention import adopt
 from untwine.policy.loading import Policy
-from untwine.policy.tree_attention import adopt
 from untwine.policy.trie import Layout
 from untwine.scoring import pack, score
 

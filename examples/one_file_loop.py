@@ -33,7 +33,8 @@ from transformers import LlamaForCausalLM as Policy
 from untwine.envs.protocol import Env
 from untwine.envs.registry import make_env
 from untwine.envs.rooms import OBJECTS, ROOM_NAMES, SPLIT_RANGES
-from untwine.policy.tree_attention import adopt, hidden_states_along
+from untwine.policy.attention import adopt
+from untwine.policy.tree_attention import hidden_states_along
 from untwine.policy.trie import build_trie
 
 PAD, END, JUDGE, GOOD, FLAWED = range(5)

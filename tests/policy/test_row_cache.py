@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from untwine.errors import ModelError
+from untwine.policy.attention import attend
 from untwine.policy.packing import Copy, pack, prompt_pieces, reply_pieces
-from untwine.policy.row_cache import RowCache, RowPass, attend
+from untwine.policy.row_cache import RowCache, RowPass
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 CPU = torch.device("cpu")
@@ -77,11 +78,9 @@ def test_attention_of_another_kind_is_refused(extra: dict[str, object]) -> None:
     packed = pack(prompt_pieces({}, {0: (1, 2, 3)})[1])
     x = torch.zeros(1, 1, 3, 2)
     layer = SimpleNamespace(layer_idx=0)
-    attend(layer, x, x, x, None, untwine_rows=RowPass(cache, packed, CPU), softcap=None)
+    attend(layer, x, x, x, None, untwine_plan=RowPass(cache, packed, CPU), softcap=None)
     with pytest.raises(ModelError, match=next(iter(extra))):
-        attend(layer, x, x, x, None, untwine_rows=RowPass(cache, packed, CPU), **extra)
-    with pytest.raises(ModelError, match="does not hand its attention"):
-        attend(layer, x, x, x, None)
+        attend(layer, x, x, x, None, untwine_plan=RowPass(cache, packed, CPU), **extra)
 
 
 def filled(cache: RowCache, slot: int, length: int, mark: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.policy.tries import reads, sequences
 from untwine.config import PolicyConfig, SamplingConfig
 from untwine.errors import ModelError
-from untwine.policy import tree_attention
+from untwine.policy.attention import NAME, adopt
 from untwine.policy.loading import Policy, load_policy
 from untwine.policy.sampler import Sampler
-from untwine.policy.tree_attention import TreePlan, adopt, flash_tree, flex_tree
+from untwine.policy.tree_attention import TreePlan, flash_tree, flex_tree
 from untwine.policy.trie import PackedTrie, build_trie
 from untwine.prompting.chat import Chat
 
@@ -221,11 +221,9 @@ def test_two_threads_do_not_disturb_each_other(policy: Policy) -> None:
             elif not torch.equal(policy.hidden_states_along(tries[k]), alone[k]):
                 wrong.append(f"trie {k}")
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as threads:
+        for _ in threads.map(work, range(3)):  # raises what a thread raised
+            pass
     assert wrong == []
 
 
@@ -242,5 +240,5 @@ def test_a_sequence_beyond_the_sliding_window_is_refused(policy: Policy) -> None
 
 def test_the_way_of_attending_is_not_written_to_folders(policy: Policy, tmp_path: Path) -> None:
     policy.save(tmp_path)
-    assert tree_attention.NAME not in (tmp_path / "config.json").read_text()
+    assert NAME not in (tmp_path / "config.json").read_text()
     assert load_policy(PolicyConfig(model=str(tmp_path)), tuple).parameters == policy.parameters

@@ -23,9 +23,10 @@ from transformers.utils import logging as transformers_logging
 
 from untwine.config import PolicyConfig
 from untwine.errors import ModelError
+from untwine.policy.attention import adopt
 from untwine.policy.lora import add_lora, has_lora, without_lora
 from untwine.policy.tiny import build_model, build_tokenizer
-from untwine.policy.tree_attention import adopt, hidden_states_along
+from untwine.policy.tree_attention import hidden_states_along
 from untwine.policy.trie import Costs, PackedTrie, build_trie
 from untwine.prompting.chat import Chat
 

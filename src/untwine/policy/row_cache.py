@@ -1,7 +1,7 @@
 """Keys and values of many rows, each as long as it is, and attention over them.
 
-Registered with transformers as the attention function `untwine_rows`: a forward pass that carries a
-`RowPass` writes its keys and values to the rows and lets each token read its own row. Tokens come
+A forward pass that carries a `RowPass` (attention.py) writes its keys and values to the rows and
+lets each token read its own row. Tokens come
 packed (packing.py), so linear layers see no padding.
 
 On the CPU each row is one attention call over exactly what it holds; no key is copied and none is
@@ -14,21 +14,14 @@ C capacity.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
-from untwine.errors import ModelError
 from untwine.policy.packing import Copy, Packed, Span
-
-NAME = "untwine_rows"
-_UNKNOWN = ("softcap", "s_aux", "position_bias")  # attention that is not computed here
 
 
 class RowCache:
@@ -264,52 +257,3 @@ def _bucket(cache: RowCache, spans: Sequence[Span], device: torch.device) -> _Bu
         torch.from_numpy(np.arange(longest) <= reach[:, :, None]).to(device),
         longest,
     )
-
-
-def attend(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    untwine_rows: RowPass | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: query (1, H, N, D), key and value (1, K, N, D); the mask is
-    ignored. ModelError for attention that reads its past in another way."""
-    if untwine_rows is None:
-        raise ModelError(
-            "the model does not hand its attention what kept rows need, so it cannot be sampled "
-            "here; Llama-, Qwen- and Mistral-like models work"
-        )
-    odd = [name for name in _UNKNOWN if kwargs.get(name) is not None]
-    window = kwargs.get("sliding_window")
-    if odd or (window is not None and untwine_rows.longest > window):
-        what = odd[0] if odd else f"a sliding window of {window} tokens, less than a prompt"
-        raise ModelError(
-            f"the model's attention has {what}, with which it cannot be sampled exactly here; "
-            "Llama-, Qwen- and Mistral-like models work, below the length of their window"
-        )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        half = torch.get_autocast_dtype(kind)
-        query, key, value = query.to(half), key.to(half), value.to(half)
-    return untwine_rows.attend(module.layer_idx, query, key, value, scale), None
-
-
-@contextlib.contextmanager
-def attending(model: Any) -> Iterator[None]:
-    """While this lasts the model attends through `attend`."""
-    config = model.config
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-AttentionInterface.register(NAME, attend)

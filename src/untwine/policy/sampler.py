@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from untwine.config import SamplingConfig
+from untwine.policy.attention import packed_hidden_states
 from untwine.policy.choices import Node
 from untwine.policy.loading import Policy
 from untwine.policy.packing import Ids, Packed, pack, prompt_pieces, reply_pieces
-from untwine.policy.row_cache import RowCache, RowPass, attending
+from untwine.policy.row_cache import RowCache, RowPass
 
 PASS_TOKENS = 8192  # a forward pass over more tokens is made in parts
 
@@ -220,15 +221,9 @@ class Sampler:
 
     def _forward(self, part: Packed) -> torch.Tensor:
         device = self.policy.device
-        with attending(self.policy.model):
-            return self.policy.hidden_states(
-                torch.from_numpy(part.ids_N)[None].to(device),
-                position_ids=torch.from_numpy(part.positions_N)[None].to(device),
-                # any mask of four dimensions keeps transformers from making one
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-                use_cache=False,
-                untwine_rows=RowPass(self._cache, part, device),
-            )[0]
+        plan = RowPass(self._cache, part, device)
+        model = self.policy.model.base_model
+        return packed_hidden_states(model, part.ids_N, part.positions_N, plan, device)
 
     def _draw(
         self, logits_BV: torch.Tensor, nodes: Sequence[Node | None]

@@ -1,8 +1,4 @@
-"""Exact attention over a packed trie, registered with transformers under the name `untwine`.
-
-A call that carries a `TreePlan` reads along the trie; any other call is transformers' own SDPA,
-with the masks that belong to it. Nothing is kept between calls, so sampling, plain forward passes
-and training may use one model side by side.
+"""Exact attention over a packed trie.
 
 On the CPU every chain is one causal flash call (short ones batched) and every join one unmasked
 call. The results of a token over disjoint sets of keys A and B are merged by their log-sum-exp l:
@@ -26,14 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from untwine.errors import ModelError
+from untwine.policy.attention import packed_hidden_states
 from untwine.policy.trie import Chain, Join, PackedTrie
 
-NAME = "untwine"
 _BATCHED = 192  # longest chain that is batched with others
 _BLOCK = 128  # queries and keys of a block of FlexAttention's mask
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -43,15 +35,22 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class TreePlan:
     """How attention runs over one packed trie; handed to the model with each forward pass.
 
-    size, depth   tokens; length of the longest path
+    size, longest   tokens; length of the longest path
     """
 
     def __init__(self, trie: PackedTrie, device: torch.device) -> None:
         self.size = trie.size
-        self.depth = int(trie.depth_N.max()) + 1
+        self.longest = int(trie.depth_N.max()) + 1
         self.subtree_end_N = torch.from_numpy(trie.subtree_end_N).to(device)
         self.joins: tuple[Join, ...] = trie.joins
         self.chains, self.buckets = _bucketed(trie.chains)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """See `Plan`."""
+        attention = flash_tree if query.device.type == "cpu" else flex_tree
+        return attention(query, key, value, self, scale)[None]
 
     @functools.cached_property
     def block_mask(self) -> Any:
@@ -87,53 +86,10 @@ class TreePlan:
         )
 
 
-def adopt(model: Any) -> None:
-    """Let `model` attend through this module. Models that cannot are found by `check_exactness`."""
-    model.set_attn_implementation(NAME)
-
-
 def hidden_states_along(base_model: Any, trie: PackedTrie, device: torch.device) -> torch.Tensor:
     """Last hidden states (N, D) of an adopted model without its head, for the nodes of a trie."""
-    return base_model(  # type: ignore[no-any-return]
-        input_ids=torch.from_numpy(trie.tokens_N)[None].to(device),
-        position_ids=torch.from_numpy(trie.depth_N)[None].to(device),
-        # Any 4D mask keeps transformers from making one of N x N; the plan stands for it.
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-        use_cache=False,
-        untwine_plan=TreePlan(trie, device),
-    ).last_hidden_state[0]
-
-
-def attend(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    untwine_plan: TreePlan | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: query (B, H, M, D), key and value (B, K, M, D) give
-    (B, M, H, D). With `untwine_plan` B is 1, M is N, and the mask is ignored."""
-    if untwine_plan is None:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query, key, value, attention_mask, dropout, scaling, **kwargs
-        )
-    window = kwargs.get("sliding_window")
-    if window is not None and untwine_plan.depth > window:
-        raise ModelError(
-            f"the model's sliding window of {window} tokens is shorter than a sequence of "
-            f"{untwine_plan.depth}; lower prompt.max_tokens below the window"
-        )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        half = torch.get_autocast_dtype(kind)
-        query, key, value = query.to(half), key.to(half), value.to(half)
-    attention = flash_tree if kind == "cpu" else flex_tree
-    return attention(query, key, value, untwine_plan, scale)[None], None
+    plan = TreePlan(trie, device)
+    return packed_hidden_states(base_model, trie.tokens_N, trie.depth_N, plan, device)
 
 
 def flash_tree(
@@ -372,7 +328,3 @@ class _FlashTree(torch.autograd.Function):
             d_value[:, join[2] : join[3]] += of_value
         half = query.dtype
         return d_query.to(half), d_key.to(half), d_value.to(half), None, None
-
-
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
