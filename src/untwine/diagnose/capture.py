@@ -3,7 +3,8 @@
 While a `Capture` is in force, the modules that own chosen parameters run a forward of their own
 whose backward keeps the sample axis:
 
-    Linear, Conv1D   dW_i = sum_t b_it a_it^T from inputs a and output gradients b; db_i = sum_t b_it
+    Linear, Conv1D   dW_i = sum_t b_it a_it^T, db_i = sum_t b_it from inputs a and output
+                     gradients b
     norms            the scale (and shift) is repeated per sample, so autograd gives g_i directly
     Embedding        the gradient of the output, summed per (sample, token)
 
@@ -16,7 +17,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -41,7 +41,7 @@ class _Affine(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.deliver = deliver
-        return F.linear(x, weight, bias)
+        return nn.functional.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -169,7 +169,7 @@ class Capture:
         if name not in self._sparse:
             return None
         sample, row, vectors = map(torch.cat, zip(*self._sparse.pop(name), strict=True))
-        keys, inverse = (row * self._count + sample).unique(return_inverse=True)
+        keys, inverse = torch.unique(row * self._count + sample, return_inverse=True)
         if len(keys) < len(row):  # the same embedding read twice in one forward pass
             vectors = torch.zeros_like(vectors[: len(keys)]).index_add_(0, inverse, vectors)
             sample, row = keys % self._count, keys // self._count
@@ -233,7 +233,9 @@ def _affine(capture: Capture, module: nn.Module, own: dict[str, str]) -> Callabl
                 capture.filled(bias_name, rows)
 
         weight = module.weight.T if turned else module.weight
-        found: torch.Tensor = _Affine.apply(x, capture._anchor, weight, module.bias, deliver)
+        found: torch.Tensor = _Affine.apply(  # type: ignore[no-untyped-call]
+            x, capture._anchor, weight, module.bias, deliver
+        )
         return found
 
     return forward
@@ -261,9 +263,9 @@ def _norm(capture: Capture, module: nn.Module, own: dict[str, str]) -> Callable[
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
             weight, bias = (wide.get(a, fixed.get(a)) for a in ("weight", "bias"))
             if isinstance(module, nn.LayerNorm):
-                y = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+                y = nn.functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
             else:
-                y = F.rms_norm(x, module.normalized_shape, None, module.eps)  # type: ignore[arg-type]
+                y = nn.functional.rms_norm(x, module.normalized_shape, None, module.eps)
             y = y if weight is None else y * weight
             return y if bias is None else y + bias
         try:
@@ -293,7 +295,7 @@ def _embedding(capture: Capture, module: nn.Module, own: dict[str, str]) -> Call
             capture._sparse.setdefault(name, []).append(found)
             capture._missing[name] -= len(rows)
 
-        out.requires_grad_().register_hook(deliver)
+        out.requires_grad_().register_hook(deliver)  # type: ignore[no-untyped-call]
         return out
 
     return forward
@@ -313,7 +315,7 @@ def _rows_of(
     if padding is not None:  # nn.Embedding gives the padding row no gradient
         kept &= ids != padding
     key = ids[kept] * rows.stop + sample[kept]
-    keys, inverse = key.unique(return_inverse=True)
+    keys, inverse = torch.unique(key, return_inverse=True)
     vectors = torch.zeros(len(keys), grad.shape[-1], dtype=grad.dtype, device=grad.device)
     vectors.index_add_(0, inverse, grad[kept])
     return keys % rows.stop, keys // rows.stop, vectors

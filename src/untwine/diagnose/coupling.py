@@ -31,7 +31,7 @@ from untwine.diagnose.scoring import (
     chunk_logprobs,
     parts_of,
 )
-from untwine.diagnose.sinks import GramSink, NotFinite, PushSink, Sink, check_finite
+from untwine.diagnose.sinks import GramSink, NotFinite, PushSink, Sink
 from untwine.diagnose.sweep import sweep
 from untwine.errors import ModelError, UntwineError
 
@@ -219,7 +219,6 @@ class _Run:
                     context=self.context,
                     on_progress=self.on_progress,
                 )
-            check_finite("log pi", logprobs_N)
             if head is not None:
                 names = self._head_names(head.linear)
                 head.finish(names, len(steps), sink, capture.take_sparse(names.get("weight", "")))

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from untwine.diagnose.capture import SparseRows
@@ -44,7 +43,7 @@ class Head:
         self._kept = _Kept()
 
     def logits(self, hidden_MD: torch.Tensor) -> torch.Tensor:
-        return self._scaled(F.linear(hidden_MD, self.linear.weight, self.linear.bias))
+        return self._scaled(nn.functional.linear(hidden_MD, self.linear.weight, self.linear.bias))
 
     def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
         wide = logits if logits.dtype == torch.float64 else logits.float()
@@ -134,7 +133,7 @@ class Head:
         for first in range(0, vocabulary, step):
             last = min(first + step, vocabulary)
             part = None if bias is None else bias[first:last]
-            logits = self._scaled(F.linear(hidden_NLD, weight[first:last], part))
+            logits = self._scaled(nn.functional.linear(hidden_NLD, weight[first:last], part))
             residual_NLV = -(logits - lse_NL[..., None]).exp_()
             _add_at(residual_NLV, ends, first, last)
             residual_NLV /= self.temperature

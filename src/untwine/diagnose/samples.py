@@ -100,7 +100,9 @@ def cut_chunks(samples: Sequence[StepSample], size: int, device: torch.device) -
 
 def _chunk(samples: Sequence[StepSample], first: int, device: torch.device) -> Chunk:
     ids = torch.zeros(len(samples), max(s.length for s in samples), dtype=torch.long)
-    sample, place, column = [], [], []
+    sample: list[int] = []
+    place: list[int] = []
+    column: list[int] = []
     allowed: list[tuple[int, ...] | None] = []
     for b, s in enumerate(samples):
         ids[b, : s.length] = torch.tensor([*s.prompt_ids, *s.action_ids])

@@ -35,7 +35,8 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.whole.parameters())).device
+        first: torch.Tensor = next(iter(self.whole.parameters()))
+        return first.device
 
     def hidden(self, chunk: Chunk) -> torch.Tensor:
         """Hidden states that predict the action tokens of a chunk, shape (M, D)."""

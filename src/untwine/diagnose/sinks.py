@@ -59,7 +59,7 @@ class GramSink:
             vectors_UD = vectors_UD * self._roots[name][row_U]
         order = row_U.argsort(stable=True)
         sample_U, vectors_UD = sample_U[order], vectors_UD[order]
-        _, counts = row_U[order].unique_consecutive(return_counts=True)
+        _, counts = torch.unique_consecutive(row_U[order], return_counts=True)
         part_NN = torch.zeros_like(self.K_NN)
         begin = 0
         for count in counts.tolist():
@@ -67,7 +67,7 @@ class GramSink:
             part_NN[who[:, None], who[None]] += (rows @ rows.T).double()
             begin += count
         check_finite(name, part_NN.diagonal())
-        self.K_NN += part_NN
+        self.K_NN += part_NN.triu() + part_NN.triu(1).T
 
 
 class PushSink:
@@ -99,13 +99,18 @@ class PushSink:
 
 
 class NotFinite(UntwineError):
-    """A gradient is NaN or infinite; `position` is the sample's place in the working order."""
+    """A gradient (or log pi, where `name` is empty) is NaN or infinite.
+
+    position  the sample's place in the working order
+    """
 
     def __init__(self, name: str, position: int) -> None:
-        super().__init__(
-            f"the gradient of sample {position} in {name} is not finite; leave the sample out, or "
-            "compute in float32"
+        what = (
+            f"the gradient of sample {position} in {name}"
+            if name
+            else f"log pi of sample {position}"
         )
+        super().__init__(f"{what} is not finite; leave the sample out, or compute in float32")
         self.name, self.position = name, position
 
 

@@ -20,6 +20,7 @@ from untwine.diagnose.capture import Capture
 from untwine.diagnose.head import Head
 from untwine.diagnose.samples import Chunk
 from untwine.diagnose.scoring import Context, LanguageModel, Progress, log_softmax_at
+from untwine.diagnose.sinks import check_finite
 
 
 class _Uncuttable(Exception):
@@ -79,7 +80,8 @@ class _Blocks:
 
             def again() -> torch.Tensor:
                 made = inside(leaf, *rest, **kwargs)
-                return made[0] if isinstance(made, tuple) else made
+                out: torch.Tensor = made[0] if isinstance(made, tuple) else made
+                return out
 
             handed = out.detach().requires_grad_()
             kept = None if self._recompute else out
@@ -142,6 +144,7 @@ def _sweep(
         passes.append(_Pass(chunk, seed, blocks.cuts))
         logprobs.append(logprobs_B)
         on_progress(done := done + 1, total)
+    check_finite("", torch.cat(logprobs))
     for one in passes:
         torch.autograd.backward([one.seed[0]], [one.seed[1]])
         del one.seed
