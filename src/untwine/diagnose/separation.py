@@ -102,6 +102,7 @@ def separations(
     for layer, states_ND in enumerate(states_SND):
         states = states_ND.double()
         probe = probe_accuracy(states, flawed, groups, folds=folds, penalty=penalty, seed=seed)
+        accuracy, balanced = probe or (None, None)
         generator = torch.Generator().manual_seed(seed)
         distances_NN = pair_distances(states, metric)
         mixed = [flawed[torch.randperm(len(flawed), generator=generator)] for _ in range(shuffles)]
@@ -110,7 +111,8 @@ def separations(
         found.append(
             Separation(
                 layer,
-                *(probe or (None, None)),
+                accuracy,
+                balanced,
                 max(float(flawed.double().mean()), float((~flawed).double().mean())),
                 mean_silhouette(distances_NN, flawed),
                 math.fsum(silhouettes) / max(1, shuffles),
@@ -162,7 +164,7 @@ def probe_accuracy(
     """
     fold_N = grouped_folds(groups, folds, seed)
     right, tested = [], []
-    for fold in fold_N.unique().tolist():
+    for fold in range(int(fold_N.max()) + 1):
         test_N = fold_N == fold
         train_ND, train_labels = states_ND[~test_N].double(), flawed_N[~test_N]
         if train_labels.all() or not train_labels.any():
