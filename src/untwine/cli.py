@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from untwine.diagnose.cli import diagnose
 from untwine.errors import ConfigError, UntwineError
 from untwine.theory.cli import app as theory
 
@@ -174,6 +175,8 @@ def demo(
 
     run_demo(recipe, out, list(overrides or []))
 
+
+app.add_typer(diagnose, name="diagnose")
 
 games = typer.Typer(help="Games from elsewhere.", no_args_is_help=True)
 app.add_typer(games, name="games")

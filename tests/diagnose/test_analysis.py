@@ -71,13 +71,20 @@ def test_rate_and_its_null_against_all_permutations() -> None:
     every = [torch.tensor(p) for p in itertools.permutations(range(5))]
     fixed = [float((((k @ w[p]) > 0) & flawed).sum()) / 3 for p in every]
     moving = [float((((k @ w[p]) > 0) & (w[p] < 0)).sum()) / int((w < 0).sum()) for p in every]
-    for mask, values in ((flawed, fixed), (None, moving)):
-        rate = reinforced_rates(k, w, mask, permutations=20000)["all"]
-        chosen = flawed if mask is not None else w < 0
+    both = [
+        float((((k @ w[p]) > 0) & (w[p] < 0) & flawed).sum()) / int(((w[p] < 0) & flawed).sum())
+        for p in every
+        if ((w[p] < 0) & flawed).any()
+    ]
+    for mask, punished, values in (
+        (flawed, False, fixed), (None, False, moving), (flawed, True, both)
+    ):  # fmt: skip
+        rate = reinforced_rates(k, w, mask, punished=punished, permutations=20000)["all"]
+        chosen = flawed & (w < 0) if punished else flawed if mask is not None else w < 0
         assert rate.flawed == int(chosen.sum())
         assert rate.share == pytest.approx(values[0])
-        assert rate.null == pytest.approx(sum(values) / 120, abs=0.01)
-        p_value = sum(v >= values[0] - 1e-9 for v in values) / 120
+        assert rate.null == pytest.approx(sum(values) / len(values), abs=0.01)
+        p_value = sum(v >= values[0] - 1e-9 for v in values) / len(values)
         assert rate.p_value == pytest.approx(p_value, abs=0.01)
         low, high = rate.interval or (math.nan, math.nan)
         assert min(values) <= low <= high <= max(values)
@@ -122,6 +129,7 @@ def test_rates_of_mean_pushes() -> None:
     rate = push_rates(push, null, flawed)["all"]
     assert (rate.flawed, rate.reinforced) == (3, 2)
     assert rate.null == pytest.approx((2 / 3 + 0) / 2)
+    assert (rate.interval, rate.p_value) == (None, None)  # two permutations say nothing about it
 
 
 def test_cosine_histograms_against_a_loop() -> None:

@@ -22,6 +22,7 @@ from untwine.diagnose.coupling import cosines
 from untwine.errors import UntwineError
 
 PROBABILITY_EDGES = (0.05, 0.5)
+_FEWEST = 20  # permutations that an interval and a p-value need
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ class Rate:
 
     null           mean share under permutation; interval: its 2.5 % and 97.5 % points
     p_value        share of permutations with a rate at least as large (one-sided)
-    share, null, interval, p_value are None where there is no flawed sample
+    share and null are None where there is no flawed sample, interval and p_value also where there
+    are fewer than 20 permutations
     """
 
     flawed: int
@@ -99,6 +101,7 @@ def reinforced_rates(
     flawed_N: torch.Tensor | None = None,
     strata: Mapping[str, torch.Tensor] | None = None,
     *,
+    punished: bool = False,
     permutations: int = 1000,
     seed: int = 0,
 ) -> dict[str, Rate]:
@@ -106,6 +109,8 @@ def reinforced_rates(
 
     flawed_N   who is flawed; None: those with a negative weight, in a permutation those to whom a
                negative weight fell
+    punished   of the flawed, count those with a negative weight only: credit was right about them,
+               so that coupling alone can lift them
     strata     name -> mask (N,)
     The null permutes the weights over all samples and keeps the Gram, labels and strata.
     """
@@ -119,11 +124,11 @@ def reinforced_rates(
     everyone = torch.ones(count, dtype=torch.bool, device=K_NN.device)
     rates = {}
     for name, mask in {"all": everyone, **(strata or {})}.items():
-        if flawed_N is None:
-            chosen_N, chosen_RN = (weights_N < 0) & mask, (permuted_RN < 0) & mask
+        who = mask if flawed_N is None else flawed_N & mask
+        if flawed_N is None or punished:
+            chosen_N, chosen_RN = (weights_N < 0) & who, (permuted_RN < 0) & who
         else:
-            chosen_N = flawed_N & mask
-            chosen_RN = chosen_N.expand(permutations, -1)
+            chosen_N, chosen_RN = who, who.expand(permutations, -1)
         rates[name] = _rate(chosen_N, up_N, chosen_RN, up_RN)
     return rates
 
@@ -157,8 +162,10 @@ def _rate(
     if not flawed or not some_R.any():
         return Rate(flawed, reinforced, None, None, None, None)
     null_R = (chosen_RN & up_RN).sum(1)[some_R].double() / totals_R[some_R]
-    low, high = torch.quantile(null_R, torch.tensor([0.025, 0.975]).to(null_R)).tolist()
     share = reinforced / flawed
+    if len(null_R) < _FEWEST:
+        return Rate(flawed, reinforced, share, float(null_R.mean()), None, None)
+    low, high = torch.quantile(null_R, torch.tensor([0.025, 0.975]).to(null_R)).tolist()
     as_large = int((null_R >= share - 1e-12).sum())
     p_value = (1 + as_large) / (1 + len(null_R))
     return Rate(flawed, reinforced, share, float(null_R.mean()), (low, high), p_value)

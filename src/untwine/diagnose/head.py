@@ -30,6 +30,7 @@ class _Kept:
     sample_M: list[torch.Tensor] = field(default_factory=list)
     place_M: list[torch.Tensor] = field(default_factory=list)
     target_M: list[torch.Tensor] = field(default_factory=list)
+    others_M: list[torch.Tensor] = field(default_factory=list)
     lse_M: list[torch.Tensor] = field(default_factory=list)
     narrow: list[tuple[int, int, int, float]] = field(default_factory=list)
 
@@ -60,58 +61,65 @@ class Head:
         hidden_MD = hidden_MD.detach()
         weight = self.linear.weight
         toward_MD = torch.zeros_like(hidden_MD)
-        logprobs_M, lse_M = [], []
+        logprobs_M, lse_M, others_M = [], [], []
         step = max(1, _LOGIT_NUMBERS // len(weight))
         for begin in range(0, len(hidden_MD), step):
             at = slice(begin, begin + step)
             logits = self.logits(hidden_MD[at])
             logprobs, lse = log_softmax_at(logits, chunk, at)
-            self._note_narrow(logits, lse, chunk, at)
+            residual, others = self._residual(logits, lse, chunk, at)
             if toward:
-                residual = self._residual(logits, lse, chunk, at)
+                residual = residual / self.temperature
                 toward_MD[at] = (residual.to(weight.dtype) @ weight).to(hidden_MD.dtype)
-            logprobs_M.append(logprobs)
+            logprobs_M.append(torch.where(others < 0.5, torch.log1p(-others), logprobs))
             lse_M.append(lse)
-        self._keep(chunk, hidden_MD, torch.cat(lse_M))
+            others_M.append(others)
+        self._keep(chunk, hidden_MD, torch.cat(lse_M), torch.cat(others_M))
         zeros_B = torch.zeros(len(chunk.rows), dtype=logprobs_M[0].dtype, device=hidden_MD.device)
         return toward_MD, zeros_B.index_add(0, chunk.sample_M, torch.cat(logprobs_M))
 
-    def _note_narrow(
+    def _residual(
         self, logits: torch.Tensor, lse: torch.Tensor, chunk: Chunk, at: slice
-    ) -> None:
-        """Note -p of the allowed ids where they are restricted."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """e_y - p, where p is 0 outside the allowed ids, and its entries 1 - p_y.
+
+        1 - p_y is the sum over the other ids: the difference would lose digits where p_y is near 1,
+        and with it the gradients of likely actions. What is restricted is noted.
+        """
+        residual = -(logits - lse[:, None]).exp()
+        targets = chunk.targets_M[at].tolist()
         for m, allowed in enumerate(chunk.allowed[at]):
             if allowed is None:
                 continue
-            ids = sorted(set(allowed))
-            values = -(logits[m, torch.tensor(ids, device=lse.device)] - lse[m]).exp()
+            ids = sorted(set(allowed) - {targets[m]})
+            where = torch.tensor(ids, dtype=torch.long, device=logits.device)
+            values = residual[m, where]
+            residual[m] = 0
+            residual[m, where] = values
             row = chunk.rows.start + int(chunk.sample_M[at][m])
             place = int(chunk.place_M[at][m])
             pairs = zip(ids, values.tolist(), strict=True)
             self._kept.narrow += [(row, place, token, value) for token, value in pairs]
+        ends = (torch.arange(len(targets), device=logits.device), chunk.targets_M[at])
+        residual[ends] = 0
+        others = -residual.sum(-1)
+        residual[ends] = others
+        return residual, others
 
-    def _residual(
-        self, logits: torch.Tensor, lse: torch.Tensor, chunk: Chunk, at: slice
-    ) -> torch.Tensor:
-        """(e_y - p) / temperature; p is 0 outside the allowed ids."""
-        residual = -(logits - lse[:, None]).exp()
-        for m, allowed in enumerate(chunk.allowed[at]):
-            if allowed is not None:
-                ids = torch.tensor(sorted(set(allowed)), device=logits.device)
-                values = residual[m, ids]
-                residual[m] = 0
-                residual[m, ids] = values
-        targets = chunk.targets_M[at]
-        residual[torch.arange(len(targets), device=targets.device), targets] += 1
-        return residual / self.temperature
-
-    def _keep(self, chunk: Chunk, hidden_MD: torch.Tensor, lse_M: torch.Tensor) -> None:
+    def _keep(
+        self,
+        chunk: Chunk,
+        hidden_MD: torch.Tensor,
+        lse_M: torch.Tensor,
+        others_M: torch.Tensor,
+    ) -> None:
         closed = torch.tensor([a is not None for a in chunk.allowed], device=lse_M.device)
         kept = self._kept
         kept.hidden_M.append(hidden_MD)
         kept.sample_M.append(chunk.sample_M + chunk.rows.start)
         kept.place_M.append(chunk.place_M)
         kept.target_M.append(chunk.targets_M)
+        kept.others_M.append(others_M)
         kept.lse_M.append(lse_M.masked_fill(closed, torch.inf))
 
     @torch.no_grad()
@@ -135,7 +143,7 @@ class Head:
             part = None if bias is None else bias[first:last]
             logits = self._scaled(nn.functional.linear(hidden_NLD, weight[first:last], part))
             residual_NLV = -(logits - lse_NL[..., None]).exp_()
-            _add_at(residual_NLV, ends, first, last)
+            _set_at(residual_NLV, ends, first, last)
             residual_NLV /= self.temperature
             if "weight" in names:
                 grad_NVD = torch.bmm(residual_NLV.transpose(1, 2), wide_NLD)
@@ -149,7 +157,7 @@ class Head:
         self, count: int
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Hidden states (N, L, D), normalisers (N, L; infinite where there is no token or the ids
-        are restricted), and what is added to -p: places (4 columns n, l, id) and values."""
+        are restricted), and what stands in place of -p: places (n, l, id; 3 x U) and values (U)."""
         kept = self._kept
         sample, place = torch.cat(kept.sample_M), torch.cat(kept.place_M)
         hidden_M, target = torch.cat(kept.hidden_M), torch.cat(kept.target_M)
@@ -160,7 +168,7 @@ class Head:
         lse = torch.full((count, length), torch.inf, dtype=lse_M.dtype, device=lse_M.device)
         lse[sample, place] = lse_M
         where = torch.stack((sample, place, target))
-        values = torch.ones(len(sample), dtype=lse_M.dtype, device=lse_M.device)
+        values = torch.cat(kept.others_M)
         if kept.narrow:
             rows, places, tokens, shares = zip(*kept.narrow, strict=True)
             more = torch.tensor([rows, places, tokens], device=where.device)
@@ -169,13 +177,13 @@ class Head:
         return hidden, lse, (where, values)
 
 
-def _add_at(
+def _set_at(
     residual_NLV: torch.Tensor, ends: tuple[torch.Tensor, torch.Tensor], first: int, last: int
 ) -> None:
     where, values = ends
     here = (where[2] >= first) & (where[2] < last)
     sample, place, token = where[:, here]
-    residual_NLV.index_put_((sample, place, token - first), values[here], accumulate=True)
+    residual_NLV.index_put_((sample, place, token - first), values[here])
 
 
 def _add_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from untwine.diagnose.run_samples import (
     draw_samples,
     whole_batch,
 )
+from untwine.diagnose.scoring import Context
 from untwine.diagnose.steps import check_prediction, mean_push
 from untwine.errors import ModelError, UntwineError
 from untwine.policy.loading import Policy
@@ -115,6 +117,9 @@ def measure_coupling(
         "head_correlation": correlation,
         "reinforced": {
             "labelled flawed": _rates(reinforced_rates(whole_NN, weights_N, labelled_N, strata)),
+            "labelled flawed, advantage below 0": _rates(
+                reinforced_rates(whole_NN, weights_N, labelled_N, strata, punished=True)
+            ),
             "advantage below 0": _rates(reinforced_rates(whole_NN, weights_N, None, strata)),
         },
         "honesty": _honesty(policy, samples, weights_N, found, options, display),
@@ -146,13 +151,18 @@ def measure_coupling(
     return CouplingReport(numbers, tensors if head is None else {**tensors, "head_NN": head.K_NN})
 
 
+def context_of(policy: Policy) -> Context:
+    """The context forward passes of a policy run in."""
+    return contextlib.nullcontext if policy.dtype == torch.float32 else policy.autocast
+
+
 def _grams(
     policy: Policy, samples: Sequence[Any], options: CouplingOptions, display: Display
 ) -> tuple[Gram, Gram | None, float | None]:
     common: dict[str, Any] = {
         "temperature": options.temperature,
         "chunk": options.chunk,
-        "context": policy.autocast,
+        "context": context_of(policy),
     }
     with display.bar("gradient Gram", 1, "pass") as bar:
         found = gram(
@@ -193,7 +203,7 @@ def _honesty(
             largest=LARGEST_CHANGE,
             temperature=options.temperature,
             chunk=options.chunk,
-            context=policy.autocast,
+            context=context_of(policy),
         )
     return {
         "correlation": honesty.correlation,
@@ -233,7 +243,7 @@ def _mean_push(
             seed=options.seed,
             temperature=options.temperature,
             chunk=options.chunk,
-            context=policy.autocast,
+            context=context_of(policy),
             on_progress=bar.update,
         )
     return {

@@ -53,6 +53,16 @@ def distinct_samples(groups: Sequence[Group], mean: LossMean) -> list[RunSample]
         for step, weight in zip(episode.steps, row, strict=True)
         if step.advantage is not None
     ]
+    return _merged(found)
+
+
+def labelled_samples(groups: Sequence[Group]) -> list[RunSample]:
+    """All steps whose labels agree on a verdict, trained on or not, equal ones merged; weight 0."""
+    found = [(e, step, 0.0) for group in groups for e in group.episodes for step in e.steps]
+    return [sample for sample in _merged(found) if sample.verdict is not None]
+
+
+def _merged(found: Sequence[tuple[Episode, Step, float]]) -> list[RunSample]:
     keys = [(step.prompt_ids, step.action_ids, step.allowed) for _, step, _ in found]
     merged = merge_duplicates(keys, [weight for _, _, weight in found])
     members: list[list[Step]] = [[] for _ in merged.first]
@@ -99,8 +109,9 @@ def whole_batch(K_NN: torch.Tensor, population: int) -> torch.Tensor:
     """The Gram with which Delta of N samples drawn from a batch of `population` distinct ones
     estimates, without bias, Delta in the whole batch: pairs i != j count (population - 1)/(N - 1)
     times."""
-    scale = (population - 1) / max(1, len(K_NN) - 1)
-    return K_NN * scale + torch.diag(K_NN.diagonal() * (1 - scale))
+    scaled_NN = K_NN * ((population - 1) / max(1, len(K_NN) - 1))
+    scaled_NN.diagonal().copy_(K_NN.diagonal())
+    return scaled_NN
 
 
 def _agreed(steps: Sequence[Step]) -> Verdict | None:

@@ -1,0 +1,223 @@
+"""The commands `untwine diagnose ...`. Thin: they open a run, call one function, print and save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from untwine.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from untwine.config import Recipe
+    from untwine.policy.loading import Policy
+
+diagnose = typer.Typer(
+    help="The microscope: why a flawed action survives training.", no_args_is_help=True
+)
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Iteration = Annotated[
+    int | None, typer.Option(min=0, help="Iteration whose episodes are looked at [default: last].")
+]
+ModelFolder = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="Policy: a model folder [default: the checkpoint that sampled the episodes if it is "
+        "still there, otherwise RUN/model].",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the draw of samples.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Chunk = Annotated[int, typer.Option(min=1, help="Samples per forward pass; memory, not results.")]
+
+
+@diagnose.command()
+def coupling(
+    run: RunArgument,
+    iteration: Iteration = None,
+    samples: Annotated[int, typer.Option(min=2, help="Distinct steps, drawn evenly.")] = 128,
+    batches: Annotated[
+        int, typer.Option(min=0, help="Other iterations for the mean push; 0 leaves it out.")
+    ] = 16,
+    metric: Annotated[
+        str, typer.Option(help="sgd, or adam: the optimizer's own, from the checkpoint.")
+    ] = "sgd",
+    parameters: Annotated[
+        str, typer.Option(help="Patterns of parameter names, separated by commas [default: all].")
+    ] = "",
+    model: ModelFolder = "",
+    seed: Seed = 0,
+    chunk: Chunk = 16,
+    recompute: Annotated[bool, typer.Option(help="Less memory for one more forward pass.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Which samples' gradients lift a flawed action.
+
+    untwine diagnose coupling runs/smoke
+
+    untwine diagnose coupling runs/smoke --iteration 3 --samples 64 --metric adam
+
+    Prints tables, and writes RUN/diagnose/coupling.json and coupling.safetensors (the Gram).
+    """
+    from untwine.diagnose.measure import CouplingOptions, measure_coupling
+    from untwine.diagnose.output import print_coupling
+    from untwine.episodes import read_groups
+    from untwine.progress import Display
+
+    if metric not in ("sgd", "adam"):
+        raise ConfigError(f"--metric is sgd or adam, not {metric!r}")
+    recipe, files, number = _open(run, iteration)
+    policy, source, checkpoint = _policy(run, recipe, number, model)
+    preconditioner = _adam(checkpoint, policy, recipe) if metric == "adam" else None
+    near = sorted((n for n in files if n != number), key=lambda n: abs(n - number))[:batches]
+    options = CouplingOptions(
+        count=samples,
+        batches=batches,
+        seed=seed,
+        mean=recipe.loss.mean,
+        temperature=recipe.sampling.temperature,
+        chunk=chunk,
+        recompute=recompute,
+        parameters=[p.strip() for p in parameters.split(",") if p.strip()] or None,
+        preconditioner=preconditioner,
+    )
+    with Display() as display:
+        report = measure_coupling(
+            policy,
+            read_groups(files[number]),
+            [read_groups(files[n]) for n in sorted(near)],
+            options,
+            display,
+        )
+    head = {"format": "untwine-coupling-1", "iteration": number, "policy": source, "metric": metric}
+    _finish(run, "coupling", {**head, **report.numbers}, report.tensors, print_coupling, as_json)
+
+
+@diagnose.command()
+def separation(
+    run: RunArgument,
+    iteration: Iteration = None,
+    samples: Annotated[
+        int, typer.Option(min=4, help="Distinct labelled steps, drawn evenly.")
+    ] = 512,
+    pool: Annotated[str, typer.Option(help="mean or last of the action's tokens.")] = "mean",
+    distance: Annotated[
+        str, typer.Option(help="cosine or euclidean, for the silhouette.")
+    ] = "cosine",
+    model: ModelFolder = "",
+    seed: Seed = 0,
+    chunk: Chunk = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Whether the hidden states of good and flawed actions are apart.
+
+    untwine diagnose separation runs/smoke
+
+    Prints a table by layer, and writes RUN/diagnose/separation.json and separation.safetensors
+    (2-D maps).
+    """
+    from untwine.diagnose.measure_separation import measure_separation
+    from untwine.diagnose.output import print_separation
+    from untwine.episodes import read_groups
+    from untwine.progress import Display
+
+    if pool not in ("mean", "last"):
+        raise ConfigError(f"--pool is mean or last, not {pool!r}")
+    if distance not in ("cosine", "euclidean"):
+        raise ConfigError(f"--distance is cosine or euclidean, not {distance!r}")
+    recipe, files, number = _open(run, iteration)
+    policy, source, _ = _policy(run, recipe, number, model)
+    with Display() as display:
+        numbers, tensors = measure_separation(
+            policy,
+            read_groups(files[number]),
+            count=samples,
+            seed=seed,
+            pool=pool,  # type: ignore[arg-type]
+            metric=distance,  # type: ignore[arg-type]
+            chunk=chunk,
+            display=display,
+        )
+    head = {"format": "untwine-separation-1", "iteration": number, "policy": source}
+    _finish(run, "separation", {**head, **numbers}, tensors, print_separation, as_json)
+
+
+def _open(run: Path, iteration: int | None) -> tuple[Recipe, dict[int, Path], int]:
+    """The recipe, the episode files by iteration, and the iteration to look at."""
+    from untwine.training.run_dir import episode_files, run_recipe
+
+    recipe = run_recipe(run)
+    files = {int(file.name[5:11]): file for file in episode_files(run)}
+    if not files:
+        raise CheckpointError(f"{run} holds no episodes yet; let it do an iteration first")
+    number = max(files) if iteration is None else iteration
+    if number not in files:
+        raise CheckpointError(
+            f"{run} holds no episodes of iteration {number}; it has {min(files)} to {max(files)}"
+        )
+    return recipe, files, number
+
+
+def _policy(
+    run: Path, recipe: Recipe, iteration: int, model: str
+) -> tuple[Policy, str, Path | None]:
+    """The policy, where it is from, and the checkpoint if it is from one."""
+    from untwine.policy.loading import load_policy
+    from untwine.training.checkpoint import load_weights, read_position
+
+    folder = model or str(run / "model")
+    if not model and not (run / "model" / "config.json").is_file():
+        raise CheckpointError(f"{run} holds no model; let the run do an iteration first")
+    checkpoint = run / "checkpoints" / f"rl-{iteration:06d}"
+    sampled_it = not model and (checkpoint / "state.json").is_file()
+    if sampled_it:
+        read_position(checkpoint)  # checks the files
+    elif not model and iteration == 0 and (run / "initial" / "config.json").is_file():
+        folder = str(run / "initial")
+    policy = load_policy(recipe.policy.model_copy(update={"model": folder}), tuple, recipe.seed)
+    if not sampled_it:
+        return policy, folder, None
+    load_weights(checkpoint, policy.model)
+    return policy, str(checkpoint), checkpoint
+
+
+def _adam(checkpoint: Path | None, policy: Policy, recipe: Recipe) -> dict[str, Any]:
+    """The optimizer's diagonal at a checkpoint."""
+    import torch
+
+    from untwine.diagnose.parameters import adam_preconditioner
+    from untwine.training.checkpoint import load_optimizer
+
+    if checkpoint is None:
+        raise CheckpointError(
+            "--metric adam needs the checkpoint the episodes were sampled with, and it is no "
+            "longer there; take the last iteration, or keep more with checkpoint.keep"
+        )
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    settings = recipe.rl.optimizer
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=settings.betas)
+    load_optimizer(checkpoint, optimizer)
+    if not optimizer.state:
+        raise CheckpointError(
+            f"--metric adam needs an optimizer that has taken a step, and at {checkpoint.name} it "
+            "has taken none; take a later iteration"
+        )
+    return adam_preconditioner(policy.model, optimizer)
+
+
+def _finish(
+    run: Path, name: str, numbers: dict[str, Any], tensors: Any, table: Any, as_json: bool
+) -> None:
+    from rich.console import Console
+
+    from untwine.diagnose.output import save_results, to_json
+
+    target = save_results(run / "diagnose", name, numbers, tensors)
+    if as_json:
+        print(to_json(numbers))
+        return
+    table(numbers, Console())
+    Console(stderr=True).print(f"{name}: {target}", highlight=False, soft_wrap=True)
