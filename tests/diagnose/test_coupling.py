@@ -71,6 +71,25 @@ def test_a_model_in_float64_is_followed_to_its_precision() -> None:
     assert relative_error(gram(model, samples).K_NN, reference) < 1e-12
 
 
+def test_likely_actions_keep_more_digits_than_in_an_ordinary_backward_pass() -> None:
+    model, samples = small_model("llama", tie_word_embeddings=False), []
+    model.model.norm.weight.data.mul_(25)
+    model.eval()
+    for sample in small_samples(6):
+        ids = torch.tensor([sample.prompt_ids])
+        best = int(model(input_ids=ids).logits[0, -1].argmax())
+        samples.append(StepSample(sample.prompt_ids, (best,)))
+    reference = gram_of(gradients(model, samples, trained(model)))
+    rows = []
+    for sample in samples:
+        model.zero_grad()
+        logprob(model, sample).backward()
+        rows.append({n: p.grad.double().clone() for n, p in model.named_parameters()})
+    found = gram(model, samples)
+    assert found.logprobs_N.exp().max() > 0.9
+    assert relative_error(found.K_NN, reference) < relative_error(gram_of(rows), reference) / 2
+
+
 def test_restricted_and_forced_ids_and_temperature() -> None:
     model, samples = small_model("llama", tie_word_embeddings=True), small_samples(8, narrow=True)
     assert any(s.allowed for s in samples)
