@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from untwine.diagnose.cli import diagnose
+from untwine.diagnose.cli import app as diagnose
 from untwine.errors import ConfigError, UntwineError
 from untwine.theory.cli import app as theory
 

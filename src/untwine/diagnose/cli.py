@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from untwine.errors import CheckpointError, ConfigError
+from untwine.errors import CheckpointError
 
 if TYPE_CHECKING:
     from untwine.config import Recipe
     from untwine.policy.loading import Policy
 
-diagnose = typer.Typer(
-    help="The microscope: why a flawed action survives training.", no_args_is_help=True
-)
+app = typer.Typer(help="See why a flawed action survives training.", no_args_is_help=True)
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Iteration = Annotated[
     int | None, typer.Option(min=0, help="Iteration whose episodes are looked at [default: last].")
 ]
-ModelFolder = Annotated[
+Checkpoint = Annotated[
     str,
     typer.Option(
-        "--model",
-        help="Policy: a model folder [default: the checkpoint that sampled the episodes if it is "
-        "still there, otherwise RUN/model].",
+        help="Policy: a model folder or a checkpoint [default: the one that played the episodes "
+        "if it is still there, otherwise RUN/model].",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the draw of samples.")]
@@ -34,7 +31,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Chunk = Annotated[int, typer.Option(min=1, help="Samples per forward pass; memory, not results.")]
 
 
-@diagnose.command()
+@app.command()
 def coupling(
     run: RunArgument,
     iteration: Iteration = None,
@@ -43,12 +40,13 @@ def coupling(
         int, typer.Option(min=0, help="Other iterations for the mean push; 0 leaves it out.")
     ] = 16,
     metric: Annotated[
-        str, typer.Option(help="sgd, or adam: the optimizer's own, from the checkpoint.")
+        Literal["sgd", "adam"],
+        typer.Option(help="Plain, or the optimizer's own, from the checkpoint."),
     ] = "sgd",
     parameters: Annotated[
         str, typer.Option(help="Patterns of parameter names, separated by commas [default: all].")
     ] = "",
-    model: ModelFolder = "",
+    checkpoint: Checkpoint = "",
     seed: Seed = 0,
     chunk: Chunk = 16,
     recompute: Annotated[bool, typer.Option(help="Less memory for one more forward pass.")] = False,
@@ -67,11 +65,9 @@ def coupling(
     from untwine.episodes import read_groups
     from untwine.progress import Display
 
-    if metric not in ("sgd", "adam"):
-        raise ConfigError(f"--metric is sgd or adam, not {metric!r}")
     recipe, files, number = _open(run, iteration)
-    policy, source, checkpoint = _policy(run, recipe, number, model)
-    preconditioner = _adam(checkpoint, policy, recipe) if metric == "adam" else None
+    policy, source, state = _policy(run, recipe, number, checkpoint)
+    preconditioner = _adam(state, policy, recipe) if metric == "adam" else None
     near = sorted((n for n in files if n != number), key=lambda n: abs(n - number))[:batches]
     options = CouplingOptions(
         count=samples,
@@ -96,18 +92,20 @@ def coupling(
     _finish(run, "coupling", {**head, **report.numbers}, report.tensors, print_coupling, as_json)
 
 
-@diagnose.command()
+@app.command()
 def separation(
     run: RunArgument,
     iteration: Iteration = None,
     samples: Annotated[
         int, typer.Option(min=4, help="Distinct labelled steps, drawn evenly.")
     ] = 512,
-    pool: Annotated[str, typer.Option(help="mean or last of the action's tokens.")] = "mean",
+    pool: Annotated[
+        Literal["mean", "last"], typer.Option(help="Which of the action's tokens.")
+    ] = "mean",
     distance: Annotated[
-        str, typer.Option(help="cosine or euclidean, for the silhouette.")
+        Literal["cosine", "euclidean"], typer.Option(help="For the silhouette.")
     ] = "cosine",
-    model: ModelFolder = "",
+    checkpoint: Checkpoint = "",
     seed: Seed = 0,
     chunk: Chunk = 16,
     as_json: AsJson = False,
@@ -124,20 +122,16 @@ def separation(
     from untwine.episodes import read_groups
     from untwine.progress import Display
 
-    if pool not in ("mean", "last"):
-        raise ConfigError(f"--pool is mean or last, not {pool!r}")
-    if distance not in ("cosine", "euclidean"):
-        raise ConfigError(f"--distance is cosine or euclidean, not {distance!r}")
     recipe, files, number = _open(run, iteration)
-    policy, source, _ = _policy(run, recipe, number, model)
+    policy, source, _ = _policy(run, recipe, number, checkpoint)
     with Display() as display:
         numbers, tensors = measure_separation(
             policy,
             read_groups(files[number]),
             count=samples,
             seed=seed,
-            pool=pool,  # type: ignore[arg-type]
-            metric=distance,  # type: ignore[arg-type]
+            pool=pool,
+            metric=distance,
             chunk=chunk,
             display=display,
         )
@@ -162,26 +156,29 @@ def _open(run: Path, iteration: int | None) -> tuple[Recipe, dict[int, Path], in
 
 
 def _policy(
-    run: Path, recipe: Recipe, iteration: int, model: str
+    run: Path, recipe: Recipe, iteration: int, named: str
 ) -> tuple[Policy, str, Path | None]:
     """The policy, where it is from, and the checkpoint if it is from one."""
     from untwine.policy.loading import load_policy
     from untwine.training.checkpoint import load_weights, read_position
 
-    folder = model or str(run / "model")
-    if not model and not (run / "model" / "config.json").is_file():
-        raise CheckpointError(f"{run} holds no model; let the run do an iteration first")
-    checkpoint = run / "checkpoints" / f"rl-{iteration:06d}"
-    sampled_it = not model and (checkpoint / "state.json").is_file()
-    if sampled_it:
-        read_position(checkpoint)  # checks the files
-    elif not model and iteration == 0 and (run / "initial" / "config.json").is_file():
-        folder = str(run / "initial")
-    policy = load_policy(recipe.policy.model_copy(update={"model": folder}), tuple, recipe.seed)
-    if not sampled_it:
-        return policy, folder, None
-    load_weights(checkpoint, policy.model)
-    return policy, str(checkpoint), checkpoint
+    checkpoints = run / "checkpoints"
+    folder = Path(named) if named else checkpoints / f"rl-{iteration:06d}"
+    if named and (checkpoints / named / "state.json").is_file():
+        folder = checkpoints / named
+    state = folder if (folder / "state.json").is_file() else None
+    if state is not None:
+        read_position(state)  # checks the files
+    if state is not None or not named:
+        folder = run / ("initial" if iteration == 0 and state is None else "model")
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} holds no model; let the run do an iteration first")
+    source = named if named and state is None else str(folder)
+    policy = load_policy(recipe.policy.model_copy(update={"model": source}), tuple, recipe.seed)
+    if state is None:
+        return policy, source, None
+    load_weights(state, policy.model)
+    return policy, str(state), state
 
 
 def _adam(checkpoint: Path | None, policy: Policy, recipe: Recipe) -> dict[str, Any]:
