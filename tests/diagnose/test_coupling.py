@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tests.diagnose.reference import (
+    VOCABULARY,
     gradients,
     gram_of,
     logprob,
@@ -17,6 +18,7 @@ from tests.diagnose.reference import (
     small_model,
     small_samples,
 )
+from untwine.diagnose import capture, head, sinks
 from untwine.diagnose.coupling import (
     cosines,
     gram,
@@ -63,6 +65,27 @@ def test_families_against_separate_backward_passes(case: str) -> None:
         exact = torch.stack([logprob(model.eval(), s) for s in samples]).double()
     torch.testing.assert_close(found.logprobs_N, exact, atol=1e-5, rtol=0)
     torch.testing.assert_close(log_probabilities(model, samples), exact, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_slices_of_matrices_and_of_the_vocabulary(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    model = small_model(family, **(extra if family == "gpt2" else {"tie_word_embeddings": True}))
+    samples = small_samples(6, narrow=True)
+    reference = gram_of(gradients(model, samples, trained(model)))
+    for module in (capture, head):
+        monkeypatch.setattr(module, "_SLICE_NUMBERS", 6 * 32 * 7)  # seven rows, and a rest
+    monkeypatch.setattr(head, "_LOGIT_NUMBERS", 3 * VOCABULARY)
+    monkeypatch.setattr(sinks, "_ROWS", 4)
+    monkeypatch.setattr(sinks, "_COLUMNS", 50)
+    found = gram(model, samples, chunk=4)
+    assert relative_error(found.K_NN, reference) < 1e-5
+    assert relative_error(head_gram(model, samples).K_NN, found.K_NN) > 1e-2  # another thing
+    direction = gradients(model, samples[:1], trained(model))
+    pushed = push(model, samples, direction, chunk=4)[:, 0]
+    torch.testing.assert_close(pushed, reference[:, 0], rtol=1e-4, atol=1e-3)
 
 
 def test_a_model_in_float64_is_followed_to_its_precision() -> None:

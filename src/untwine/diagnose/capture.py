@@ -8,7 +8,8 @@ whose backward keeps the sample axis:
     norms            the scale (and shift) is repeated per sample, so autograd gives g_i directly
     Embedding        the gradient of the output, summed per (sample, token)
 
-Gradients of a parameter are kept until all N samples have theirs, handed to the sink, dropped.
+What a gradient is made of is kept until all N samples have theirs. Then the gradients are formed,
+those of a matrix a slice at a time, handed to the sink, and dropped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from untwine.diagnose.sinks import Sink
 from untwine.errors import ModelError
 
+_SLICE_NUMBERS = 1 << 22  # numbers in the gradients of one slice of a matrix
+
 Deliver = Callable[[torch.Tensor, torch.Tensor], None]
+_Piece = tuple[range, torch.Tensor, torch.Tensor]
 SparseRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # sample_U, row_U, vectors_UD
 
 
@@ -72,7 +76,8 @@ class Capture:
         self._names = {id(p): n for n, p in chosen.items()}
         self._chosen, self._count, self._sink = chosen, count, sink
         self._buffers: dict[str, torch.Tensor] = {}
-        self._spare: dict[int, torch.Tensor] = {}
+        self._pieces: dict[str, list[_Piece]] = {}
+        self._scratch: dict[torch.dtype, torch.Tensor] = {}
         self._got: dict[str, set[int]] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self._wrapped: list[nn.Module] = []
@@ -123,8 +128,7 @@ class Capture:
             del module.forward
         self._wrapped.clear()
 
-    def slot(self, name: str, rows: range) -> torch.Tensor:
-        """Where the gradients (B, P) of `rows` are to be written; then call `filled`."""
+    def _claim(self, name: str, rows: range) -> None:
         got = self._got.setdefault(name, set())
         if rows.start in got:
             raise ModelError(
@@ -132,31 +136,60 @@ class Capture:
                 "gradients cannot follow; leave it out of `parameters`"
             )
         got.add(rows.start)
-        buffer = self._buffers.get(name)
-        if buffer is None:
+
+    def _wide(self, name: str) -> torch.dtype:
+        exact = self._chosen[name].dtype == torch.float64
+        return torch.float64 if exact else torch.float32
+
+    def product(self, name: str, rows: range, left: torch.Tensor, right: torch.Tensor) -> None:
+        """The gradients (B, X, Y) of `rows` are left^T right, from (B, T, X) and (B, T, Y)."""
+        self._claim(name, rows)
+        self._pieces.setdefault(name, []).append((rows, left, right))
+        self._missing[name] -= len(rows)
+        if self._missing[name] == 0:
+            self._multiply(name, self._pieces.pop(name))
+
+    def _multiply(self, name: str, pieces: list[_Piece]) -> None:
+        wide = self._wide(name)
+        pieces = [(rows, left.to(wide), right.to(wide)) for rows, left, right in pieces]
+        height, width = pieces[0][1].shape[-1], pieces[0][2].shape[-1]
+        step = min(height, max(1, _SLICE_NUMBERS // (self._count * width)))
+        scratch = self._scratch.get(wide)
+        if scratch is None or len(scratch) < self._count * step * width:
+            device = pieces[0][1].device
+            scratch = torch.empty(self._count * step * width, dtype=wide, device=device)
+            self._scratch[wide] = scratch
+        for first in range(0, height, step):
+            last = min(first + step, height)
+            shape = (self._count, last - first, width)
+            slice_NXY = scratch[: self._count * (last - first) * width].view(shape)
+            for rows, left, right in pieces:
+                part = left[..., first:last].transpose(1, 2)
+                torch.bmm(part, right, out=slice_NXY[rows.start : rows.stop])
+            self._sink.dense(name, slice_NXY.flatten(1), first * width)
+
+    def slot(self, name: str, rows: range) -> torch.Tensor:
+        """Where the gradients (B, P) of `rows` are to be written; then call `filled`."""
+        self._claim(name, rows)
+        if name not in self._buffers:
             parameter = self._chosen[name]
-            wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            buffer = self._spare.pop(parameter.numel(), None)
-            if buffer is None:
-                shape = (self._count, parameter.numel())
-                buffer = torch.empty(shape, dtype=wide, device=parameter.device)
+            shape = (self._count, parameter.numel())
+            buffer = torch.empty(shape, dtype=self._wide(name), device=parameter.device)
             self._buffers[name] = buffer
-        return buffer[rows.start : rows.stop]
+        return self._buffers[name][rows.start : rows.stop]
 
     def filled(self, name: str, rows: range) -> None:
         """Hand the gradients of `name` to the sink when `rows` were the last ones missing."""
         self._missing[name] -= len(rows)
         if self._missing[name] == 0:
-            buffer = self._buffers.pop(name)
-            self._sink.dense(name, buffer)
-            self._spare[buffer.shape[1]] = buffer
+            self._sink.dense(name, self._buffers.pop(name))
 
     def finish(self) -> None:
         """Pass on the embeddings that `head.py` has not taken. ModelError when a parameter had
         gradients for some samples only."""
-        if self._buffers:
+        for name in (*self._buffers, *self._pieces):
             raise ModelError(
-                f"parameter {next(iter(self._buffers))} was used for some samples only, which its "
+                f"parameter {name} was used for some samples only, which its "
                 "per-sample gradients cannot follow; leave it out of `parameters`"
             )
         for name in list(self._sparse):
@@ -222,11 +255,8 @@ def _affine(capture: Capture, module: nn.Module, own: dict[str, str]) -> Callabl
         def deliver(x: torch.Tensor, grad: torch.Tensor) -> None:
             a_BTI, b_BTO = x.flatten(1, -2), grad.flatten(1, -2)
             if weight_name is not None:
-                slot = capture.slot(weight_name, rows)
                 left, right = (a_BTI, b_BTO) if turned else (b_BTO, a_BTI)
-                out = slot.view(len(rows), left.shape[-1], right.shape[-1])
-                torch.bmm(left.to(out).transpose(1, 2), right.to(out), out=out)
-                capture.filled(weight_name, rows)
+                capture.product(weight_name, rows, left, right)
             if bias_name is not None:
                 slot = capture.slot(bias_name, rows)
                 torch.sum(b_BTO.to(slot), 1, out=slot)
