@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +25,8 @@ from untwine.training.checkpoint import load_weights
 from untwine.training.loop import train
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three iterations, made once."""
-    folder = tmp_path_factory.mktemp("finished")
+def trained_run(folder: Path, **changes: Any) -> Path:
+    """A run of three iterations."""
     recipe = {
         **TINY,
         "env": {**TINY["env"], "options": {"rooms": 4, "distractors": 0}, "variations": 3},
@@ -36,10 +35,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rl": {"iterations": 3, "groups": 3, "group_size": 8, "optimizer": {"lr": 1.0e-3}},
         "evaluate": {"episodes": 0},
         "checkpoint": {"keep": 2},
+        **changes,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     train(load_recipe(folder / "recipe.yaml"), folder / "run", Display(quiet=True))
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_run(tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture
@@ -97,7 +102,7 @@ def test_coupling_of_the_last_iteration(untwine, finished: Path) -> None:  # typ
 
 def test_coupling_with_the_metric_of_adam_and_a_subset(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]
     arguments = ["--metric", "adam", "--parameters", "*mlp*", "--samples", "10", "--batches", "0"]
-    result = untwine("coupling", finished, *arguments, "--recompute")
+    result = untwine("coupling", finished, *arguments, "--no-recompute")
     assert result.code == 0, result.err
     shown = " ".join(result.out.split())
     assert "adam metric" in shown
@@ -120,6 +125,24 @@ def test_an_iteration_whose_policy_is_gone(untwine, finished: Path) -> None:  # 
     first = json.loads(untwine("coupling", finished, "--iteration", 0, "--json").out)
     assert first["policy"].endswith("/initial")
     assert first["drift"]["largest"] < 1e-4
+
+
+def test_choices_among_admissible_commands(untwine, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Recorded log-probabilities are over the allowed ids, and so are those of the Gram."""
+    run = trained_run(
+        tmp_path,
+        cold_start={**TINY["cold_start"], "steps": 5},
+        sampling={"max_new_tokens": 6, "constrained": True},
+    )
+    result = untwine("coupling", run, "--samples", 16, "--batches", 1, "--json")
+    assert result.code == 0, result.err
+    numbers = json.loads(result.out)
+    assert numbers["drift"]["largest"] < 1e-4
+    assert numbers["honesty"]["correlation"] > 0.99
+    groups = read_groups(run / "episodes" / "iter-000002.jsonl.gz")
+    sets = [s.sample.allowed for s in distinct_samples(groups, "token")]
+    assert all(sets)
+    assert any(len(ids) == 1 for allowed in sets for ids in allowed or ())
 
 
 def test_a_named_checkpoint(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]

@@ -49,7 +49,7 @@ def coupling(
     checkpoint: Checkpoint = "",
     seed: Seed = 0,
     chunk: Chunk = 16,
-    recompute: Annotated[bool, typer.Option(help="Less memory for one more forward pass.")] = False,
+    recompute: Annotated[bool, typer.Option(help="Less memory for one more forward pass.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Which samples' gradients lift a flawed action.
