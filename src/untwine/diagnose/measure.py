@@ -12,6 +12,7 @@ import torch
 
 from untwine.batch import LossMean
 from untwine.diagnose.analysis import (
+    Decomposition,
     Offender,
     cosine_histograms,
     decompose,
@@ -115,37 +116,13 @@ def measure_coupling(
         "looped_parameters": list(found.looped),
         "drift": {"mean": float(drift_N.mean()), "largest": float(drift_N.max())},
         "head_correlation": correlation,
-        "reinforced": {
-            "labelled flawed": _rates(reinforced_rates(whole_NN, weights_N, labelled_N, strata)),
-            "labelled flawed, advantage below 0": _rates(
-                reinforced_rates(whole_NN, weights_N, labelled_N, strata, punished=True)
-            ),
-            "advantage below 0": _rates(reinforced_rates(whole_NN, weights_N, None, strata)),
-        },
+        "reinforced": _reinforced(whole_NN, weights_N, labelled_N, strata),
         "honesty": _honesty(policy, samples, weights_N, found, options, display),
         "mean_push": _mean_push(policy, chosen, flawed_N, strata, others, options, display),
-        "cosines": [
-            dataclasses.asdict(h)
-            for h in cosine_histograms(
-                found.K_NN,
-                [s.verdict for s in chosen],
-                [s.step.state_key for s in chosen],
-                [s.step.command or s.step.text for s in chosen],
-                [s.task for s in chosen],
-            )
-        ],
+        "cosines": _cosines(found, chosen),
         "largest_change": LARGEST_CHANGE,
         "offenders": [_offender(o, chosen, found, policy) for o in offenders],
-        "sample_list": [
-            {
-                **_record(s),
-                "logprob": float(found.logprobs_N[i]),
-                "own": float(parts.own[i]),
-                "coupled": float(parts.coupled[i]),
-                "delta": float(parts.delta[i]),
-            }
-            for i, s in enumerate(chosen)
-        ],
+        "sample_list": _sample_list(chosen, found, parts),
     }
     tensors = {"K_NN": found.K_NN, "weights_N": weights_N, "logprobs_N": found.logprobs_N}
     return CouplingReport(numbers, tensors if head is None else {**tensors, "head_NN": head.K_NN})
@@ -252,6 +229,48 @@ def _mean_push(
         "rates": _rates(push_rates(found.push, found.null, flawed_N, strata)),
         "push": found.push.tolist(),
     }
+
+
+def _reinforced(
+    whole_NN: torch.Tensor,
+    weights_N: torch.Tensor,
+    labelled_N: torch.Tensor,
+    strata: Mapping[str, torch.Tensor],
+) -> dict[str, Any]:
+    """The rate under three meanings of flawed."""
+    labelled = reinforced_rates(whole_NN, weights_N, labelled_N, strata)
+    punished = reinforced_rates(whole_NN, weights_N, labelled_N, strata, punished=True)
+    return {
+        "labelled flawed": _rates(labelled),
+        "labelled flawed, advantage below 0": _rates(punished),
+        "advantage below 0": _rates(reinforced_rates(whole_NN, weights_N, None, strata)),
+    }
+
+
+def _cosines(found: Gram, chosen: Sequence[RunSample]) -> list[dict[str, Any]]:
+    histograms = cosine_histograms(
+        found.K_NN,
+        [s.verdict for s in chosen],
+        [s.step.state_key for s in chosen],
+        [s.step.command or s.step.text for s in chosen],
+        [s.task for s in chosen],
+    )
+    return [dataclasses.asdict(h) for h in histograms]
+
+
+def _sample_list(
+    chosen: Sequence[RunSample], found: Gram, parts: Decomposition
+) -> list[dict[str, Any]]:
+    return [
+        {
+            **_record(s),
+            "logprob": float(found.logprobs_N[i]),
+            "own": float(parts.own[i]),
+            "coupled": float(parts.coupled[i]),
+            "delta": float(parts.delta[i]),
+        }
+        for i, s in enumerate(chosen)
+    ]
 
 
 def _rates(rates: Mapping[str, Any]) -> dict[str, Any]:
