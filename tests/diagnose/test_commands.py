@@ -145,6 +145,22 @@ def test_choices_among_admissible_commands(untwine, tmp_path: Path) -> None:  # 
     assert any(len(ids) == 1 for allowed in sets for ids in allowed or ())
 
 
+def test_adapters_of_a_run_are_what_the_gram_is_over(  # type: ignore[no-untyped-def]
+    untwine, finished: Path, tmp_path: Path
+) -> None:
+    policy = {"model": str(finished / "model"), "threads": 1, "lora": {"rank": 4}}
+    run = trained_run(tmp_path, policy=policy, cold_start={"episodes": 0})
+    arguments = ["--samples", 8, "--batches", 0, "--json"]
+    result = untwine("coupling", run, *arguments)
+    assert result.code == 0, result.err
+    numbers = json.loads(result.out)
+    assert numbers["parameters"] == 2 * 7  # A and B of seven linear layers
+    assert numbers["drift"]["largest"] < 1e-4
+    assert numbers["honesty"]["correlation"] > 0.99
+    merged = json.loads(untwine("coupling", run, "--checkpoint", run / "model", *arguments).out)
+    assert merged["parameters"] == 11  # all of them: a saved model has its adapters merged
+
+
 def test_a_named_checkpoint(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]
     arguments = ["--iteration", 1, "--samples", 6, "--batches", 0, "--json"]
     named = json.loads(untwine("coupling", finished, *arguments, "--checkpoint", "rl-000002").out)

@@ -159,6 +159,7 @@ def _policy(
     run: Path, recipe: Recipe, iteration: int, named: str
 ) -> tuple[Policy, str, Path | None]:
     """The policy, where it is from, and the checkpoint if it is from one."""
+    from untwine.config import LoRAConfig
     from untwine.policy.loading import load_policy
     from untwine.training.checkpoint import load_weights, read_position
 
@@ -174,9 +175,11 @@ def _policy(
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder} holds no model; let the run do an iteration first")
     source = named if named and state is None else str(folder)
-    policy = load_policy(recipe.policy.model_copy(update={"model": source}), tuple, recipe.seed)
-    if state is None:
-        return policy, source, None
+    choice = recipe.policy.model_copy(update={"model": source})
+    if state is None:  # saved models hold no adapters of their own
+        choice = choice.model_copy(update={"lora": LoRAConfig()})
+        return load_policy(choice, tuple, recipe.seed), source, None
+    policy = load_policy(choice, tuple, recipe.seed)
     load_weights(state, policy.model)
     return policy, str(state), state
 
