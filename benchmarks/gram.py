@@ -122,6 +122,7 @@ def memory(name: str, count: int, tied: bool, device: str) -> float:
     here, there = context.Pipe()
     process = context.Process(target=_memory, args=(name, count, tied, device, there))
     process.start()
+    there.close()  # so that a process that dies ends the wait
     found: float = here.recv()
     process.join()
     return found
