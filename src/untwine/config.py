@@ -204,6 +204,9 @@ class RLConfig(Section):
     iterations: Natural = 20
     groups: Positive = Field(8, description="task instances per iteration")
     group_size: Positive = Field(8, description="episodes per task instance (G)")
+    variations: Natural = Field(
+        0, description="first N variations of every task, of those of `env`; 0 means all"
+    )
     epochs: Positive = Field(1, description="passes over each batch")
     minibatches: Positive = Field(1, description="optimizer steps per pass")
     microbatch_tokens: Positive = Field(16384, description="distinct tokens per forward pass")

@@ -34,9 +34,11 @@ def open_pool(env: EnvConfig, *, list_commands: bool = False) -> EnvPool:
     )
 
 
-def training_refs(env: EnvConfig, splits: SplitFile) -> list[TaskRef]:
-    """The task instances of the training set. EnvError when there are none."""
-    refs = splits.refs(env.train_set, tasks=env.tasks, limit=env.variations)
+def training_refs(env: EnvConfig, splits: SplitFile, variations: int = 0) -> list[TaskRef]:
+    """The task instances of the training set, or the first `variations` of every task. EnvError
+    when there are none."""
+    limits = [limit for limit in (env.variations, variations) if limit]
+    refs = splits.refs(env.train_set, tasks=env.tasks, limit=min(limits, default=0))
     if not refs:
         raise EnvError(f"set {env.train_set!r} of environment {env.name!r} is empty")
     return list(refs)

@@ -43,7 +43,7 @@ from untwine.training.cold_start import ColdStart
 from untwine.training.run_dir import RunDir, replace_folder
 from untwine.training.signals import StopRequest
 from untwine.training.update import Measures, Updater
-from untwine.workshop import TaskCursor, Workshop
+from untwine.workshop import TaskCursor, Workshop, training_refs
 
 
 def train(recipe: Recipe, run_path: Path, display: Display, *, resume: bool = False) -> Path:
@@ -87,7 +87,8 @@ class _Training:
         self.policy = self.workshop.policy
         self.collector = self.workshop.collector
         self.words = VerdictWords(self.collector.prompter)
-        self.cursor = TaskCursor(self.workshop.refs, recipe.seed)
+        refs = training_refs(recipe.env, self.workshop.splits, recipe.rl.variations)
+        self.cursor = TaskCursor(refs, recipe.seed)
         if self.start:
             first = self.start.step if self.start.stage == "rl" else 0
             self.run_dir = RunDir.resume(path, recipe, self.start.metric_lines, first)

@@ -6,13 +6,17 @@ import random
 
 import pytest
 
-from untwine.demonstrations import play_experts
+from untwine.config import PromptConfig
+from untwine.demonstrations import demonstration, play_experts
 from untwine.envs.alfworld.searching import search
 from untwine.envs.pool import EnvPool
 from untwine.envs.protocol import Searcher
 from untwine.envs.registry import make_env
 from untwine.envs.wandering import wandering_plan
 from untwine.errors import EnvError
+from untwine.policy.choices import CommandChoices, allowed_along
+from untwine.policy.loading import Policy
+from untwine.prompting.prompter import Prompter
 from untwine.records import TaskRef
 
 VALID = ("go to bed 1", "go to desk 1", "go to desk 10", "look", "open drawer 2")
@@ -77,3 +81,32 @@ def test_other_environments_say_that_they_have_none() -> None:
         pytest.raises(EnvError, match="no expert that searches"),
     ):
         play_experts(pool, [TaskRef("rooms", "fetch", 0)], 9, searching=True)
+
+
+def test_luck_is_not_imitated(policy: Policy) -> None:
+    """Of a command that looks somewhere at random only the first choice is trained."""
+    refs = [TaskRef("alfworld", TASK, variation) for variation in range(4)]
+    with EnvPool("alfworld", {"list_commands": True}, workers=0, sessions=4, timeout_s=60) as pool:
+        found = play_experts(pool, refs, 30, seed=1, searching=True)
+    prompter = Prompter(policy.chat, PromptConfig())
+    choices = CommandChoices(policy.chat)
+    lucky = planned = 0
+    for transcript in found:
+        steps = demonstration(transcript, prompter, choices=choices).steps
+        for move, step in zip(transcript.moves, steps, strict=True):
+            assert move.before.admissible
+            among = allowed_along(choices.trie(move.before.admissible), step.action_ids)
+            assert among
+            assert step.allowed
+            free = [i for i, ids in enumerate(among) if len(ids) > 1]
+            trained = [i for i, ids in enumerate(step.allowed) if len(ids) > 1]
+            assert trained == (free[:1] if move.command.chance else free)
+            lucky += move.command.chance and len(free) > 1
+            planned += not move.command.chance
+        assert all(
+            move.command.text.startswith(("go to ", "open "))
+            for move in transcript.moves
+            if move.command.chance
+        )
+    assert lucky > 4
+    assert planned > 4
