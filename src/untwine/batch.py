@@ -51,7 +51,7 @@ def policy_rows(groups: Sequence[Group], mean: LossMean) -> list[Row]:
     """Rows of all steps that carry an advantage, weighted so that the loss is a mean over the
     chosen unit. Steps without an advantage are context only."""
     episodes = [episode for group in groups for episode in group.episodes]
-    unit_sizes = _unit_weights(episodes, mean)
+    unit_sizes = unit_weights(episodes, mean)
     rows = []
     for episode, step_weights in zip(episodes, unit_sizes, strict=True):
         rows += _episode_rows(episode, step_weights)
@@ -147,7 +147,7 @@ def _with_text(row: Row, text_weight: float) -> Row:
     )
 
 
-def _unit_weights(episodes: Sequence[Episode], mean: LossMean) -> list[list[float]]:
+def unit_weights(episodes: Sequence[Episode], mean: LossMean) -> list[list[float]]:
     """Weight of each token of each step such that all weights sum to 1."""
     trained = [[s for s in e.steps if s.advantage is not None] for e in episodes]
     tokens = sum(len(_chosen(s)) for steps in trained for s in steps)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 
 app = typer.Typer(help="See why a flawed action survives training.", no_args_is_help=True)
 
@@ -16,6 +17,15 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as env.workers=4."),
 ]
 Iteration = Annotated[int | None, typer.Option(min=0, help="Which episodes [default: the last].")]
+Checkpoint = Annotated[
+    str,
+    typer.Option(
+        help="Policy: a model folder or a checkpoint [default: the one that played the episodes "
+        "if it is still there, otherwise RUN/model]."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the draw of samples.")]
+Chunk = Annotated[int, typer.Option(min=1, help="Samples per forward pass; memory, not results.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -54,6 +64,7 @@ def truth(
     The result lies beside the episodes, in RUN/diagnose/.
     """
     from untwine.diagnose.branching import Settings
+    from untwine.diagnose.output import to_json
     from untwine.diagnose.tables import print_truth
     from untwine.diagnose.truth import Draw, find_truth
     from untwine.progress import Display
@@ -67,9 +78,7 @@ def truth(
             run, recipe, draw, settings, display, iteration=iteration, checkpoint=checkpoint
         )
     if as_json:
-        from dataclasses import asdict
-
-        print(json.dumps({**found.header, "rows": [asdict(row) for row in found.rows]}, indent=2))
+        print(to_json(found.numbers()))
     else:
         print_truth(found)
 
@@ -92,12 +101,128 @@ def calibration(
     untwine diagnose calibration runs/smoke --labels group
     """
     from untwine.diagnose.calibrate import calibrate_run
+    from untwine.diagnose.output import to_json
     from untwine.diagnose.tables import print_calibration
     from untwine.training.run_dir import run_recipe
 
     recipe = run_recipe(run, list(overrides or []))
     result = calibrate_run(run, recipe, iteration=iteration, labels=labels, seed=seed)
     if as_json:
-        print(json.dumps(result, indent=2))
+        print(to_json(result))
     else:
         print_calibration(result)
+
+
+@app.command()
+def coupling(
+    run: RunArgument,
+    overrides: Overrides = None,
+    iteration: Iteration = None,
+    samples: Annotated[int, typer.Option(min=2, help="Distinct steps, drawn evenly.")] = 128,
+    batches: Annotated[
+        int, typer.Option(min=0, help="Other iterations for the mean push; 0 leaves it out.")
+    ] = 16,
+    metric: Annotated[
+        Literal["sgd", "adam"],
+        typer.Option(help="Plain, or the optimizer's own, from the checkpoint."),
+    ] = "sgd",
+    parameters: Annotated[
+        str, typer.Option(help="Patterns of parameter names, separated by commas [default: all].")
+    ] = "",
+    checkpoint: Checkpoint = "",
+    seed: Seed = 0,
+    chunk: Chunk = 16,
+    recompute: Annotated[bool, typer.Option(help="Less memory for one more forward pass.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Which samples' gradients lift a flawed action.
+
+    untwine diagnose coupling runs/smoke
+
+    untwine diagnose coupling runs/smoke --iteration 3 --samples 64 --metric adam
+
+    Prints tables, and writes RUN/diagnose/coupling.json and coupling.safetensors (the Gram).
+    """
+    from untwine.diagnose.measure import CouplingOptions, find_coupling
+    from untwine.diagnose.tables import print_coupling
+    from untwine.progress import Display
+    from untwine.training.run_dir import run_recipe
+
+    recipe = run_recipe(run, list(overrides or []))
+    options = CouplingOptions(
+        count=samples,
+        batches=batches,
+        seed=seed,
+        chunk=chunk,
+        recompute=recompute,
+        parameters=[p.strip() for p in parameters.split(",") if p.strip()] or None,
+    )
+    with Display() as display:
+        numbers = find_coupling(
+            run,
+            recipe,
+            options,
+            display,
+            iteration=iteration,
+            checkpoint=checkpoint,
+            adam=metric == "adam",
+        )
+    _show(run, "coupling", numbers, print_coupling, as_json)
+
+
+@app.command()
+def separation(
+    run: RunArgument,
+    overrides: Overrides = None,
+    iteration: Iteration = None,
+    samples: Annotated[
+        int, typer.Option(min=4, help="Distinct labelled steps, drawn evenly.")
+    ] = 512,
+    pool: Annotated[
+        Literal["mean", "last"], typer.Option(help="Which of the action's tokens.")
+    ] = "mean",
+    distance: Annotated[
+        Literal["cosine", "euclidean"], typer.Option(help="For the silhouette.")
+    ] = "cosine",
+    checkpoint: Checkpoint = "",
+    seed: Seed = 0,
+    chunk: Chunk = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Whether the hidden states of good and flawed actions are apart.
+
+    untwine diagnose separation runs/smoke
+
+    Prints a table by layer, and writes RUN/diagnose/separation.json and separation.safetensors
+    (2-D maps).
+    """
+    from untwine.diagnose.measure_separation import SeparationOptions, find_separation
+    from untwine.diagnose.tables import print_separation
+    from untwine.progress import Display
+    from untwine.training.run_dir import run_recipe
+
+    recipe = run_recipe(run, list(overrides or []))
+    options = SeparationOptions(samples, seed, pool, distance, chunk)
+    with Display() as display:
+        numbers = find_separation(
+            run, recipe, options, display, iteration=iteration, checkpoint=checkpoint
+        )
+    _show(run, "separation", numbers, print_separation, as_json)
+
+
+def _show(
+    run: Path,
+    name: str,
+    numbers: dict[str, Any],
+    table: Callable[[dict[str, Any]], None],
+    as_json: bool,
+) -> None:
+    """JSON, or a table and where all of it is."""
+    from untwine.diagnose.output import results_folder, to_json
+
+    if as_json:
+        print(to_json(numbers))
+        return
+    table(numbers)
+    target = results_folder(run) / f"{name}.json"
+    Console(stderr=True).print(f"{name}: {target}", highlight=False, soft_wrap=True, markup=False)

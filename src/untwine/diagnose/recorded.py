@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
-from untwine.config import Recipe
+import torch
+
+from untwine.config import LoRAConfig, Recipe
+from untwine.diagnose.parameters import adam_preconditioner
 from untwine.episodes import read_groups
 from untwine.errors import CheckpointError
 from untwine.policy.loading import Policy, load_policy
 from untwine.records import Group
-from untwine.training.checkpoint import load_weights, read_position
+from untwine.training.checkpoint import load_optimizer, load_weights, read_position
 from untwine.training.run_dir import episode_files
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedPolicy:
+    """A policy, the folder or id it is from, and the checkpoint where it is from one."""
+
+    policy: Policy
+    source: str
+    checkpoint: Path | None
 
 
 def iteration_files(run: Path) -> dict[int, Path]:
     """Episode files by iteration. CheckpointError when there are none."""
     files = {int(file.name[5:11]): file for file in episode_files(run)}
     if not files:
-        raise CheckpointError(f"{run} holds no episodes; train it for at least one iteration")
+        raise CheckpointError(f"{run} holds no episodes yet; train it for at least one iteration")
     return files
 
 
-def episode_file(run: Path, iteration: int | None, checkpoint: str = "") -> tuple[int, Path]:
-    """An iteration and its file. By default the last one, or, when no `checkpoint` is named, the
-    last one whose policy is still there. CheckpointError when there is none."""
+def episode_file(
+    run: Path, iteration: int | None, *, with_policy: bool = False
+) -> tuple[int, Path]:
+    """An iteration and its file. By default the last one, or, `with_policy`, the last one whose
+    policy is still there. CheckpointError when there is none."""
     files = iteration_files(run)
     if iteration is None:
-        kept = [k for k in files if checkpoint or policy_folder(run, k)]
+        kept = [k for k in files if not with_policy or policy_folder(run, k)]
         if not kept:
             raise CheckpointError(
                 f"{run} keeps no policy that played one of its iterations; name one with "
@@ -53,23 +68,60 @@ def policy_folder(run: Path, iteration: int) -> Path | None:
     return run / "initial" if iteration == 0 and (run / "initial").is_dir() else None
 
 
-def load_recorded_policy(run: Path, recipe: Recipe, iteration: int, checkpoint: str) -> Policy:
-    """The policy that played an iteration, or the one in `checkpoint`: a checkpoint folder (or its
-    name), a model folder, or a model id."""
-    folder = policy_folder(run, iteration)
-    if checkpoint:
-        named = run / "checkpoints" / checkpoint
-        folder = named if named.is_dir() else Path(checkpoint)
+def load_recorded_policy(
+    run: Path, recipe: Recipe, iteration: int, named: str = "", *, or_last: bool = False
+) -> RecordedPolicy:
+    """The policy that played an iteration, or the one that is named.
+
+    named    a checkpoint folder (or its name), a model folder, or a model id
+    or_last  take RUN/model when the policy of the iteration is no longer there; otherwise that is a
+             CheckpointError
+    """
+    source = _source(run, iteration, named, or_last)
+    checkpoint = Path(source) if (Path(source) / "state.json").is_file() else None
+    model = source
+    if checkpoint is not None:
+        read_position(checkpoint)  # checks the files
+        model = str(run / "model")  # gives shape and tokenizer
+    if (checkpoint is not None or not named) and not (Path(model) / "config.json").is_file():
+        raise CheckpointError(f"{model} holds no model; let the run do an iteration first")
+    choice = recipe.policy.model_copy(update={"model": model})
+    if checkpoint is None:  # saved models hold no adapters of their own
+        choice = choice.model_copy(update={"lora": LoRAConfig()})
+    policy = load_policy(choice, tuple, recipe.seed)
+    if checkpoint is not None:
+        load_weights(checkpoint, policy.model)
+    return RecordedPolicy(policy, source, checkpoint)
+
+
+def _source(run: Path, iteration: int, named: str, or_last: bool) -> str:
+    if named:
+        kept = run / "checkpoints" / named
+        return str(kept) if kept.is_dir() else named
+    folder = policy_folder(run, iteration) or (run / "model" if or_last else None)
     if folder is None:
         raise CheckpointError(
             f"the policy that played iteration {iteration} is no longer in {run}; name another "
             f"one with --checkpoint, such as {run / 'model'}"
         )
-    weights_only = (folder / "state.json").is_file()
-    source = str(run / "model") if weights_only else str(folder)
-    config = recipe.policy.model_copy(update={"model": source})
-    policy = load_policy(config, tuple, recipe.seed)
-    if weights_only:
-        read_position(folder)  # checks the files
-        load_weights(folder, policy.model)
-    return policy
+    return str(folder)
+
+
+def recorded_adam(found: RecordedPolicy, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Adam's diagonal by parameter name (see `adam_preconditioner`), as it was at the checkpoint.
+    CheckpointError when the policy is from none, or its optimizer had not stepped."""
+    if found.checkpoint is None:
+        raise CheckpointError(
+            "--metric adam needs the checkpoint the episodes were sampled with, and it is no "
+            "longer there; take the last iteration, or keep more with checkpoint.keep"
+        )
+    model, settings = found.policy.model, recipe.rl.optimizer
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=settings.betas)
+    load_optimizer(found.checkpoint, optimizer)
+    if not optimizer.state:
+        raise CheckpointError(
+            "--metric adam needs an optimizer that has taken a step, and at "
+            f"{found.checkpoint.name} it has taken none; take a later iteration"
+        )
+    return adam_preconditioner(model, optimizer)

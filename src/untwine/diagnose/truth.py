@@ -64,8 +64,8 @@ def find_truth(
     iteration   by default the last one whose policy is still there
     checkpoint  the policy that plays on; by default the one that played the episodes
     """
-    iteration, file = episode_file(run, iteration, checkpoint)
-    policy = load_recorded_policy(run, recipe, iteration, checkpoint)
+    iteration, file = episode_file(run, iteration, with_policy=not checkpoint)
+    policy = load_recorded_policy(run, recipe, iteration, checkpoint).policy
     settings = dataclasses.replace(settings, returns=recipe.rl.returns)
     with open_pool(recipe.env, list_commands=recipe.lists_commands) as pool:
         population = recorded_steps(read_recorded(file, recipe), pool.info)

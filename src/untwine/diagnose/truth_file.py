@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from untwine.diagnose.branching import Verdict3
+from untwine.diagnose.output import results_folder, write_text
 from untwine.envs.protocol import EnvInfo
 from untwine.errors import CheckpointError
 from untwine.gcd.labels import LabelSource, action_key
@@ -62,19 +63,19 @@ class Truth:
     header: dict[str, Any]
     rows: tuple[TruthRow, ...]
 
+    def numbers(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {**self.header, "rows": [dataclasses.asdict(row) for row in self.rows]}
+
 
 def truth_path(run: Path, iteration: int) -> Path:
-    return run / "diagnose" / f"truth-iter-{iteration:06d}.jsonl"
+    return results_folder(run) / f"truth-iter-{iteration:06d}.jsonl"
 
 
 def write_truth(path: Path, truth: Truth) -> None:
     """Write a truth file whole, in place of an older one, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [{"format": FORMAT, **truth.header}, *map(dataclasses.asdict, truth.rows)]
-    scratch = path.with_suffix(".partial")
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read_truth(path: Path, episodes: Path) -> Truth:

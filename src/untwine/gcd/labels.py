@@ -90,9 +90,9 @@ def label_group(
     )
 
 
-def agreed_verdict(step: Step) -> Verdict | None:
-    """What the labels of a step say together; None when there is none, or they disagree."""
-    verdicts = {label.verdict for label in step.labels}
+def agreed_verdict(*steps: Step) -> Verdict | None:
+    """What all labels of the steps say together; None when there is none, or they disagree."""
+    verdicts = {label.verdict for step in steps for label in step.labels}
     return verdicts.pop() if len(verdicts) == 1 else None
 
 

@@ -1,0 +1,351 @@
+"""Per-sample gradients of single modules, taken from one batched backward pass.
+
+While a `Capture` is in force, the modules that own chosen parameters run a forward of their own
+whose backward keeps the sample axis:
+
+    Linear, Conv1D   dW_i = sum_t b_it a_it^T, db_i = sum_t b_it from inputs a and output
+                     gradients b
+    norms            the scale (and shift) is repeated per sample, so autograd gives g_i directly
+    Embedding        the gradient of the output, summed per (sample, token)
+
+What a gradient is made of is kept until all N samples have theirs. Then the gradients are formed,
+those of a matrix a slice at a time, handed to the sink, and dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from untwine.diagnose.sinks import Sink
+from untwine.errors import ModelError
+
+_SLICE_NUMBERS = 1 << 22  # numbers in the gradients of one slice of a matrix
+
+Deliver = Callable[[torch.Tensor, torch.Tensor], None]
+_Piece = tuple[range, torch.Tensor, torch.Tensor]
+SparseRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # sample_U, row_U, vectors_UD
+
+
+class _Affine(torch.autograd.Function):
+    """x W^T + b with W and b held fixed; `deliver(x, grad)` is called in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        anchor: torch.Tensor,  # needs a gradient, so that backward runs even where x needs none
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        deliver: Deliver,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.deliver = deliver
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].to(weight.dtype)
+        ctx.deliver(x, grad)
+        return (grad @ weight).to(x.dtype), None, None, None, None
+
+
+class Capture:
+    """Wraps the modules that own `chosen` parameters; use it as a context.
+
+    rows     the samples that now run forward (set by the sweep)
+    looped   names of parameters no handler knows: their gradients must be had sample by sample
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        chosen: Mapping[str, nn.Parameter],
+        count: int,
+        sink: Sink,
+        head: nn.Module | None,
+    ) -> None:
+        """head: the plain vocabulary projection, whose parameters are left to `head.py`."""
+        self.rows = range(0)
+        self._sparse: dict[str, list[SparseRows]] = {}
+        self._names = {id(p): n for n, p in chosen.items()}
+        self._chosen, self._count, self._sink = chosen, count, sink
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._pieces: dict[str, list[_Piece]] = {}
+        self._scratch: dict[torch.dtype, torch.Tensor] = {}
+        self._got: dict[str, set[int]] = {}
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._wrapped: list[nn.Module] = []
+        self._plan: list[tuple[nn.Module, Callable[..., Any]]] = []
+        owners = _owners(model, self._names)
+        known = self._make_plan(owners, head)
+        self.looped = tuple(n for n in chosen if n not in known)
+        planned = {n for m, _ in self._plan for n in self._own(m).values() if n in known}
+        self._missing = dict.fromkeys(planned, count)
+
+    def _make_plan(self, owners: dict[str, list[nn.Module]], head: nn.Module | None) -> set[str]:
+        known: set[str] = set()
+        for name, modules in owners.items():
+            others = [m for m in modules if m is not head]
+            if len(others) > 1 or any(_handler(m) is None for m in others):
+                continue
+            known.add(name)
+        for module in dict.fromkeys(m for ms in owners.values() for m in ms):
+            handler = _handler(module)
+            names = self._own(module)
+            if module is head or handler is None or not known.intersection(names.values()):
+                continue
+            kept = {own: name for own, name in names.items() if name in known}
+            self._plan.append((module, handler(self, module, kept)))
+        return known
+
+    def _own(self, module: nn.Module) -> dict[str, str]:
+        """Attribute -> name of the chosen parameters a module owns itself."""
+        return {
+            attribute: self._names[id(p)]
+            for attribute, p in module._parameters.items()
+            if p is not None and id(p) in self._names
+        }
+
+    @property
+    def complete(self) -> bool:
+        """Whether every wrapped module has delivered for every sample."""
+        return not any(self._missing.values())
+
+    def __enter__(self) -> Capture:
+        for module, forward in self._plan:
+            module.forward = forward
+            self._wrapped.append(module)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._wrapped:
+            del module.forward
+        self._wrapped.clear()
+
+    def _claim(self, name: str, rows: range) -> None:
+        got = self._got.setdefault(name, set())
+        if rows.start in got:
+            raise ModelError(
+                f"parameter {name} is used twice in one forward pass, which its per-sample "
+                "gradients cannot follow; leave it out of `parameters`"
+            )
+        got.add(rows.start)
+
+    def _wide(self, name: str) -> torch.dtype:
+        exact = self._chosen[name].dtype == torch.float64
+        return torch.float64 if exact else torch.float32
+
+    def product(self, name: str, rows: range, left: torch.Tensor, right: torch.Tensor) -> None:
+        """The gradients (B, X, Y) of `rows` are left^T right, from (B, T, X) and (B, T, Y)."""
+        self._claim(name, rows)
+        self._pieces.setdefault(name, []).append((rows, left, right))
+        self._missing[name] -= len(rows)
+        if self._missing[name] == 0:
+            self._multiply(name, self._pieces.pop(name))
+
+    def _multiply(self, name: str, pieces: list[_Piece]) -> None:
+        wide = self._wide(name)
+        pieces = [(rows, left.to(wide), right.to(wide)) for rows, left, right in pieces]
+        height, width = pieces[0][1].shape[-1], pieces[0][2].shape[-1]
+        step = min(height, max(1, _SLICE_NUMBERS // (self._count * width)))
+        scratch = self._scratch.get(wide)
+        if scratch is None or len(scratch) < self._count * step * width:
+            device = pieces[0][1].device
+            scratch = torch.empty(self._count * step * width, dtype=wide, device=device)
+            self._scratch[wide] = scratch
+        for first in range(0, height, step):
+            last = min(first + step, height)
+            shape = (self._count, last - first, width)
+            slice_NXY = scratch[: self._count * (last - first) * width].view(shape)
+            for rows, left, right in pieces:
+                part = left[..., first:last].transpose(1, 2)
+                torch.bmm(part, right, out=slice_NXY[rows.start : rows.stop])
+            self._sink.dense(name, slice_NXY.flatten(1), first * width)
+
+    def slot(self, name: str, rows: range) -> torch.Tensor:
+        """Where the gradients (B, P) of `rows` are to be written; then call `filled`."""
+        self._claim(name, rows)
+        if name not in self._buffers:
+            parameter = self._chosen[name]
+            shape = (self._count, parameter.numel())
+            buffer = torch.empty(shape, dtype=self._wide(name), device=parameter.device)
+            self._buffers[name] = buffer
+        return self._buffers[name][rows.start : rows.stop]
+
+    def filled(self, name: str, rows: range) -> None:
+        """Hand the gradients of `name` to the sink when `rows` were the last ones missing."""
+        self._missing[name] -= len(rows)
+        if self._missing[name] == 0:
+            self._sink.dense(name, self._buffers.pop(name))
+
+    def finish(self) -> None:
+        """Pass on the embeddings that `head.py` has not taken. ModelError when a parameter had
+        gradients for some samples only."""
+        for name in (*self._buffers, *self._pieces):
+            raise ModelError(
+                f"parameter {name} was used for some samples only, which its "
+                "per-sample gradients cannot follow; leave it out of `parameters`"
+            )
+        for name in list(self._sparse):
+            rows = self.take_sparse(name)
+            if rows is not None:
+                self._sink.sparse(name, *rows)
+
+    def take_sparse(self, name: str) -> SparseRows | None:
+        """All rows of an embedding, which are forgotten here; None when there are none."""
+        if name not in self._sparse:
+            return None
+        sample, row, vectors = map(torch.cat, zip(*self._sparse.pop(name), strict=True))
+        keys, inverse = torch.unique(row * self._count + sample, return_inverse=True)
+        if len(keys) < len(row):  # the same embedding read twice in one forward pass
+            vectors = torch.zeros_like(vectors[: len(keys)]).index_add_(0, inverse, vectors)
+            sample, row = keys % self._count, keys // self._count
+        return sample, row, vectors
+
+
+def _owners(model: nn.Module, names: Mapping[int, str]) -> dict[str, list[nn.Module]]:
+    owners: dict[str, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) in names:
+                owners.setdefault(names[id(parameter)], []).append(module)
+    return owners
+
+
+Handler = Callable[[Capture, nn.Module, dict[str, str]], Callable[..., Any]]
+
+
+def _handler(module: nn.Module) -> Handler | None:
+    """How to run a module so that per-sample gradients come out; None when not known."""
+    kind = type(module)
+    if isinstance(module, nn.Linear | Conv1D):
+        plain = kind.forward in (nn.Linear.forward, Conv1D.forward)
+        return _affine if plain else None
+    if isinstance(module, nn.Embedding):
+        plain = kind.forward is nn.Embedding.forward and not module.scale_grad_by_freq
+        return _embedding if plain and module.max_norm is None else None
+    one_axis = all(p is None or p.dim() == 1 for p in module._parameters.values())
+    if one_axis and (kind in (nn.LayerNorm, nn.RMSNorm) or kind.__name__.endswith("RMSNorm")):
+        return _norm
+    return None
+
+
+def _check_axis(name: str, shape: torch.Size, rows: range) -> None:
+    if len(shape) < 3 or shape[0] != len(rows):
+        raise ModelError(
+            f"the layer of {name} reads {tuple(shape)} for {len(rows)} samples, so its gradients "
+            "cannot be told apart by sample; leave it out of `parameters`"
+        )
+
+
+def _affine(capture: Capture, module: nn.Module, own: dict[str, str]) -> Callable[..., Any]:
+    turned = isinstance(module, Conv1D)  # its weight is stored (in, out)
+    weight_name, bias_name = own.get("weight"), own.get("bias")
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        rows = capture.rows
+        _check_axis(weight_name or bias_name or "", x.shape, rows)
+
+        def deliver(x: torch.Tensor, grad: torch.Tensor) -> None:
+            a_BTI, b_BTO = x.flatten(1, -2), grad.flatten(1, -2)
+            if weight_name is not None:
+                left, right = (a_BTI, b_BTO) if turned else (b_BTO, a_BTI)
+                capture.product(weight_name, rows, left, right)
+            if bias_name is not None:
+                slot = capture.slot(bias_name, rows)
+                torch.sum(b_BTO.to(slot), 1, out=slot)
+                capture.filled(bias_name, rows)
+
+        weight = module.weight.T if turned else module.weight
+        found: torch.Tensor = _Affine.apply(  # type: ignore[no-untyped-call]
+            x, capture._anchor, weight, module.bias, deliver
+        )
+        return found
+
+    return forward
+
+
+def _norm(capture: Capture, module: nn.Module, own: dict[str, str]) -> Callable[..., Any]:
+    inside = type(module).forward.__get__(module)
+
+    def repeated(attribute: str, name: str, x: torch.Tensor, rows: range) -> torch.Tensor:
+        shape = (len(rows), *[1] * (x.dim() - 2), x.shape[-1])
+        wide = module._parameters[attribute].detach().expand(shape).clone()  # type: ignore[union-attr]
+
+        def deliver(grad: torch.Tensor) -> None:
+            capture.slot(name, rows).copy_(grad.flatten(1))
+            capture.filled(name, rows)
+
+        wide.requires_grad_().register_hook(deliver)
+        return wide
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        rows = capture.rows
+        _check_axis(next(iter(own.values())), x.shape, rows)
+        fixed = dict(module._parameters)
+        wide = {a: repeated(a, name, x, rows) for a, name in own.items()}
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            weight, bias = (wide.get(a, fixed.get(a)) for a in ("weight", "bias"))
+            if isinstance(module, nn.LayerNorm):
+                y = nn.functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
+            else:
+                y = nn.functional.rms_norm(x, module.normalized_shape, None, module.eps)
+            y = y if weight is None else y * weight
+            return y if bias is None else y + bias
+        try:
+            module._parameters.update(wide)  # type: ignore[arg-type]
+            found: torch.Tensor = inside(x)
+            return found
+        finally:
+            module._parameters.update(fixed)
+
+    return forward
+
+
+def _embedding(capture: Capture, module: nn.Module, own: dict[str, str]) -> Callable[..., Any]:
+    name = own["weight"]
+    assert isinstance(module, nn.Embedding)
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        rows = capture.rows
+        if ids.dim() != 2 or ids.shape[0] not in (1, len(rows)):
+            raise ModelError(f"the layer of {name} reads ids of shape {tuple(ids.shape)}")
+        ids_BT = ids.expand(len(rows), -1)  # positions are often given once for all samples
+        with torch.no_grad():
+            out = nn.Embedding.forward(module, ids_BT)
+
+        def deliver(grad: torch.Tensor) -> None:
+            found = _rows_of(ids_BT, grad, module.padding_idx, rows)
+            capture._sparse.setdefault(name, []).append(found)
+            capture._missing[name] -= len(rows)
+
+        out.requires_grad_().register_hook(deliver)  # type: ignore[no-untyped-call]
+        return out
+
+    return forward
+
+
+def _rows_of(
+    ids_BT: torch.Tensor, grad_BTD: torch.Tensor, padding: int | None, rows: range
+) -> SparseRows:
+    """Gradients summed per (sample, id); ids without any gradient, as at padding, are left out."""
+    grad = grad_BTD.flatten(0, 1)
+    grad = grad if grad.dtype == torch.float64 else grad.float()
+    ids = ids_BT.flatten()
+    sample = torch.arange(rows.start, rows.stop, device=ids.device).repeat_interleave(
+        ids_BT.shape[1]
+    )
+    kept = (grad != 0).any(-1)
+    if padding is not None:  # nn.Embedding gives the padding row no gradient
+        kept &= ids != padding
+    key = ids[kept] * rows.stop + sample[kept]
+    keys, inverse = torch.unique(key, return_inverse=True)
+    vectors = torch.zeros(len(keys), grad.shape[-1], dtype=grad.dtype, device=grad.device)
+    vectors.index_add_(0, inverse, grad[kept])
+    return keys % rows.stop, keys // rows.stop, vectors

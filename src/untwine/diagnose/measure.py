@@ -1,0 +1,371 @@
+"""`untwine diagnose coupling`: everything about the coupling of one iteration's samples."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from untwine.batch import LossMean
+from untwine.config import Recipe
+from untwine.diagnose.analysis import (
+    Decomposition,
+    Offender,
+    cosine_histograms,
+    decompose,
+    kind_strata,
+    probability_strata,
+    push_rates,
+    reinforced_rates,
+    worst_offenders,
+)
+from untwine.diagnose.coupling import (
+    Gram,
+    cosines,
+    gram,
+    head_gram,
+    off_diagonal_correlation,
+)
+from untwine.diagnose.output import save_results
+from untwine.diagnose.parameters import ParameterChoice
+from untwine.diagnose.recorded import (
+    episode_file,
+    iteration_files,
+    load_recorded_policy,
+    read_recorded,
+    recorded_adam,
+)
+from untwine.diagnose.run_samples import (
+    RunSample,
+    check_tokens,
+    distinct_samples,
+    draw_samples,
+    whole_batch,
+)
+from untwine.diagnose.scoring import Context
+from untwine.diagnose.steps import check_prediction, mean_push
+from untwine.errors import ModelError, UntwineError
+from untwine.policy.loading import Policy
+from untwine.progress import Display
+from untwine.records import Group
+
+LARGEST_CHANGE = 0.01  # nats: the step at which changes are given
+
+
+@dataclass(frozen=True, slots=True)
+class CouplingOptions:
+    """count: samples at most; batches: of other iterations, for the mean push, at most."""
+
+    count: int = 128
+    batches: int = 16
+    seed: int = 0
+    mean: LossMean = "token"
+    temperature: float = 1.0
+    chunk: int = 16
+    recompute: bool = False
+    parameters: ParameterChoice = None
+    preconditioner: Mapping[str, torch.Tensor] | None = None
+    offenders: int = 10
+
+
+@dataclass(frozen=True, slots=True)
+class CouplingReport:
+    """numbers: ready for JSON (docs/diagnose/coupling.md); tensors: K_NN, head_NN, cosines_NN."""
+
+    numbers: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def find_coupling(
+    run: Path,
+    recipe: Recipe,
+    options: CouplingOptions,
+    display: Display,
+    *,
+    iteration: int | None = None,
+    checkpoint: str = "",
+    adam: bool = False,
+) -> dict[str, Any]:
+    """Measure one iteration of a run, save what was found, and return the numbers.
+
+    options     mean, temperature and preconditioner are replaced by what the run has
+    iteration   by default the last one
+    checkpoint  the policy; by default the one that played the episodes, or else RUN/model
+    adam        in the metric of the optimizer at the checkpoint
+    """
+    iteration, file = episode_file(run, iteration)
+    found = load_recorded_policy(run, recipe, iteration, checkpoint, or_last=True)
+    options = dataclasses.replace(
+        options,
+        mean=recipe.loss.mean,
+        temperature=recipe.sampling.temperature,
+        preconditioner=recorded_adam(found, recipe) if adam else None,
+    )
+    files = iteration_files(run)
+    near = sorted(files.keys() - {iteration}, key=lambda k: (abs(k - iteration), k))
+    report = measure_coupling(
+        found.policy,
+        read_recorded(file, recipe),
+        [read_recorded(files[k], recipe) for k in sorted(near[: options.batches])],
+        options,
+        display,
+    )
+    numbers = {
+        "format": "untwine-coupling-1",
+        "iteration": iteration,
+        "policy": found.source,
+        "metric": "adam" if adam else "sgd",
+        **report.numbers,
+    }
+    save_results(run, "coupling", numbers, report.tensors)
+    return numbers
+
+
+def measure_coupling(
+    policy: Policy,
+    groups: Sequence[Group],
+    others: Sequence[Sequence[Group]],
+    options: CouplingOptions,
+    display: Display,
+) -> CouplingReport:
+    """Gram, decomposition, rates with their nulls, offenders, cosines, honesty, mean push.
+
+    groups  one iteration; others: further iterations, the batches of the mean push
+    """
+    everyone = distinct_samples(groups, options.mean)
+    chosen = draw_samples(everyone, options.count, options.seed)
+    if len(chosen) < 2:
+        raise UntwineError(
+            f"the iteration holds {len(chosen)} distinct trained steps, and coupling needs two; "
+            "take another iteration (groups without spread are not trained on)"
+        )
+    check_tokens(chosen, policy.model.get_input_embeddings().weight.shape[0])
+    samples = [s.sample for s in chosen]
+    weights_N = torch.tensor([s.weight for s in chosen], dtype=torch.float64)
+    found, head, correlation = _grams(policy, samples, options, display)
+    whole_NN = whole_batch(found.K_NN, len(everyone))
+    top = float((whole_NN @ weights_N).abs().max())
+    rate = LARGEST_CHANGE / top if top > 0 else 1.0
+    parts = decompose(whole_NN, weights_N, rate)
+    labelled_N = torch.tensor([s.verdict == "flawed" for s in chosen])
+    strata = {
+        **probability_strata(found.logprobs_N),
+        **kind_strata([s.kind if s.verdict == "flawed" else None for s in chosen]),
+    }
+    flawed_N = labelled_N if labelled_N.any() else weights_N < 0
+    offenders = worst_offenders(whole_NN, weights_N, flawed_N, count=options.offenders, rate=rate)
+    recorded_N = torch.tensor([s.recorded_logprob for s in chosen], dtype=torch.float64)
+    drift_N = (found.logprobs_N - recorded_N).abs()
+    numbers = {
+        "steps": sum(s.count for s in everyone),
+        "distinct": len(everyone),
+        "samples": len(chosen),
+        "seed": options.seed,
+        "temperature": options.temperature,
+        "parameters": len(found.parameters),
+        "looped_parameters": list(found.looped),
+        "drift": {"mean": float(drift_N.mean()), "largest": float(drift_N.max())},
+        "head_correlation": correlation,
+        "reinforced": _reinforced(whole_NN, weights_N, labelled_N, strata),
+        "honesty": _honesty(policy, samples, weights_N, found, options, display),
+        "mean_push": _mean_push(policy, chosen, flawed_N, strata, others, options, display),
+        "cosines": _cosines(found, chosen),
+        "largest_change": LARGEST_CHANGE,
+        "offenders": [_offender(o, chosen, found, policy) for o in offenders],
+        "sample_list": _sample_list(chosen, found, parts),
+    }
+    tensors = {"K_NN": found.K_NN, "weights_N": weights_N, "logprobs_N": found.logprobs_N}
+    return CouplingReport(numbers, tensors if head is None else {**tensors, "head_NN": head.K_NN})
+
+
+def context_of(policy: Policy) -> Context:
+    """The context forward passes of a policy run in."""
+    return contextlib.nullcontext if policy.dtype == torch.float32 else policy.autocast
+
+
+def _grams(
+    policy: Policy, samples: Sequence[Any], options: CouplingOptions, display: Display
+) -> tuple[Gram, Gram | None, float | None]:
+    common: dict[str, Any] = {
+        "temperature": options.temperature,
+        "chunk": options.chunk,
+        "context": context_of(policy),
+    }
+    with display.bar("gradient Gram", 1, "pass") as bar:
+        found = gram(
+            policy.model,
+            samples,
+            parameters=options.parameters,
+            preconditioner=options.preconditioner,
+            recompute=options.recompute,
+            on_progress=bar.update,
+            **common,
+        )
+    try:
+        with display.bar("head alone", 1, "chunk") as bar:
+            head = head_gram(policy.model, samples, on_progress=bar.update, **common)
+    except ModelError:  # a projection that is not plain has no forward-only Gram
+        return found, None, None
+    return found, head, off_diagonal_correlation(head.K_NN, found.K_NN)
+
+
+def _honesty(
+    policy: Policy,
+    samples: Sequence[Any],
+    weights_N: torch.Tensor,
+    found: Gram,
+    options: CouplingOptions,
+    display: Display,
+) -> dict[str, Any] | None:
+    if not (found.K_NN @ weights_N).any():
+        return None
+    with display.bar("honesty check", 1, "step"):
+        honesty = check_prediction(
+            policy.model,
+            samples,
+            weights_N,
+            found.K_NN,
+            preconditioner=options.preconditioner,
+            parameters=options.parameters,
+            largest=LARGEST_CHANGE,
+            temperature=options.temperature,
+            chunk=options.chunk,
+            context=context_of(policy),
+        )
+    return {
+        "correlation": honesty.correlation,
+        "slope": honesty.slope,
+        "rate": honesty.rate,
+        "predicted": honesty.predicted.tolist(),
+        "measured": honesty.measured.tolist(),
+    }
+
+
+def _mean_push(
+    policy: Policy,
+    chosen: Sequence[RunSample],
+    flawed_N: torch.Tensor,
+    strata: Mapping[str, torch.Tensor],
+    others: Sequence[Sequence[Group]],
+    options: CouplingOptions,
+    display: Display,
+) -> dict[str, Any] | None:
+    batches = []
+    for number, groups in enumerate(others):
+        drawn = draw_samples(
+            distinct_samples(groups, options.mean), options.count, options.seed + number
+        )
+        if len(drawn) > 1:
+            weights = torch.tensor([s.weight for s in drawn], dtype=torch.float64)
+            batches.append(([s.sample for s in drawn], weights))
+    if not batches:
+        return None
+    with display.bar("mean push", 1, "pass") as bar:
+        found = mean_push(
+            policy.model,
+            [s.sample for s in chosen],
+            batches,
+            preconditioner=options.preconditioner,
+            parameters=options.parameters,
+            seed=options.seed,
+            temperature=options.temperature,
+            chunk=options.chunk,
+            context=context_of(policy),
+            on_progress=bar.update,
+        )
+    return {
+        "batches": found.batches,
+        "signal_share": found.signal_share,
+        "rates": _rates(push_rates(found.push, found.null, flawed_N, strata)),
+        "push": found.push.tolist(),
+    }
+
+
+def _reinforced(
+    whole_NN: torch.Tensor,
+    weights_N: torch.Tensor,
+    labelled_N: torch.Tensor,
+    strata: Mapping[str, torch.Tensor],
+) -> dict[str, Any]:
+    """The rate under three meanings of flawed."""
+    labelled = reinforced_rates(whole_NN, weights_N, labelled_N, strata)
+    punished = reinforced_rates(whole_NN, weights_N, labelled_N, strata, punished=True)
+    return {
+        "labelled flawed": _rates(labelled),
+        "labelled flawed, advantage below 0": _rates(punished),
+        "advantage below 0": _rates(reinforced_rates(whole_NN, weights_N, None, strata)),
+    }
+
+
+def _cosines(found: Gram, chosen: Sequence[RunSample]) -> list[dict[str, Any]]:
+    histograms = cosine_histograms(
+        found.K_NN,
+        [s.verdict for s in chosen],
+        [s.step.state_key for s in chosen],
+        [s.step.command or s.step.text for s in chosen],
+        [s.task for s in chosen],
+    )
+    return [dataclasses.asdict(h) for h in histograms]
+
+
+def _sample_list(
+    chosen: Sequence[RunSample], found: Gram, parts: Decomposition
+) -> list[dict[str, Any]]:
+    return [
+        {
+            **_record(s),
+            "logprob": float(found.logprobs_N[i]),
+            "own": float(parts.own[i]),
+            "coupled": float(parts.coupled[i]),
+            "delta": float(parts.delta[i]),
+        }
+        for i, s in enumerate(chosen)
+    ]
+
+
+def _rates(rates: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: dataclasses.asdict(rate) for name, rate in rates.items()}
+
+
+def _record(sample: RunSample) -> dict[str, Any]:
+    step = sample.step
+    return {
+        "task": sample.task,
+        "episode": sample.episode.id,
+        "step": step.index,
+        "state_key": step.state_key,
+        "command": step.command,
+        "text": step.text,
+        "verdict": sample.verdict,
+        "kind": sample.kind,
+        "weight": sample.weight,
+        "count": sample.count,
+    }
+
+
+def _offender(
+    offender: Offender, chosen: Sequence[RunSample], found: Gram, policy: Policy
+) -> dict[str, Any]:
+    """One offender and its pushers, with their prompts as text so that they can be compared."""
+    alike_NN = cosines(found.K_NN)
+
+    def shown(i: int) -> dict[str, Any]:
+        prompt = policy.tokenizer.decode(list(chosen[i].sample.prompt_ids))
+        probability = float(found.logprobs_N[i].exp())
+        return {"sample": i, **_record(chosen[i]), "probability": probability, "prompt": prompt}
+
+    return {
+        **shown(offender.sample),
+        "delta": offender.delta,
+        "own": offender.own,
+        "coupled": offender.coupled,
+        "pushers": [
+            {**shown(j), "push": push, "cosine": float(alike_NN[offender.sample, j])}
+            for j, push in offender.pushers
+        ],
+    }

@@ -1,0 +1,121 @@
+"""What is done with per-sample gradients once a parameter's are complete, before they are dropped.
+
+A sink is given the gradients g_i of one parameter (or of some of its columns) for all N samples:
+`dense` as a matrix, `sparse` as the few rows of an embedding that a sample touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from untwine.errors import UntwineError
+
+_COLUMNS = 1 << 12  # of a product in float32; sums of more lose digits
+_ROWS = 64
+
+
+class Sink(Protocol):
+    def dense(self, name: str, gradients_NP: torch.Tensor, first: int = 0) -> None:
+        """Columns `first` and on of the flattened parameter `name`; may be written over."""
+
+    def sparse(
+        self, name: str, sample_U: torch.Tensor, row_U: torch.Tensor, vectors_UD: torch.Tensor
+    ) -> None:
+        """Rows `row_U` of the (V, D) parameter `name`, each (sample, row) at most once."""
+
+
+class GramSink:
+    """K_ij = <g_i, P g_j>, summed over parameters in float64."""
+
+    def __init__(
+        self, count: int, device: torch.device, preconditioner: Mapping[str, torch.Tensor] | None
+    ) -> None:
+        self.K_NN = torch.zeros(count, count, dtype=torch.float64, device=device)
+        self._roots = (
+            None
+            if preconditioner is None
+            else {n: p.detach().to(device).sqrt() for n, p in preconditioner.items()}
+        )
+
+    def dense(self, name: str, gradients_NP: torch.Tensor, first: int = 0) -> None:
+        if self._roots is not None:
+            root = self._roots[name].flatten()[first : first + gradients_NP.shape[1]]
+            gradients_NP = gradients_NP.mul_(root)
+        part_NN = torch.zeros_like(self.K_NN)
+        for column in range(0, gradients_NP.shape[1], _COLUMNS):
+            block = gradients_NP[:, column : column + _COLUMNS]
+            for row in range(0, len(block), _ROWS):  # the upper triangle is enough
+                part_NN[row : row + _ROWS, row:] += block[row : row + _ROWS] @ block[row:].T
+        check_finite(name, part_NN.diagonal())
+        self.K_NN += part_NN.triu() + part_NN.triu(1).T
+
+    def sparse(
+        self, name: str, sample_U: torch.Tensor, row_U: torch.Tensor, vectors_UD: torch.Tensor
+    ) -> None:
+        if self._roots is not None:
+            vectors_UD = vectors_UD * self._roots[name][row_U]
+        order = row_U.argsort(stable=True)
+        sample_U, vectors_UD = sample_U[order], vectors_UD[order]
+        _, counts = torch.unique_consecutive(row_U[order], return_counts=True)
+        part_NN = torch.zeros_like(self.K_NN)
+        begin = 0
+        for count in counts.tolist():
+            who, rows = sample_U[begin : begin + count], vectors_UD[begin : begin + count]
+            part_NN[who[:, None], who[None]] += (rows @ rows.T).double()
+            begin += count
+        check_finite(name, part_NN.diagonal())
+        self.K_NN += part_NN.triu() + part_NN.triu(1).T
+
+
+class PushSink:
+    """<g_i, d_b> for given directions d_b, summed over parameters in float64."""
+
+    def __init__(
+        self, count: int, device: torch.device, directions: list[dict[str, torch.Tensor]]
+    ) -> None:
+        self.push_NB = torch.zeros(count, len(directions), dtype=torch.float64, device=device)
+        self._directions = directions
+
+    def dense(self, name: str, gradients_NP: torch.Tensor, first: int = 0) -> None:
+        for b, direction in enumerate(self._directions):
+            along = direction[name].flatten().to(gradients_NP)
+            for column in range(0, gradients_NP.shape[1], _COLUMNS):
+                block = gradients_NP[:, column : column + _COLUMNS]
+                start = first + column
+                self.push_NB[:, b] += block @ along[start : start + block.shape[1]]
+        check_finite(name, self.push_NB.sum(-1))
+
+    def sparse(
+        self, name: str, sample_U: torch.Tensor, row_U: torch.Tensor, vectors_UD: torch.Tensor
+    ) -> None:
+        for b, direction in enumerate(self._directions):
+            along_UD = direction[name].to(vectors_UD)[row_U]
+            values_U = (vectors_UD * along_UD).sum(-1).double()
+            self.push_NB[:, b].index_add_(0, sample_U, values_U)
+        check_finite(name, self.push_NB.sum(-1))
+
+
+class NotFinite(UntwineError):
+    """A gradient (or log pi, where `name` is empty) is NaN or infinite.
+
+    position  the sample's place in the working order
+    """
+
+    def __init__(self, name: str, position: int) -> None:
+        what = (
+            f"the gradient of sample {position} in {name}"
+            if name
+            else f"log pi of sample {position}"
+        )
+        super().__init__(f"{what} is not finite; leave the sample out, or compute in float32")
+        self.name, self.position = name, position
+
+
+def check_finite(name: str, values_N: torch.Tensor) -> None:
+    """NotFinite for the first sample whose value is NaN or infinite."""
+    bad = (~values_N.isfinite()).nonzero()
+    if len(bad):
+        raise NotFinite(name, int(bad[0]))

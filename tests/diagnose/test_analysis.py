@@ -1,0 +1,165 @@
+"""Numbers from a Gram: hand-worked cases, brute force, and permutations that can be listed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from untwine.diagnose.analysis import (
+    cosine_histograms,
+    decompose,
+    kind_strata,
+    merge_duplicates,
+    probability_strata,
+    push_rates,
+    reinforced_rates,
+    worst_offenders,
+)
+
+# Gradients in the plane: 0 and 1 alike, 2 against them, 3 across.
+G = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
+K = G @ G.T
+W = torch.tensor([-1.0, 1.0, -0.5, -2.0], dtype=torch.float64)
+
+
+def random_gram(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    g = torch.randn(count, 3, generator=generator, dtype=torch.float64)
+    return g @ g.T, torch.randn(count, generator=generator, dtype=torch.float64)
+
+
+def test_duplicates_are_merged_and_their_weights_summed() -> None:
+    merged = merge_duplicates(["a", "b", "a", "c", "b", "a"], [1, 2, 3, 4, -2, 0.5])
+    assert merged.first == (0, 1, 3)
+    assert merged.member == (0, 1, 0, 2, 1, 0)
+    assert merged.weights.tolist() == [4.5, 0.0, 4.0]
+    assert merged.counts.tolist() == [3, 2, 1]
+
+
+def test_merging_does_not_change_any_push() -> None:
+    k, _ = random_gram(5, 0)
+    twice = [0, 1, 2, 2, 3, 4, 4, 4]
+    weights = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    merged = merge_duplicates(twice, weights)
+    whole = decompose(k[twice][:, twice], weights).delta
+    torch.testing.assert_close(whole[list(merged.first)], decompose(k, merged.weights).delta)
+
+
+def test_the_two_terms_by_hand() -> None:
+    parts = decompose(K, W, rate=0.1)
+    # sample 0: self -1 * 1, coupled 1 * 2 + (-0.5) * (-1) + 0
+    assert parts.own.tolist() == pytest.approx([-0.1, 0.4, -0.05, -1.8])
+    assert parts.coupled.tolist() == pytest.approx([0.25, -0.1, -0.1, 0.0])
+    assert parts.delta.tolist() == pytest.approx([0.15, 0.3, -0.15, -1.8])
+
+
+def test_offenders_and_who_pushed_them() -> None:
+    flawed = torch.tensor([True, False, True, True])
+    (worst,) = worst_offenders(K, W, flawed)
+    assert (worst.sample, worst.pushers) == (0, ((1, 2.0), (2, 0.5)))
+    assert (worst.own, worst.coupled, worst.delta) == (-1.0, 2.5, 1.5)
+    assert worst_offenders(K, W, flawed, pushers=1)[0].pushers == ((1, 2.0),)
+    assert worst_offenders(K, -W, torch.tensor([False, True, False, False])) == []
+
+
+def test_rate_and_its_null_against_all_permutations() -> None:
+    k, w = random_gram(5, 3)
+    flawed = torch.tensor([True, False, True, True, False])
+    every = [torch.tensor(p) for p in itertools.permutations(range(5))]
+    fixed = [float((((k @ w[p]) > 0) & flawed).sum()) / 3 for p in every]
+    moving = [float((((k @ w[p]) > 0) & (w[p] < 0)).sum()) / int((w < 0).sum()) for p in every]
+    both = [
+        float((((k @ w[p]) > 0) & (w[p] < 0) & flawed).sum()) / int(((w[p] < 0) & flawed).sum())
+        for p in every
+        if ((w[p] < 0) & flawed).any()
+    ]
+    for mask, punished, values in (
+        (flawed, False, fixed), (None, False, moving), (flawed, True, both)
+    ):  # fmt: skip
+        rate = reinforced_rates(k, w, mask, punished=punished, permutations=20000)["all"]
+        chosen = flawed & (w < 0) if punished else flawed if mask is not None else w < 0
+        assert rate.flawed == int(chosen.sum())
+        assert rate.share == pytest.approx(values[0])
+        assert rate.null == pytest.approx(sum(values) / len(values), abs=0.01)
+        p_value = sum(v >= values[0] - 1e-9 for v in values) / len(values)
+        assert rate.p_value == pytest.approx(p_value, abs=0.01)
+        low, high = rate.interval or (math.nan, math.nan)
+        assert min(values) <= low <= high <= max(values)
+
+
+def test_rates_by_stratum_and_without_flawed_samples() -> None:
+    k, w = random_gram(6, 4)
+    flawed = torch.tensor([True, True, True, False, False, False])
+    strata = {"x": torch.tensor([True, False, True, True, False, False]), "none": ~flawed}
+    rates = reinforced_rates(k, w, flawed, strata, permutations=50)
+    up = k @ w > 0
+    assert rates["x"].flawed == 2
+    assert rates["x"].reinforced == int(up[0]) + int(up[2])
+    assert rates["none"].share is None
+    assert rates["none"].null is None
+
+
+def test_a_gram_without_coupling_reinforces_nothing_flawed() -> None:
+    w = torch.tensor([-1.0, 1.0, -2.0, 0.5], dtype=torch.float64)
+    rate = reinforced_rates(torch.eye(4, dtype=torch.float64), w)["all"]
+    assert (rate.share, rate.null, rate.p_value) == (0.0, 0.0, 1.0)
+
+
+def test_strata() -> None:
+    masks = probability_strata(torch.tensor([0.01, 0.06, 0.3, 0.49, 0.9]).log())
+    assert [m.tolist() for m in masks.values()] == [
+        [True, False, False, False, False],
+        [False, True, True, True, False],
+        [False, False, False, False, True],
+    ]
+    kinds = kind_strata(["undo", None, "invalid", "undo"])
+    assert {n: m.tolist() for n, m in kinds.items()} == {
+        "invalid": [False, False, True, False],
+        "undo": [True, False, False, True],
+    }
+
+
+def test_rates_of_mean_pushes() -> None:
+    push = torch.tensor([1.0, -1.0, 2.0, 3.0])
+    null = torch.tensor([[1.0, 1.0, -1.0, 1.0], [-1.0, -1.0, -1.0, 1.0]])
+    flawed = torch.tensor([True, True, True, False])
+    rate = push_rates(push, null, flawed)["all"]
+    assert (rate.flawed, rate.reinforced) == (3, 2)
+    assert rate.null == pytest.approx((2 / 3 + 0) / 2)
+    assert (rate.interval, rate.p_value) == (None, None)  # two permutations say nothing about it
+
+
+def test_cosine_histograms_against_a_loop() -> None:
+    k, _ = random_gram(9, 5)
+    k[8] = k[:, 8] = 0  # a forced action has no gradient
+    verdicts = ["good", "flawed", None, "good", "flawed", "flawed", "good", "flawed", "good"]
+    states = [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    commands = ["a", "b", "a", "a", "b", "c", "c", "a", "b"]
+    tasks = [0, 0, 1, 0, 0, 1, 1, 1, 0]
+    expected: dict[tuple[str, str], list[float]] = {}
+    for i, j in itertools.combinations(range(8), 2):
+        if verdicts[i] is None or verdicts[j] is None:
+            continue
+        kind = "-".join(sorted([verdicts[i], verdicts[j]], key=["good", "flawed"].index))
+        relation = (
+            "same state" if states[i] == states[j] and tasks[i] == tasks[j]
+            else "same command" if commands[i] == commands[j]
+            else "same task" if tasks[i] == tasks[j]
+            else "other"
+        )  # fmt: skip
+        value = float(k[i, j] / (k[i, i] * k[j, j]).sqrt())
+        expected.setdefault((kind, relation), []).append(value)
+    found = cosine_histograms(k, verdicts, states, commands, tasks, bins=4)
+    assert len(found) == 12
+    for h in found:
+        values = expected.get((h.kind, h.relation), [])
+        assert h.pairs == len(values)
+        if values:
+            assert h.mean == pytest.approx(sum(values) / len(values))
+            counts = [sum(-1 + b / 2 <= v < -0.5 + b / 2 for v in values) for b in range(4)]
+            assert list(h.counts) == counts
+        else:
+            assert h.mean is None

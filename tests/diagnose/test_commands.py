@@ -1,0 +1,215 @@
+"""`untwine diagnose coupling` and `separation` on a small finished run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.diagnose.reference import gradients, gram_of, relative_error
+from tests.test_cli import TINY, Result, assert_refused
+from untwine.cli import main
+from untwine.config import load_recipe
+from untwine.diagnose.run_samples import distinct_samples, draw_samples
+from untwine.episodes import read_groups
+from untwine.policy.loading import load_policy
+from untwine.progress import Display
+from untwine.training.checkpoint import load_weights
+from untwine.training.loop import train
+
+
+def trained_run(folder: Path, **changes: Any) -> Path:
+    """A run of three iterations."""
+    recipe = {
+        **TINY,
+        "env": {**TINY["env"], "options": {"rooms": 4, "distractors": 0}, "variations": 3},
+        "prompt": {"layout": "window", "history": 0},
+        "cold_start": {**TINY["cold_start"], "steps": 200, "optimizer": {"lr": 6.0e-3}},
+        "rl": {"iterations": 3, "groups": 3, "group_size": 8, "optimizer": {"lr": 1.0e-3}},
+        "evaluate": {"episodes": 0},
+        "checkpoint": {"keep": 2},
+        **changes,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    train(load_recipe(folder / "recipe.yaml"), folder / "run", Display(quiet=True))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_run(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def untwine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["untwine", "diagnose", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "160")
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        captured = capsys.readouterr()
+        code = exit_info.value.code
+        return Result(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return call
+
+
+def test_coupling_of_the_last_iteration(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]
+    result = untwine("coupling", finished, "--samples", 12, "--json")
+    assert result.code == 0, result.err
+    numbers = json.loads(result.out)
+    assert json.loads((finished / "diagnose" / "coupling.json").read_text()) == numbers
+    assert numbers["iteration"] == 2
+    assert numbers["policy"].endswith("checkpoints/rl-000002")
+    assert numbers["drift"]["largest"] < 1e-4  # this is the policy that sampled them
+    assert numbers["honesty"]["correlation"] > 0.99
+    assert numbers["mean_push"]["batches"] == 2
+
+    recipe = load_recipe(finished / "recipe.yaml")
+    policy = load_policy(
+        recipe.policy.model_copy(update={"model": str(finished / "model")}), tuple, 0
+    )
+    load_weights(finished / "checkpoints" / "rl-000002", policy.model)
+    groups = read_groups(finished / "episodes" / "iter-000002.jsonl.gz")
+    chosen = draw_samples(distinct_samples(groups, "token"), 12, 0)
+    names = [n for n, _ in policy.model.named_parameters()]
+    reference = gram_of(gradients(policy.model, [s.sample for s in chosen], names))
+    tensors = load_file(finished / "diagnose" / "coupling.safetensors")
+    assert relative_error(tensors["K_NN"], reference) < 1e-5
+
+    rows = numbers["sample_list"]
+    assert [r["weight"] for r in rows] == pytest.approx([s.weight for s in chosen])
+    weights = torch.tensor([s.weight for s in chosen], dtype=torch.float64)
+    scale = (numbers["distinct"] - 1) / 11
+    own = weights * reference.diagonal()
+    coupled = scale * (reference @ weights - own)
+    ratio = 0.01 / (own + coupled).abs().max()
+    assert [r["own"] for r in rows] == pytest.approx((ratio * own).tolist(), abs=1e-6)
+    assert [r["coupled"] for r in rows] == pytest.approx((ratio * coupled).tolist(), abs=1e-6)
+    for offender in numbers["offenders"]:
+        assert offender["delta"] > 0
+        assert offender["prompt"] == policy.tokenizer.decode(
+            chosen[offender["sample"]].sample.prompt_ids
+        )
+
+
+def test_coupling_with_the_metric_of_adam_and_a_subset(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]
+    arguments = ["--metric", "adam", "--parameters", "*mlp*", "--samples", "10", "--batches", "0"]
+    result = untwine("coupling", finished, *arguments, "--no-recompute")
+    assert result.code == 0, result.err
+    shown = " ".join(result.out.split())
+    assert "adam metric" in shown
+    assert "honesty check, predicted against measured change: correlation" in shown
+    assert "mean cosine coupling" in shown
+    numbers = json.loads((finished / "diagnose" / "coupling.json").read_text())
+    assert numbers["parameters"] == 3
+    assert numbers["mean_push"] is None
+    assert numbers["honesty"]["correlation"] > 0.99
+
+
+def test_an_iteration_whose_policy_is_gone(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]
+    numbers = json.loads(
+        untwine("coupling", finished, "--iteration", 1, "--samples", 8, "--json").out
+    )
+    assert numbers["policy"].endswith("/model")
+    assert numbers["drift"]["largest"] > 1e-4
+    result = untwine("coupling", finished, "--iteration", 1, "--metric", "adam")
+    assert_refused(result, 5, "needs the checkpoint", "checkpoint.keep")
+    first = json.loads(untwine("coupling", finished, "--iteration", 0, "--json").out)
+    assert first["policy"].endswith("/initial")
+    assert first["drift"]["largest"] < 1e-4
+
+
+def test_choices_among_admissible_commands(untwine, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Recorded log-probabilities are over the allowed ids, and so are those of the Gram."""
+    run = trained_run(
+        tmp_path,
+        cold_start={**TINY["cold_start"], "steps": 5},
+        sampling={"max_new_tokens": 6, "constrained": True},
+    )
+    result = untwine("coupling", run, "--samples", 16, "--batches", 1, "--json")
+    assert result.code == 0, result.err
+    numbers = json.loads(result.out)
+    assert numbers["drift"]["largest"] < 1e-4
+    assert numbers["honesty"]["correlation"] > 0.99
+    groups = read_groups(run / "episodes" / "iter-000002.jsonl.gz")
+    sets = [s.sample.allowed for s in distinct_samples(groups, "token")]
+    assert all(sets)
+    assert any(len(ids) == 1 for allowed in sets for ids in allowed or ())
+
+
+def test_adapters_of_a_run_are_what_the_gram_is_over(  # type: ignore[no-untyped-def]
+    untwine, finished: Path, tmp_path: Path
+) -> None:
+    policy = {"model": str(finished / "model"), "threads": 1, "lora": {"rank": 4}}
+    run = trained_run(tmp_path, policy=policy, cold_start={"episodes": 0})
+    arguments = ["--samples", 8, "--batches", 0, "--json"]
+    result = untwine("coupling", run, *arguments)
+    assert result.code == 0, result.err
+    numbers = json.loads(result.out)
+    assert numbers["parameters"] == 2 * 7  # A and B of seven linear layers
+    assert numbers["drift"]["largest"] < 1e-4
+    assert numbers["honesty"]["correlation"] > 0.99
+    merged = json.loads(untwine("coupling", run, "--checkpoint", run / "model", *arguments).out)
+    assert merged["parameters"] == 11  # all of them: a saved model has its adapters merged
+
+
+def test_a_named_checkpoint(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]
+    arguments = ["--iteration", 1, "--samples", 6, "--batches", 0, "--json"]
+    named = json.loads(untwine("coupling", finished, *arguments, "--checkpoint", "rl-000002").out)
+    assert named["policy"].endswith("checkpoints/rl-000002")
+    folder = finished / "model"
+    other = json.loads(untwine("coupling", finished, *arguments, "--checkpoint", folder).out)
+    assert other["policy"] == str(folder)
+    assert other["drift"] != named["drift"]
+
+
+def test_separation(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]
+    result = untwine("separation", finished, "--json")
+    assert result.code == 0, result.err
+    numbers = json.loads(result.out)
+    assert [row["layer"] for row in numbers["layers"]] == [0, 1]
+    assert numbers["samples"] == len(numbers["sample_list"])
+    assert 0 < numbers["flawed"] < numbers["samples"]
+    maps = load_file(finished / "diagnose" / "separation.safetensors")["maps_SN2"]
+    assert maps.shape == (2, numbers["samples"], 2)
+    result = untwine("separation", finished, "--pool", "last", "--distance", "euclidean")
+    assert "separation of good and flawed actions" in result.out
+
+
+def test_bad_input_is_refused_and_nothing_is_overwritten(  # type: ignore[no-untyped-def]
+    untwine, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("diagnose"))
+    assert_refused(untwine("coupling", tmp_path), 5, "no run directory")
+    assert_refused(untwine("coupling", run, "--iteration", 7), 5, "iteration 7", "0, 1, 2")
+    assert_refused(untwine("coupling", run, "--metric", "adamw"), 2, "--metric", "adam")
+    assert_refused(untwine("coupling", run, "--parameters", "*lora*"), 2, "'*lora*'")
+    assert_refused(untwine("separation", run, "--pool", "first"), 2, "--pool", "mean")
+    assert_refused(untwine("separation", run, "--distance", "l1"), 2, "--distance", "cosine")
+    other = tmp_path / "other"
+    recipe = {**TINY["policy"]["tiny"], "vocab_size": 300}  # type: ignore[index, dict-item]
+    tiny = load_recipe(run / "recipe.yaml").policy.model_copy()
+    from untwine.config import TinyConfig
+
+    small = load_policy(
+        tiny.model_copy(update={"model": "tiny", "tiny": TinyConfig(**recipe)}),
+        lambda: ["go to kitchen"] * 4,
+    )
+    small.save(other)
+    assert_refused(
+        untwine("coupling", run, "--checkpoint", other), 1, "recorded with another model"
+    )
+    (run / "checkpoints" / "rl-000002" / "model.safetensors").write_bytes(b"torn")
+    assert_refused(untwine("coupling", run), 5, "damaged")
+    shutil.rmtree(run / "episodes")
+    assert_refused(untwine("coupling", run), 5, "no episodes yet")
+    assert not (run / "diagnose").exists()

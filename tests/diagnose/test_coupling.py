@@ -1,0 +1,346 @@
+"""The Gram against separate backward passes in float64, for model families, subsets, optimizers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.diagnose.reference import (
+    VOCABULARY,
+    gradients,
+    gram_of,
+    logprob,
+    relative_error,
+    small_model,
+    small_samples,
+)
+from untwine.diagnose import capture, head, sinks
+from untwine.diagnose.coupling import (
+    cosines,
+    gram,
+    head_gram,
+    off_diagonal_correlation,
+    push,
+)
+from untwine.diagnose.parameters import adam_preconditioner
+from untwine.diagnose.samples import StepSample
+from untwine.diagnose.scoring import log_probabilities, weighted_gradient
+from untwine.errors import ConfigError, ModelError, UntwineError
+from untwine.policy.attention import adopt
+from untwine.policy.tree_attention import hidden_states_along
+from untwine.policy.trie import build_trie
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama, untied": ("llama", {"tie_word_embeddings": False}),
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2, biases": ("qwen2", {}),
+    "qwen3, norms of queries and keys": ("qwen3", {}),
+    "mistral": ("mistral", {}),
+    "gpt2, Conv1D, LayerNorm, positions": (
+        "gpt2",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    ),
+    "phi, bias at the head": ("phi", {}),
+}
+
+
+def trained(model: Any) -> list[str]:
+    return [n for n, p in model.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_families_against_separate_backward_passes(case: str) -> None:
+    family, extra = FAMILIES[case]
+    model, samples = small_model(family, **extra), small_samples(7, narrow=True)
+    reference = gram_of(gradients(model, samples, trained(model)))
+    for chunk, recompute in ((3, False), (16, False), (1, True)):
+        found = gram(model, samples, chunk=chunk, recompute=recompute)
+        assert relative_error(found.K_NN, reference) < 1e-5
+        assert not found.looped
+        assert torch.equal(found.K_NN, found.K_NN.T)
+        assert set(found.parameters) == set(trained(model))
+    with torch.no_grad():
+        exact = torch.stack([logprob(model.eval(), s) for s in samples]).double()
+    torch.testing.assert_close(found.logprobs_N, exact, atol=1e-5, rtol=0)
+    torch.testing.assert_close(log_probabilities(model, samples), exact, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_models_as_the_policy_holds_them(family: str, recompute: bool) -> None:
+    """With our own attention function and gradient checkpointing switched on, against separate
+    backward passes of the model without either; and packed tries run as before afterwards."""
+    model, samples = small_model(family), small_samples(7, narrow=True)
+    reference = gram_of(gradients(model, samples, trained(model)))
+    ours = copy.deepcopy(model).eval()
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    adopt(ours)
+    trie = build_trie([np.array(s.prompt_ids + s.action_ids) for s in samples], "trie")
+    before = hidden_states_along(ours.base_model, trie, torch.device("cpu"))
+    found = gram(ours, samples, chunk=3, recompute=recompute)
+    assert found.looped == ()
+    assert relative_error(found.K_NN, reference) < 1e-5
+    exact = torch.stack([logprob(model.eval(), s).detach() for s in samples]).double()
+    torch.testing.assert_close(log_probabilities(ours, samples), exact, atol=1e-5, rtol=1e-5)
+    after = hidden_states_along(ours.base_model, trie, torch.device("cpu"))
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_slices_of_matrices_and_of_the_vocabulary(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    model = small_model(family, **(extra if family == "gpt2" else {"tie_word_embeddings": True}))
+    samples = small_samples(6, narrow=True)
+    reference = gram_of(gradients(model, samples, trained(model)))
+    for module in (capture, head):
+        monkeypatch.setattr(module, "_SLICE_NUMBERS", 6 * 32 * 7)  # seven rows, and a rest
+    monkeypatch.setattr(head, "_LOGIT_NUMBERS", 3 * VOCABULARY)
+    monkeypatch.setattr(sinks, "_ROWS", 4)
+    monkeypatch.setattr(sinks, "_COLUMNS", 50)
+    found = gram(model, samples, chunk=4)
+    assert relative_error(found.K_NN, reference) < 1e-5
+    assert relative_error(head_gram(model, samples).K_NN, found.K_NN) > 1e-2  # another thing
+    direction = gradients(model, samples[:1], trained(model))
+    pushed = push(model, samples, direction, chunk=4)[:, 0]
+    torch.testing.assert_close(pushed, reference[:, 0], rtol=1e-4, atol=1e-3)
+
+
+def test_a_model_in_float64_is_followed_to_its_precision() -> None:
+    model, samples = small_model("qwen3").double(), small_samples(5)
+    reference = gram_of(gradients(model, samples, trained(model)))
+    assert relative_error(gram(model, samples).K_NN, reference) < 1e-12
+
+
+def test_likely_actions_keep_more_digits_than_in_an_ordinary_backward_pass() -> None:
+    model, samples = small_model("llama", tie_word_embeddings=False), []
+    model.model.norm.weight.data.mul_(25)
+    model.eval()
+    for sample in small_samples(6):
+        ids = torch.tensor([sample.prompt_ids])
+        best = int(model(input_ids=ids).logits[0, -1].argmax())
+        samples.append(StepSample(sample.prompt_ids, (best,)))
+    reference = gram_of(gradients(model, samples, trained(model)))
+    rows = []
+    for sample in samples:
+        model.zero_grad()
+        logprob(model, sample).backward()
+        rows.append({n: p.grad.double().clone() for n, p in model.named_parameters()})
+    found = gram(model, samples)
+    assert found.logprobs_N.exp().max() > 0.9
+    assert relative_error(found.K_NN, reference) < relative_error(gram_of(rows), reference) / 2
+
+
+def test_restricted_and_forced_ids_and_temperature() -> None:
+    model, samples = small_model("llama", tie_word_embeddings=True), small_samples(8, narrow=True)
+    assert any(s.allowed for s in samples)
+    forced = StepSample((3, 4, 5), (6, 7), ((6,), (7,)))
+    reference = gram_of(gradients(model, samples, trained(model), temperature=0.7))
+    found = gram(model, [*samples, forced], temperature=0.7, chunk=4)
+    assert relative_error(found.K_NN[:8, :8], reference) < 1e-5
+    assert found.K_NN[8].abs().max() == 0
+    assert found.logprobs_N[8] == 0
+    assert cosines(found.K_NN)[8].isnan().all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_subsets_of_the_parameters(tied: bool) -> None:
+    model, samples = small_model("llama", tie_word_embeddings=tied), small_samples(6)
+    for choice, names in (
+        (["*.mlp.*"], [n for n in trained(model) if ".mlp." in n]),
+        (["*norm*", "*layers.1*q_proj*"], None),
+        (["*embed*"], [n for n in trained(model) if "embed" in n]),
+        (lambda n, p: p.dim() == 1, [n for n, p in model.named_parameters() if p.dim() == 1]),
+    ):
+        found = gram(model, samples, parameters=choice, chunk=4)
+        assert names is None or sorted(found.parameters) == sorted(names)
+        reference = gram_of(gradients(model, samples, list(found.parameters)))
+        assert relative_error(found.K_NN, reference) < 1e-5
+    with pytest.raises(ConfigError, match=r"no trained parameter fits the pattern '\*mpl\*'"):
+        gram(model, samples, parameters=["*mpl*"])
+
+
+def test_frozen_parameters_are_left_out_and_everything_is_put_back() -> None:
+    model, samples = small_model("qwen2"), small_samples(4)
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[0].requires_grad_(False)
+    model.model.norm.weight.grad = torch.full_like(model.model.norm.weight, 7.0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    frozen = {n: p.requires_grad for n, p in model.named_parameters()}
+    found = gram(model, samples)
+    reference = gram_of(gradients(model, samples, trained(model)))
+    assert relative_error(found.K_NN, reference) < 1e-5
+    assert model.training
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == frozen
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert model.model.norm.weight.grad.unique().item() == 7.0
+    assert model.model.layers[1].mlp.up_proj.weight.grad is None
+    assert not any("forward" in vars(m) for m in model.modules())
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="all are frozen"):
+        gram(model, samples)
+
+
+def test_lora_parameters() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=3,
+        lora_alpha=8,
+        lora_dropout=0.3,
+        target_modules=["q_proj", "down_proj", "lm_head"],
+        init_lora_weights=False,
+    )
+    model = get_peft_model(small_model("llama", tie_word_embeddings=False), config)
+    samples = small_samples(6, narrow=True)
+    names = trained(model)
+    assert all("lora" in n for n in names)
+    found = gram(model, samples, chunk=4)
+    assert set(found.parameters) == set(names)
+    reference = gram_of(gradients(model, samples, names))
+    assert relative_error(found.K_NN, reference) < 1e-5
+
+
+def adam_state(model: Any) -> torch.optim.AdamW:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95))
+    for seed in range(3):
+        optimizer.zero_grad()
+        sum(logprob(model, s) for s in small_samples(3, seed + 50)).backward()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_adam_preconditioner(tied: bool) -> None:
+    model, samples = small_model("llama", tie_word_embeddings=tied), small_samples(6)
+    optimizer = adam_state(model)
+    scale = adam_preconditioner(model, optimizer)
+    for name, parameter in model.named_parameters():  # from the definition
+        v_hat = optimizer.state[parameter]["exp_avg_sq"] / (1 - 0.95**3)
+        torch.testing.assert_close(scale[name], 1 / (v_hat.sqrt() + 1e-8))
+    reference = gram_of(gradients(model, samples, trained(model)), scale)
+    for chunk in (2, 8):
+        found = gram(model, samples, preconditioner=scale, chunk=chunk)
+        assert relative_error(found.K_NN, reference) < 1e-5
+    with pytest.raises(UntwineError, match=r"no entry for parameter model\.norm\.weight"):
+        gram(model, samples, preconditioner={n: v for n, v in scale.items() if "model.n" not in n})
+    with pytest.raises(UntwineError, match="no second moments"):
+        adam_preconditioner(model, torch.optim.SGD(model.parameters(), lr=1.0))
+
+
+class _Odd(nn.Module):
+    """A layer nobody knows: x * exp(a) + a."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(0.1 * torch.randn(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.a.exp() + self.a
+
+
+class _Kink(nn.Module):
+    """silu whose gradient at exactly 0 is NaN."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(x) + 0 * x.abs().sqrt()
+
+
+def test_unknown_layers_are_never_left_out() -> None:
+    model, samples = small_model("llama", tie_word_embeddings=True), small_samples(6)
+    model.model.layers[0].mlp.act_fn = nn.Sequential(nn.SiLU(), _Odd(40))
+    found = gram(model, samples, chunk=4)
+    assert found.looped == ("model.layers.0.mlp.act_fn.1.a",)
+    reference = gram_of(gradients(model, samples, trained(model)))
+    assert relative_error(found.K_NN, reference) < 1e-5
+
+
+def test_weights_used_behind_the_back_of_their_module_are_noticed() -> None:
+    model, samples = small_model("llama", tie_word_embeddings=True), small_samples(4)
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda x: mlp.down_proj(
+        nn.functional.silu(mlp.gate_proj(x)) * nn.functional.linear(x, mlp.up_proj.weight)
+    )
+    with pytest.raises(ModelError, match="cannot be followed"):
+        gram(model, samples)
+
+
+def test_a_layer_used_twice_is_refused() -> None:
+    model, samples = small_model("llama", tie_word_embeddings=True), small_samples(4)
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with pytest.raises(ModelError, match=r"mlp.*used twice"):
+        gram(model, samples)
+    assert gram(model, samples, parameters=["*self_attn*"]).K_NN.shape == (4, 4)
+
+
+def test_models_with_logits_of_their_own_are_refused() -> None:
+    samples = small_samples(4)
+    with pytest.raises(ModelError, match="treats its logits"):
+        gram(small_model("granite", logits_scaling=8.0), samples)
+    with pytest.raises(ModelError, match="no causal language model"):
+        gram(nn.Linear(3, 3), samples)
+
+
+def test_bad_samples() -> None:
+    model, samples = small_model("llama", tie_word_embeddings=True), small_samples(4)
+    with pytest.raises(UntwineError, match="at least two samples"):
+        gram(model, samples[:1])
+    with pytest.raises(UntwineError, match="at least one prompt id"):
+        gram(model, [([], [3]), ([4], [5])])
+    with pytest.raises(UntwineError, match="not among the ids allowed"):
+        StepSample((1, 2), (3,), ((4, 5),))
+    with pytest.raises(UntwineError, match="2 action ids but `allowed` has 1"):
+        StepSample((1, 2), (3, 4), ((3,),))
+
+
+def test_a_gradient_that_is_not_finite_is_named() -> None:
+    model, samples = small_model("llama", tie_word_embeddings=False), small_samples(5)
+    assert not any(59 in s.prompt_ids for s in samples)
+    samples.insert(2, StepSample((59, 59), (3,)))
+    model.model.embed_tokens.weight.data[59] = 0
+    model.model.layers[0].mlp.act_fn = _Kink()
+    assert log_probabilities(model, samples).isfinite().all()
+    with pytest.raises(UntwineError, match=r"sample 2 in model\.layers\.0.* is not finite"):
+        gram(model, samples)
+    model.model.embed_tokens.weight.data[59] = torch.nan
+    with pytest.raises(UntwineError, match=r"log pi of sample 2 is not finite"):
+        gram(model, samples)
+
+
+def test_the_head_alone() -> None:
+    model, samples = small_model("qwen2", tie_word_embeddings=False), small_samples(7, narrow=True)
+    reference = gram_of(gradients(model, samples, ["lm_head.weight"]))
+    found = head_gram(model, samples, chunk=3)
+    assert relative_error(found.K_NN, reference) < 1e-5
+    exact = gram(model, samples)
+    upper = torch.triu_indices(7, 7, 1)
+    pairs = torch.stack([found.K_NN[*upper], exact.K_NN[*upper]]).numpy()
+    expected = np.corrcoef(pairs)[0, 1]
+    assert off_diagonal_correlation(found.K_NN, exact.K_NN) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_pushes_are_products_with_ordinary_gradients(tied: bool) -> None:
+    model = small_model("llama", tie_word_embeddings=tied)
+    samples, probes = small_samples(5, narrow=True), small_samples(4, seed=9)
+    weights = torch.tensor([0.5, -1.0, 0.25, 2.0, -0.125])
+    direction = weighted_gradient(model, samples, weights, chunk=2)
+    exact = gradients(model, samples, trained(model))
+    for name, value in direction.items():
+        expected = sum(w * g[name] for w, g in zip(weights.tolist(), exact, strict=True))
+        torch.testing.assert_close(value.double(), expected, atol=1e-5, rtol=1e-4)
+    at_probes = gradients(model, probes, trained(model))
+    expected = torch.tensor(
+        [[sum((p[n] * d[n]).sum().item() for n in d) for d in (direction, exact[0])]
+         for p in at_probes]
+    )  # fmt: skip
+    found = push(model, probes, [direction, exact[0]], chunk=3)
+    torch.testing.assert_close(found, expected.double(), atol=1e-3, rtol=1e-4)
