@@ -11,6 +11,7 @@ from arms.world import ENDLESS, Count, Setting, Turn
 from untwine.batch import policy_rows
 from untwine.credit import credit_method
 from untwine.envs.pool import EnvPool
+from untwine.envs.registry import register_family
 from untwine.gcd.verdicts import VerdictWords
 from untwine.policy.loading import load_policy
 from untwine.training.update import Updater
@@ -22,6 +23,7 @@ def run(setting: Setting, model: Path, turn: Turn) -> None:
     policy = load_policy(recipe.policy.model_copy(update={"model": str(model)}), tuple)
     generator = torch.Generator().manual_seed(setting.seed)
     credit = credit_method(recipe.credit.name, recipe.credit.options)
+    register_family(ENDLESS, "arms.world:FAMILY")
     with EnvPool(ENDLESS, {}, workers=0, sessions=setting.episodes, timeout_s=60) as pool:
         collector = make_collector(policy, pool, recipe)
         updater = Updater(

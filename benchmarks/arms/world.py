@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from untwine.config import Recipe, make_recipe
 from untwine.envs.alfworld.env import AlfWorldEnv, Catalogue
 from untwine.envs.protocol import EnvFamily, Reset
-from untwine.envs.registry import register_family
 from untwine.envs.splits import load_splits
 from untwine.progress import Display
 from untwine.prompting.chat import Chat
@@ -170,8 +169,6 @@ class EndlessAlfWorld(AlfWorldEnv):
 
 
 FAMILY = EnvFamily(Catalogue(), EndlessAlfWorld, ())
-register_family(ENDLESS, f"{__name__}:FAMILY")
-
 
 def warm_up(setting: Setting, folder: Path) -> Path:
     """The folder of a model that has imitated experts, made in `folder`."""
