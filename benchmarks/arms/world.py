@@ -170,6 +170,7 @@ class EndlessAlfWorld(AlfWorldEnv):
 
 FAMILY = EnvFamily(Catalogue(), EndlessAlfWorld, ())
 
+
 def warm_up(setting: Setting, folder: Path) -> Path:
     """The folder of a model that has imitated experts, made in `folder`."""
     return train(setting.recipe(), folder, Display(quiet=True))

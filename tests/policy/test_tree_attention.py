@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.policy.tries import reads, sequences
 from untwine.config import PolicyConfig, SamplingConfig
 from untwine.errors import ModelError
-from untwine.policy.attention import NAME, adopt
+from untwine.policy.attention import NAME
 from untwine.policy.loading import Policy, load_policy
 from untwine.policy.sampler import Sampler
 from untwine.policy.tree_attention import TreePlan, flash_tree, flex_tree
@@ -157,7 +157,6 @@ def small_model(policy: Policy, implementation: str, family: str = "llama", **ex
 
 
 def adopted(policy: Policy, model: Any) -> Policy:
-    adopt(model)
     chat = Chat(policy.tokenizer)
     return Policy(model, policy.tokenizer, chat, CPU, torch.float32, "adopted")
 

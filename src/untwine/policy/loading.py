@@ -35,7 +35,7 @@ _TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5}
 
 @dataclass(slots=True)
 class Policy:
-    """A causal language model with its tokenizer.
+    """A causal language model with its tokenizer. It attends through attention.py from now on.
 
     model       a transformers causal LM; its weights are the parameters that are trained
     chat        token-level view of the chat template
@@ -48,6 +48,9 @@ class Policy:
     device: torch.device
     dtype: torch.dtype
     name: str
+
+    def __post_init__(self) -> None:
+        adopt(self.model)
 
     @property
     def parameters(self) -> int:
@@ -139,7 +142,6 @@ def load_policy(config: PolicyConfig, texts: Callable[[], Iterable[str]], seed: 
     if config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # its newer name
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    adopt(model)
     policy = Policy(model, tokenizer, Chat(tokenizer, ends), device, dtype, config.model)
     check_vocabulary(policy)
     return policy
