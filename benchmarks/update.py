@@ -41,7 +41,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from untwine.batch import Row, microbatches
-from untwine.policy.attention import adopt
 from untwine.policy.loading import Policy
 from untwine.policy.trie import Layout
 from untwine.scoring import pack, score
@@ -118,7 +117,6 @@ def make_policy(layers: int, width: int, dtype: str) -> Policy:
         tie_word_embeddings=False,
     )
     model: Any = LlamaForCausalLM(config).eval()
-    adopt(model)
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     unused: Any = None
     return Policy(model, unused, unused, torch.device("cpu"), kind, "benchmark")
