@@ -31,7 +31,7 @@ class Section(BaseModel):
 class EnvConfig(Section):
     """Where the agent acts."""
 
-    name: str = Field("rooms", description="environment family, see `untwine doctor`")
+    name: str = Field("alfworld", description="environment family, see `untwine doctor`")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the family")
     tasks: list[str] = Field(default_factory=list, description="task names; empty means all")
     splits: str = Field("default", description="split file: a name in the family, or a path")

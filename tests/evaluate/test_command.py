@@ -8,6 +8,7 @@ from untwine.config import EnvConfig, EvaluateConfig, Recipe
 from untwine.evaluate.command import evaluate_random, print_table
 from untwine.progress import Display
 
+ROOMS = Recipe(env=EnvConfig(name="rooms", max_steps=3))
 ALFWORLD = Recipe(
     env=EnvConfig(name="alfworld", max_steps=3, sessions=2), evaluate=EvaluateConfig(sets=["L0"])
 )
@@ -15,7 +16,7 @@ ALFWORLD = Recipe(
 
 @pytest.mark.parametrize(
     ("recipe", "title"),
-    [(ALFWORLD, "ALFWorld (synthetic games)"), (Recipe(env=EnvConfig(max_steps=3)), "rooms")],
+    [(ALFWORLD, "ALFWorld (synthetic games)"), (ROOMS, "rooms")],
 )
 def test_rows_and_tables_carry_the_title(
     recipe: Recipe, title: str, capsys: pytest.CaptureFixture[str]
