@@ -17,10 +17,10 @@ import datetime
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,9 +111,15 @@ def _memory(name: str, count: int, tied: bool, device: str, pipe: Any) -> None:
         CONTENDERS[name](model, samples)
         pipe.send((torch.cuda.max_memory_allocated() - before) / 2**20)
         return
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak()
     CONTENDERS[name](model, samples)
-    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+    pipe.send((_peak() - before) / 2**10)
+
+
+def _peak() -> int:
+    """Peak resident set in KiB. Not `ru_maxrss`: a new process inherits that of its parent."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def memory(name: str, count: int, tied: bool, device: str) -> float:
