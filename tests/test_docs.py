@@ -187,6 +187,6 @@ def test_snippets_run(
     ]:
         exec(code, {})
     printed = capsys.readouterr().out
-    assert "[score 100]" in printed
+    assert "[score 1]" in printed
     assert "{'value': 0.5, 'interval': " in printed
     assert "rooms/fetch/0 1 go north None ['undo']" in printed
