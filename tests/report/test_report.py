@@ -128,7 +128,7 @@ def test_numbers_are_json_and_hold_the_last_evaluation_of_each_phase(make_run: M
 
 def test_the_environment_is_named(tmp_path: Path, make_run: MakeRun) -> None:
     """By its title; by its family when an older run has no title."""
-    titled, older = make_run("a", env={"name": "alfworld"}), make_run("b")
+    titled, older = (make_run(n, env={"name": e}) for n, e in (("a", "alfworld"), ("b", "rooms")))
     info = json.loads((titled / "run.json").read_text())
     info |= {"environment": "ALFWorld (synthetic games)", "splits": "0123456789abcdef"}
     (titled / "run.json").write_text(json.dumps(info))
