@@ -149,26 +149,28 @@ def _with_text(row: Row, text_weight: float) -> Row:
 
 def unit_weights(episodes: Sequence[Episode], mean: LossMean) -> list[list[float]]:
     """Weight of each token of each step such that all weights sum to 1."""
-    trained = [[s for s in e.steps if s.advantage is not None] for e in episodes]
-    tokens = sum(len(_chosen(s)) for steps in trained for s in steps)
-    steps_in_all = sum(len(steps) for steps in trained)
-    episodes_in_all = sum(1 for steps in trained if steps)
+    chosen = [[len(_chosen(s)) for s in e.steps] for e in episodes]
+    trained = [
+        [n for n, s in zip(counts, e.steps, strict=True) if s.advantage is not None]
+        for counts, e in zip(chosen, episodes, strict=True)
+    ]
+    tokens = sum(map(sum, trained))
+    steps_in_all = sum(map(len, trained))
+    episodes_in_all = sum(map(bool, trained))
     weights = []
-    for episode, steps in zip(episodes, trained, strict=True):
-        own_tokens = sum(len(_chosen(s)) for s in steps)
+    for counts, own in zip(chosen, trained, strict=True):
+        own_tokens = sum(own)
         per_token = {
             "token": 1.0 / max(tokens, 1),
             "episode": 1.0 / max(episodes_in_all * own_tokens, 1),
         }
         weights.append(
             [
-                1.0 / (steps_in_all * max(len(_chosen(s)), 1))
-                if mean == "step"
-                else per_token[mean]
-                for s in episode.steps
+                1.0 / (steps_in_all * max(n, 1)) if mean == "step" else per_token[mean]
+                for n in counts
             ]
-            if steps
-            else [0.0] * episode.length
+            if own
+            else [0.0] * len(counts)
         )
     return weights
 

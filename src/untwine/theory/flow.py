@@ -6,6 +6,7 @@ estimate of order 4 that controls the step. All starts share the step of the mos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -55,6 +56,16 @@ def thinned(path_TNA: Array, rate: float) -> tuple[Array, Array]:
     """A path of steps of `rate` at multiples of the largest rate only, and their times (T,)."""
     stride = round(RATES[0] / rate)
     return path_TNA[::stride], rate * np.arange(0.0, len(path_TNA), stride)
+
+
+def distance_to_flow(path_TSA: Array, exact_TA: Array) -> dict[str, float]:
+    """Where the mean of S sampled paths is farthest from the flow, and its standard error there."""
+    gap_TA = np.abs(path_TSA.mean(axis=1) - exact_TA)
+    error_TA = path_TSA.std(axis=1, ddof=1) / math.sqrt(path_TSA.shape[1])
+    return {
+        "largest_gap": float(gap_TA.max()),
+        "standard_error_there": float(error_TA.flat[int(gap_TA.argmax())]),
+    }
 
 
 def _advance(

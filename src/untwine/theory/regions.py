@@ -38,7 +38,7 @@ from untwine.theory.advantage import (
     group_advantages,
     slope,
 )
-from untwine.theory.flow import RATES, integrate, thinned
+from untwine.theory.flow import RATES, distance_to_flow, integrate, thinned
 
 
 def sigmoid(z: ArrayLike) -> Array:
@@ -305,14 +305,11 @@ def _sampled_row(
         path = model.sampled(start, group_size, normaliser, rate, steps, seeds, rng)
         path, times = thinned(path, rate)
         exact = model.flow(start[None], times, group_size, normaliser)
-        gap_T2 = np.abs(path.mean(axis=1) - exact[:, 0])
-        error_T2 = path.std(axis=1, ddof=1) / math.sqrt(seeds)
         rows.append(
             {
                 "rate": rate,
                 "seeds": seeds,
-                "largest_gap": float(gap_T2.max()),
-                "standard_error_there": float(error_T2.flat[int(gap_T2.argmax())]),
+                **distance_to_flow(path, exact[:, 0]),
                 "flow_q_at_end": float(exact[-1, 0, 0]),
                 "mean_q_at_end": float(path[-1, :, 0].mean()),
                 "seeds_with_q_above_half": float((path[-1, :, 0] > 0.5).mean()),

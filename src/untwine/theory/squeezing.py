@@ -34,7 +34,7 @@ from untwine.theory.advantage import (
     group_advantages,
     slope,
 )
-from untwine.theory.flow import RATES, Field, integrate, thinned
+from untwine.theory.flow import RATES, Field, distance_to_flow, integrate, thinned
 
 GOOD, WORST, MILD = 0, 1, 2
 TABULAR = np.eye(3)
@@ -281,14 +281,11 @@ def _sampled_row(gram_AA: Array, normaliser: Normaliser, seed: int) -> dict[str,
         )
         path, times = thinned(path, rate)
         exact = flow(start[None], risks, gram_AA, times, clock=clock)
-        gap_TA = np.abs(path.mean(axis=1) - exact[:, 0])
-        error_TA = path.std(axis=1, ddof=1) / math.sqrt(seeds)
         rows.append(
             {
                 "rate": rate,
                 "seeds": seeds,
-                "largest_gap": float(gap_TA.max()),
-                "standard_error_there": float(error_TA.flat[int(gap_TA.argmax())]),
+                **distance_to_flow(path, exact[:, 0]),
                 "mean_total_highest": float(1 - path.mean(axis=1)[:, GOOD].min()),
                 "spread_over_seeds": float(path[-1, :, GOOD].std(ddof=1)),
             }
