@@ -85,6 +85,7 @@ def assert_refused(result: Result, code: int, *words: str) -> None:
         ("credit.name=gppo", 2, ["unknown credit method", "Did you mean 'grpo'"]),
         ("gcd.labels=[rules]", 2, ["unknown label source", "Did you mean 'rule'"]),
         ("prompt.max_tokens=20", 1, ["only 20 fit"]),
+        ("prompt.max_tokens=20000", 2, ["does not fit rl.microbatch_tokens=16384", "lower"]),
     ],
 )
 def test_train_refuses(

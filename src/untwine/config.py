@@ -258,6 +258,17 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _episodes_within_budget(self) -> Recipe:
+        longest = self.prompt.max_tokens + self.sampling.max_new_tokens
+        if longest > self.rl.microbatch_tokens:
+            raise ValueError(
+                f"a sequence may have {longest} tokens (prompt.max_tokens plus "
+                f"sampling.max_new_tokens) and does not fit rl.microbatch_tokens="
+                f"{self.rl.microbatch_tokens}; lower prompt.max_tokens or raise the budget"
+            )
+        return self
+
     @property
     def lists_commands(self) -> bool:
         """Whether every observation must come with the admissible commands."""
@@ -331,10 +342,12 @@ def _first_problem(error: ValidationError) -> str:
         hint = nearest(where, all_keys()) or nearest(word, _keys_of(parents))
         return f"unknown key {where!r}.{hint}"
     message = problem["msg"].removeprefix("Value error, ")
+    if not where:  # keys of several sections do not go together, and the message names them
+        return message
     shown = repr(problem.get("input"))
     if len(shown) > 60:
         shown = shown[:57] + "..."
-    return f"{where or 'recipe'}: {message[0].lower() + message[1:]} (got {shown})"
+    return f"{where}: {message[0].lower() + message[1:]} (got {shown})"
 
 
 def _keys_of(parents: Sequence[str]) -> list[str]:

@@ -148,3 +148,19 @@ def test_a_finished_run_can_be_extended(unbroken: tuple[Path, Path], tmp_path: P
     assert finish(start("--resume", str(run), "rl.iterations=6")) == 0
     ours, theirs = (load_file(r / "model" / "model.safetensors") for r in (run, reference))
     assert all(ours[n].tobytes() == theirs[n].tobytes() for n in theirs)
+
+
+def test_adapters_continue_bit_for_bit(unbroken: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, _ = unbroken
+    small = ("policy.lora.rank=2", "cold_start.steps=10", "rl.iterations=4", "evaluate.every=0")
+    run, reference = tmp_path / "run", tmp_path / "reference"
+    assert finish(start(str(recipe), "--run", str(reference), *small)) == 0
+    process = start(str(recipe), "--run", str(run), *small)
+    wait_for(run, "rl", 2, process)
+    process.kill()
+    assert finish(process) == -9
+    assert finish(start("--resume", str(run))) == 0
+    assert_same(run, reference)
+    kept = [load_file(file) for file in (run / "checkpoints").glob("*/model.safetensors")]
+    assert kept
+    assert all(any("lora" in name for name in weights) for weights in kept)
