@@ -26,18 +26,14 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import datetime
 import math
-import os
-import platform
 import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from arms.machine import clock, heading
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from untwine.batch import Row, microbatches
@@ -181,15 +177,12 @@ def timed(batches: Sequence[list[Row]], share: float, run: Callable[[list[Row]],
     count = max(1, round(share * len(batches)))
     spread = (np.arange(count) + 0.5) * len(batches) / count
     taken = [batches[int(i)] for i in spread]
-    started = clock()
+    now = clock(torch.get_num_threads())
+    started = now()
     tokens = sum(run(batch) for batch in taken)
-    seconds = clock() - started
+    seconds = now() - started
     done = sum(r.length for b in taken for r in b) / sum(r.length for b in batches for r in b)
     return Timing(seconds / done, done, round(tokens / done))
-
-
-def clock() -> float:
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 # References
@@ -215,12 +208,12 @@ def reference(policy: Policy, rows: Sequence[Row]) -> torch.Tensor:
 def matrix_rate(width: int) -> float:
     """Best rate of a float32 product of 2048 tokens, operations per second."""
     a, b = torch.randn(2048, width), torch.randn(width, round(width * 2.6875))
-    best = math.inf
+    best, now = math.inf, clock(torch.get_num_threads())
     for _ in range(40):
-        started = clock()
+        started = now()
         for _ in range(10):
             a @ b
-        best = min(best, clock() - started)
+        best = min(best, now() - started)
     return 20 * a.shape[0] * a.shape[1] * b.shape[1] / best
 
 
@@ -322,15 +315,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     policy = make_policy(args.layers, args.width, args.dtype)
     rate = matrix_rate(args.width)
-    print(f"Command: `python {' '.join(sys.argv)}`  ")
     print(
-        f"Date: {datetime.date.today()}; machine: {platform.processor() or platform.machine()}, "
-        f"{os.cpu_count()} cores, {args.threads} threads; Python {platform.python_version()}, "
-        f"torch {torch.__version__}  "
-    )
-    print(
-        f"Seed {args.seed}; {args.layers} layers of width {args.width}, {args.groups} groups of "
-        f"{args.size} episodes, {args.dtype}; matrix product {rate / 1e9:.0f} GFLOP/s\n"
+        heading(
+            "update.py",
+            f"{args.layers} layers of width {args.width}, {args.groups} groups of {args.size} "
+            f"episodes, favourite taken with probability {args.peak}, {args.dtype}; seed "
+            f"{args.seed}, {args.threads} threads, {args.repeats} repeats; matrix product "
+            f"{rate / 1e9:.0f} GFLOP/s",
+        ),
+        flush=True,
     )
     if args.growth:
         growth(policy, args)
