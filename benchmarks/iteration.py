@@ -106,7 +106,7 @@ def check(setting: Setting, name: str, count: Count, least_valid: float) -> None
     """Stop where an arm did less than it should. An empty reply ends an episode of TRL's own loop,
     so a few steps may be missing."""
     wanted = setting.episodes * setting.turns
-    if count.episodes != setting.episodes or not 0.98 * wanted <= count.steps <= wanted:
+    if count.episodes != setting.episodes or not 0.95 * wanted <= count.steps <= wanted:
         sys.exit(
             f"arm {name!r} played {count.episodes} episodes, {count.steps} steps, not {wanted}"
         )

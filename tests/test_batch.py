@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.builders import REF, make_episode, make_step
-from untwine.batch import completion_row, microbatches, policy_rows
+from untwine.batch import LossMean, completion_row, microbatches, policy_rows
 from untwine.config import LossConfig, OptimizerConfig, PromptConfig
 from untwine.credit.grpo import grpo
 from untwine.gcd.verdicts import VerdictWords
@@ -57,22 +57,21 @@ def reference_gradient(policy: Policy, groups: list[Group], mean: str) -> dict[s
     """One forward and backward pass per step, in double precision, straight from the definition."""
     model: Any = copy.deepcopy(policy.model).double()
     trained = [[s for s in e.steps if s.advantage is not None] for g in groups for e in g.episodes]
-    trained = [steps for steps in trained if steps]
+    vocabulary = len(policy.tokenizer)
 
     def chosen(step: Step) -> list[int]:
         """Indices of the tokens that were not forced."""
         allowed = step.allowed or [range(vocabulary)] * len(step.action_ids)
         return [i for i, ids in enumerate(allowed) if len(ids) > 1]
 
-    vocabulary = len(policy.tokenizer)
+    trained = [[step for step in steps if chosen(step)] for steps in trained]
+    trained = [steps for steps in trained if steps]
     all_tokens = sum(len(chosen(s)) for steps in trained for s in steps)
     all_steps = sum(len(steps) for steps in trained)
     for steps in trained:
         episode_tokens = sum(len(chosen(s)) for s in steps)
         for step in steps:
             n, picked = len(step.action_ids), chosen(step)
-            if not picked:
-                continue
             unit = {
                 "token": 1 / all_tokens,
                 "step": 1 / (all_steps * len(picked)),
@@ -152,6 +151,17 @@ def test_steps_without_advantage_are_context_only() -> None:
     assert row.targets.tolist() == [4, 5]
     assert row.weights.tolist() == [0.5, 0.5]
     assert policy_rows([group.with_advantages([[None, None]])], "token") == []
+
+
+@pytest.mark.parametrize("mean", ["token", "step", "episode"])
+def test_steps_whose_tokens_were_all_forced_do_not_dilute_the_mean(mean: LossMean) -> None:
+    free = make_step(0, prompt=[1], action=[3, 4], allowed=((3, 5), (4,)))
+    forced = make_step(1, prompt=[1, 3, 4, 2], action=[6], allowed=((6,),))
+    episodes = (make_episode(1.0, [free, forced], id="a"), make_episode(0.0, [forced], id="b"))
+    group = Group(REF, episodes).with_advantages([[0.5, 0.5], [-0.5]])
+    (row,) = policy_rows([group], mean)
+    assert row.targets.tolist() == [1]
+    assert row.weights.tolist() == [1.0]
 
 
 @settings(

@@ -148,10 +148,11 @@ def _with_text(row: Row, text_weight: float) -> Row:
 
 
 def unit_weights(episodes: Sequence[Episode], mean: LossMean) -> list[list[float]]:
-    """Weight of each token of each step such that all weights sum to 1."""
+    """Weight of each token of each step such that all weights sum to 1. Steps and episodes in which
+    no token was chosen, since all were forced, do not count."""
     chosen = [[len(_chosen(s)) for s in e.steps] for e in episodes]
     trained = [
-        [n for n, s in zip(counts, e.steps, strict=True) if s.advantage is not None]
+        [n for n, s in zip(counts, e.steps, strict=True) if n and s.advantage is not None]
         for counts, e in zip(chosen, episodes, strict=True)
     ]
     tokens = sum(map(sum, trained))

@@ -271,12 +271,16 @@ class Recipe(Section):
 
     @property
     def lists_commands(self) -> bool:
-        """Whether every observation must come with the admissible commands."""
-        prompt = self.prompt
-        return prompt.list_admissible or prompt.only_admissible or self.sampling.constrained
+        """See the function of this name."""
+        return lists_commands(self.prompt, self.sampling)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def lists_commands(prompt: PromptConfig, sampling: SamplingConfig) -> bool:
+    """Whether every observation must come with the admissible commands."""
+    return prompt.list_admissible or prompt.only_admissible or sampling.constrained
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from untwine.config import PromptConfig, SamplingConfig
+from untwine.config import PromptConfig, SamplingConfig, lists_commands
 from untwine.envs.pool import Beginning, EnvPool, EpisodeAnswer, Lost, ResetRequest, StepRequest
 from untwine.envs.protocol import Reset
 from untwine.errors import EnvError, UntwineError
@@ -123,8 +123,7 @@ class Collector:
         self.choices = CommandChoices(policy.chat) if sampling.constrained else None
         waves = sampling.waves or (2 if self.info.remote else 1)
         self.waves = min(waves, pool.slots) if pool.workers else 1
-        listed = prompt.list_admissible or prompt.only_admissible or sampling.constrained
-        if listed and not self.info.lists_commands:
+        if lists_commands(prompt, sampling) and not self.info.lists_commands:
             raise EnvError(
                 f"environment {self.info.name!r} cannot list admissible commands; set "
                 "prompt.list_admissible, prompt.only_admissible and sampling.constrained to false"
