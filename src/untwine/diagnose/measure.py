@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +13,11 @@ import torch
 from untwine.batch import LossMean
 from untwine.config import Recipe
 from untwine.diagnose.analysis import (
-    Decomposition,
     Offender,
-    cosine_histograms,
     decompose,
     kind_strata,
     probability_strata,
     push_rates,
-    reinforced_rates,
     worst_offenders,
 )
 from untwine.diagnose.coupling import (
@@ -30,6 +26,15 @@ from untwine.diagnose.coupling import (
     gram,
     head_gram,
     off_diagonal_correlation,
+)
+from untwine.diagnose.coupling_numbers import (
+    LARGEST_CHANGE,
+    context_of,
+    cosine_numbers,
+    rate_numbers,
+    reinforced_numbers,
+    sample_numbers,
+    sample_record,
 )
 from untwine.diagnose.output import save_results
 from untwine.diagnose.parameters import ParameterChoice
@@ -47,14 +52,11 @@ from untwine.diagnose.run_samples import (
     draw_samples,
     whole_batch,
 )
-from untwine.diagnose.scoring import Context
 from untwine.diagnose.steps import check_prediction, mean_push
 from untwine.errors import ModelError, UntwineError
 from untwine.policy.loading import Policy
 from untwine.progress import Display
 from untwine.records import Group
-
-LARGEST_CHANGE = 0.01  # nats: the step at which changes are given
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,21 +173,16 @@ def measure_coupling(
         "looped_parameters": list(found.looped),
         "drift": {"mean": float(drift_N.mean()), "largest": float(drift_N.max())},
         "head_correlation": correlation,
-        "reinforced": _reinforced(whole_NN, weights_N, labelled_N, strata),
+        "reinforced": reinforced_numbers(whole_NN, weights_N, labelled_N, strata),
         "honesty": _honesty(policy, samples, weights_N, found, options, display),
         "mean_push": _mean_push(policy, chosen, flawed_N, strata, others, options, display),
-        "cosines": _cosines(found, chosen),
+        "cosines": cosine_numbers(found, chosen),
         "largest_change": LARGEST_CHANGE,
         "offenders": [_offender(o, chosen, found, policy) for o in offenders],
-        "sample_list": _sample_list(chosen, found, parts),
+        "sample_list": sample_numbers(chosen, found, parts),
     }
     tensors = {"K_NN": found.K_NN, "weights_N": weights_N, "logprobs_N": found.logprobs_N}
     return CouplingReport(numbers, tensors if head is None else {**tensors, "head_NN": head.K_NN})
-
-
-def context_of(policy: Policy) -> Context:
-    """The context forward passes of a policy run in."""
-    return contextlib.nullcontext if policy.dtype == torch.float32 else policy.autocast
 
 
 def _grams(
@@ -281,70 +278,8 @@ def _mean_push(
     return {
         "batches": found.batches,
         "signal_share": found.signal_share,
-        "rates": _rates(push_rates(found.push, found.null, flawed_N, strata)),
+        "rates": rate_numbers(push_rates(found.push, found.null, flawed_N, strata)),
         "push": found.push.tolist(),
-    }
-
-
-def _reinforced(
-    whole_NN: torch.Tensor,
-    weights_N: torch.Tensor,
-    labelled_N: torch.Tensor,
-    strata: Mapping[str, torch.Tensor],
-) -> dict[str, Any]:
-    """The rate under three meanings of flawed."""
-    labelled = reinforced_rates(whole_NN, weights_N, labelled_N, strata)
-    punished = reinforced_rates(whole_NN, weights_N, labelled_N, strata, punished=True)
-    return {
-        "labelled flawed": _rates(labelled),
-        "labelled flawed, advantage below 0": _rates(punished),
-        "advantage below 0": _rates(reinforced_rates(whole_NN, weights_N, None, strata)),
-    }
-
-
-def _cosines(found: Gram, chosen: Sequence[RunSample]) -> list[dict[str, Any]]:
-    histograms = cosine_histograms(
-        found.K_NN,
-        [s.verdict for s in chosen],
-        [s.step.state_key for s in chosen],
-        [s.step.command or s.step.text for s in chosen],
-        [s.task for s in chosen],
-    )
-    return [dataclasses.asdict(h) for h in histograms]
-
-
-def _sample_list(
-    chosen: Sequence[RunSample], found: Gram, parts: Decomposition
-) -> list[dict[str, Any]]:
-    return [
-        {
-            **_record(s),
-            "logprob": float(found.logprobs_N[i]),
-            "own": float(parts.own[i]),
-            "coupled": float(parts.coupled[i]),
-            "delta": float(parts.delta[i]),
-        }
-        for i, s in enumerate(chosen)
-    ]
-
-
-def _rates(rates: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: dataclasses.asdict(rate) for name, rate in rates.items()}
-
-
-def _record(sample: RunSample) -> dict[str, Any]:
-    step = sample.step
-    return {
-        "task": sample.task,
-        "episode": sample.episode.id,
-        "step": step.index,
-        "state_key": step.state_key,
-        "command": step.command,
-        "text": step.text,
-        "verdict": sample.verdict,
-        "kind": sample.kind,
-        "weight": sample.weight,
-        "count": sample.count,
     }
 
 
@@ -357,7 +292,12 @@ def _offender(
     def shown(i: int) -> dict[str, Any]:
         prompt = policy.tokenizer.decode(list(chosen[i].sample.prompt_ids))
         probability = float(found.logprobs_N[i].exp())
-        return {"sample": i, **_record(chosen[i]), "probability": probability, "prompt": prompt}
+        return {
+            "sample": i,
+            **sample_record(chosen[i]),
+            "probability": probability,
+            "prompt": prompt,
+        }
 
     return {
         **shown(offender.sample),

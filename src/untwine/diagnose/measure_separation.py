@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from untwine.config import Recipe
-from untwine.diagnose.measure import context_of
+from untwine.diagnose.coupling_numbers import context_of
 from untwine.diagnose.output import save_results
 from untwine.diagnose.recorded import episode_file, load_recorded_policy, read_recorded
 from untwine.diagnose.run_samples import check_tokens, draw_samples, labelled_samples

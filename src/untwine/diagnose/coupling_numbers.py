@@ -1,0 +1,91 @@
+"""What is said of the Gram of a run's samples, as plain numbers ready for JSON: rates beside their
+null, cosines by pair kind, the terms of every sample. For `untwine diagnose coupling` (measure.py)
+and for the diagnosis during training (online.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from untwine.diagnose.analysis import Decomposition, Rate, cosine_histograms, reinforced_rates
+from untwine.diagnose.coupling import Gram
+from untwine.diagnose.run_samples import RunSample
+from untwine.diagnose.scoring import Context
+from untwine.policy.loading import Policy
+
+LARGEST_CHANGE = 0.01  # nats: the step at which changes are given
+
+
+def context_of(policy: Policy) -> Context:
+    """The context forward passes of a policy run in."""
+    return contextlib.nullcontext if policy.dtype == torch.float32 else policy.autocast
+
+
+def reinforced_numbers(
+    whole_NN: torch.Tensor,
+    weights_N: torch.Tensor,
+    labelled_N: torch.Tensor,
+    strata: Mapping[str, torch.Tensor],
+) -> dict[str, Any]:
+    """The rate under three meanings of flawed."""
+    labelled = reinforced_rates(whole_NN, weights_N, labelled_N, strata)
+    punished = reinforced_rates(whole_NN, weights_N, labelled_N, strata, punished=True)
+    return {
+        "labelled flawed": rate_numbers(labelled),
+        "labelled flawed, advantage below 0": rate_numbers(punished),
+        "advantage below 0": rate_numbers(reinforced_rates(whole_NN, weights_N, None, strata)),
+    }
+
+
+def cosine_numbers(found: Gram, chosen: Sequence[RunSample]) -> list[dict[str, Any]]:
+    """Histograms of cosine coupling by pair kind and relation, as `CosineHistogram`."""
+    histograms = cosine_histograms(
+        found.K_NN,
+        [s.verdict for s in chosen],
+        [s.step.state_key for s in chosen],
+        [s.step.command or s.step.text for s in chosen],
+        [s.task for s in chosen],
+    )
+    return [dataclasses.asdict(h) for h in histograms]
+
+
+def sample_numbers(
+    chosen: Sequence[RunSample], found: Gram, parts: Decomposition
+) -> list[dict[str, Any]]:
+    """Every sample with its log pi and the terms of its change, in nats."""
+    return [
+        {
+            **sample_record(s),
+            "logprob": float(found.logprobs_N[i]),
+            "own": float(parts.own[i]),
+            "coupled": float(parts.coupled[i]),
+            "delta": float(parts.delta[i]),
+        }
+        for i, s in enumerate(chosen)
+    ]
+
+
+def rate_numbers(rates: Mapping[str, Rate]) -> dict[str, Any]:
+    """Rates by stratum, as `Rate`."""
+    return {name: dataclasses.asdict(rate) for name, rate in rates.items()}
+
+
+def sample_record(sample: RunSample) -> dict[str, Any]:
+    """Where a sample is from and what is known of it."""
+    step = sample.step
+    return {
+        "task": sample.task,
+        "episode": sample.episode.id,
+        "step": step.index,
+        "state_key": step.state_key,
+        "command": step.command,
+        "text": step.text,
+        "verdict": sample.verdict,
+        "kind": sample.kind,
+        "weight": sample.weight,
+        "count": sample.count,
+    }
