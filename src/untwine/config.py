@@ -226,6 +226,22 @@ class EvaluateConfig(Section):
     greedy: bool = Field(False, description="take the most likely token instead of sampling")
 
 
+class DiagnoseConfig(Section):
+    """Diagnosis during training."""
+
+    every: Natural = Field(0, description="iterations between diagnoses; 0 makes none")
+    probes: Natural = Field(16, description="probes of each kind, at most; 0 leaves them out")
+    samples: Natural = Field(64, description="samples of the Gram, at most; 0 leaves it out")
+
+    @model_validator(mode="after")
+    def _pairs(self) -> DiagnoseConfig:
+        if self.samples == 1:
+            raise ValueError(
+                "samples must be 2 or more, as coupling is between two; 0 leaves it out"
+            )
+        return self
+
+
 class CheckpointConfig(Section):
     every: Positive = Field(1, description="iterations between checkpoints")
     cold_start_every: Positive = Field(100, description="cold-start steps between checkpoints")
@@ -247,6 +263,7 @@ class Recipe(Section):
     loss: LossConfig = LossConfig()
     gcd: GCDConfig = GCDConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    diagnose: DiagnoseConfig = DiagnoseConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from untwine.diagnose.analysis import merge_duplicates
 from untwine.diagnose.samples import StepSample
 from untwine.errors import UntwineError
 from untwine.gcd.labels import agreed_verdict
-from untwine.records import Episode, Group, Step, Verdict
+from untwine.records import Episode, Group, Label, Step, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class RunSample:
     count     how often it occurs
     verdict   what its labels agree on, over all occurrences; None: not known
     kind      the first label's kind with that verdict (invalid, undo, progress, ...), or None
+    source    who gave that label, or None
     """
 
     sample: StepSample
@@ -33,6 +34,7 @@ class RunSample:
     count: int
     verdict: Verdict | None
     kind: str | None
+    source: str | None
 
     @property
     def task(self) -> str:
@@ -73,6 +75,7 @@ def _merged(found: Sequence[tuple[Episode, Step, float]]) -> list[RunSample]:
     for u, first in enumerate(merged.first):
         episode, step, _ = found[first]
         verdict = agreed_verdict(*members[u])
+        label = _first_label(members[u], verdict)
         samples.append(
             RunSample(
                 sample=StepSample(step.prompt_ids, step.action_ids, step.allowed),
@@ -81,7 +84,8 @@ def _merged(found: Sequence[tuple[Episode, Step, float]]) -> list[RunSample]:
                 weight=float(merged.weights[u]),
                 count=int(merged.counts[u]),
                 verdict=verdict,
-                kind=_kind(members[u], verdict),
+                kind=label.kind if label else None,
+                source=label.source if label else None,
             )
         )
     return samples
@@ -115,6 +119,6 @@ def whole_batch(K_NN: torch.Tensor, population: int) -> torch.Tensor:
     return scaled_NN
 
 
-def _kind(steps: Sequence[Step], verdict: Verdict | None) -> str | None:
-    kinds = (label.kind for step in steps for label in step.labels if label.verdict == verdict)
-    return next(kinds, None)
+def _first_label(steps: Sequence[Step], verdict: Verdict | None) -> Label | None:
+    labels = (label for step in steps for label in step.labels if label.verdict == verdict)
+    return next(labels, None)

@@ -16,6 +16,7 @@ from untwine.evaluate.statistics import wilson_interval
 from untwine.report.first_look import compare_runs, first_look
 from untwine.report.run_data import Row, RunData, load_run, number
 
+PROBE_KINDS = ["good", "flawed", "unsampled"]
 RL_KEYS = [
     "outcome_mean",
     "success_rate",
@@ -41,6 +42,26 @@ RL_KEYS = [
     "seconds_rollout",
     "seconds_update",
     "seconds_gcd",
+    "seconds_diagnose",
+    "diagnose_share",
+    *(f"probe_{kind}" for kind in PROBE_KINDS),
+    *(f"probe_{x}_{kind}" for x in ("logprob", "rank", "argmax") for kind in PROBE_KINDS),
+    "calibration_good",
+    "calibration_flawed",
+    "calibration_difference",
+    "miscalibration",
+    "sign_agreement",
+    "reinforced",
+    "reinforced_null",
+    "reinforced_punished",
+    "reinforced_punished_null",
+    "push_self_good",
+    "push_coupled_good",
+    "push_self_flawed",
+    "push_coupled_flawed",
+    "cosine_good_good",
+    "cosine_good_flawed",
+    "cosine_flawed_flawed",
 ]
 COLD_START_KEYS = ["loss", "verdict_accuracy", "seconds"]
 TOTAL_KEYS = [
@@ -51,6 +72,7 @@ TOTAL_KEYS = [
     "seconds_rollout",
     "seconds_update",
     "seconds_gcd",
+    "seconds_diagnose",
 ]
 PHASES = ["initial", "start", "base", "cold_start", "rl", "final"]
 WINDOW = 10

@@ -23,6 +23,7 @@ import torch
 from untwine.batch import Row, policy_rows
 from untwine.config import OptimizerConfig, Recipe
 from untwine.credit import credit_method
+from untwine.diagnose.online import Findings, OnlineDiagnosis
 from untwine.envs.protocol import EnvInfo
 from untwine.errors import Interrupted
 from untwine.evaluate.protocol import evaluate, evaluation_refs, step_measures, summarise
@@ -163,6 +164,7 @@ class _Training:
             config.optimizer, config.iterations * config.epochs * config.minibatches
         )
         first = self._restore(updater, "rl")
+        diagnosis = OnlineDiagnosis(self.recipe, self.path, self.collector)
         if config.iterations and (self.start is None or self.start.stage != "rl"):
             self._save_model("initial")
             self._save(updater, self._position("rl", 0, updater))
@@ -173,7 +175,7 @@ class _Training:
                 try:
                     if every and iteration and iteration % every == 0:
                         self._evaluate("rl", iteration)
-                    info = self._iteration(updater, iteration)
+                    info = self._iteration(updater, diagnosis, iteration)
                 except Interrupted:  # nothing of this iteration has touched the weights yet
                     self._save(updater, before)
                     raise
@@ -186,29 +188,39 @@ class _Training:
         if config.iterations:
             self._evaluate("rl", config.iterations)
 
-    def _iteration(self, updater: Updater, iteration: int) -> str:
+    def _iteration(self, updater: Updater, diagnosis: OnlineDiagnosis, iteration: int) -> str:
         recipe = self.recipe
         started = time.perf_counter()
         refs = self.cursor.take(recipe.rl.groups)
         groups, stats = self._collect(refs, iteration)
         groups = [self._judge(group) for group in groups]
         rolled = time.perf_counter()
+        found = Findings()
+        if diagnosis.due(iteration):
+            budget = updater.microbatch_tokens
+            found = diagnosis.measure(groups, iteration, budget, self.stop.check)
+        diagnosed = time.perf_counter()
         measures, counts = self._update(updater, groups, iteration)
         self.run_dir.save_groups(iteration, groups)
         values = {
             **_rollout_measures(groups, stats, self.workshop.info),
             **measures,
             **counts,
+            **found.values,
             "seconds_rollout": rolled - started,
-            "seconds_update": time.perf_counter() - rolled,
+            "seconds_update": time.perf_counter() - diagnosed,
         }
+        seconds = time.perf_counter() - started
+        if found.values:
+            values["diagnose_share"] = (diagnosed - rolled) / seconds
         self.run_dir.log("rl", iteration, **values)
         line = (
             f"outcome {values['outcome_mean']:.2f}  success {values['success_rate']:.2f}  "
             f"flawed {values['flawed_rate']:.2f}"
         )
-        seconds = time.perf_counter() - started
         self.display.line(f"iteration {iteration + 1}: {line}  ({seconds:.1f} s)")
+        for said in found.lines(seconds):
+            self.display.line(f"  {said}")
         return line
 
     def _collect(self, refs: Sequence[Any], iteration: int) -> tuple[list[Group], RolloutStats]:

@@ -6,7 +6,7 @@ RUN/
   metrics.jsonl   one JSON object per line; `stage` is cold_start, rl or evaluate
   tensorboard/    the same numbers
   episodes/       every episode of every iteration (episodes.py)
-  diagnose/       what `untwine diagnose` found (diagnose/)
+  diagnose/       what `untwine diagnose`, and training itself, found (diagnose/)
   checkpoints/    state to continue from (checkpoint.py)
   initial/        the policy as the iterations began, an ordinary Hugging Face folder
   model/          the policy at the end, the same
@@ -77,7 +77,7 @@ class RunDir:
         _replace_text(path / "recipe.yaml", recipe.to_yaml())
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         _replace_text(path / "metrics.jsonl", "".join(lines[:metric_lines]))
-        for file in [*path.glob("episodes/iter-*"), *path.glob("diagnose/truth-iter-*.jsonl")]:
+        for file in [*path.glob("episodes/iter-*"), *path.glob("diagnose/*-iter-*")]:
             if int(file.name.partition("iter-")[2][:6]) >= first_iteration:
                 file.unlink()
         shutil.rmtree(path / "tensorboard", ignore_errors=True)
