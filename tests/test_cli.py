@@ -20,6 +20,7 @@ TINY = {
     **RECIPE,
     "rl": {"iterations": 1, "groups": 2, "group_size": 4},
     "loss": {},
+    "diagnose": {},
     "evaluate": {"sets": ["L0"], "episodes": 4},
 }
 

@@ -37,6 +37,7 @@ RECIPE = {
            "optimizer": {"lr": 1.0e-3}, "drop_constant_groups": False},
     "loss": {"kl": 0.01, "entropy": 0.01},
     "gcd": {"objective": "generative/ce", "token_budget": 2048},
+    "diagnose": {"every": 2, "probes": 3, "samples": 6},
     "evaluate": {"every": 2, "sets": ["L0"], "episodes": 6},
     "checkpoint": {"cold_start_every": 10},
 }  # fmt: skip
@@ -87,30 +88,26 @@ def board(run: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+def steady(found: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Metrics without those that tell how long something took."""
+    timed = ("time", "seconds", "diagnose_share")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in found]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 def assert_same(run: Path, reference: Path) -> None:
     ours, theirs = (load_file(r / "model" / "model.safetensors") for r in (run, reference))
     assert ours.keys() == theirs.keys()
     for name in theirs:
         assert ours[name].tobytes() == theirs[name].tobytes(), name
-    volatile = {
-        "time",
-        "seconds",
-        "seconds_rollout",
-        "seconds_update",
-        "seconds_policy",
-        "seconds_gcd",
-    }
     for stage in ("cold_start", "rl", "evaluate"):
-        assert [{k: v for k, v in r.items() if k not in volatile} for r in rows(run, stage)] == [
-            {k: v for k, v in r.items() if k not in volatile} for r in rows(reference, stage)
-        ]
+        assert steady(rows(run, stage)) == steady(rows(reference, stage))
     assert board(run, "rl/outcome_mean") == board(reference, "rl/outcome_mean")
-    names = [f.name for f in sorted((run / "episodes").iterdir())]
-    assert names == [f.name for f in sorted((reference / "episodes").iterdir())]
-    for name in names:
-        assert (run / "episodes" / name).read_bytes() == (
-            reference / "episodes" / name
-        ).read_bytes()
+    for folder in ("episodes", "diagnose"):
+        assert contents(run / folder) == contents(reference / folder)
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
 
 

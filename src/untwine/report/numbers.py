@@ -145,6 +145,7 @@ def _run_numbers(run: RunData, label: str) -> dict[str, Any]:
         "problems": list(run.problems),
     }
     numbers["totals"]["seconds_cold_start"] = _total(run.cold_start, "seconds")
+    numbers["totals"]["diagnose_share"] = _diagnose_share(numbers["totals"])
     numbers["first_look"] = first_look(numbers)
     return numbers
 
@@ -184,6 +185,15 @@ def _tree(recipe: str) -> dict[str, Any]:
 def _total(rows: Iterable[Row], key: str) -> float | None:
     values = [value for row in rows if (value := number(row.get(key))) is not None]
     return sum(values) if values else None
+
+
+def _diagnose_share(totals: Mapping[str, float | None]) -> float | None:
+    """Share of the time of all iterations that went into diagnosis; None where there was none."""
+    spent = totals["seconds_diagnose"]
+    if not spent:
+        return None
+    rest = sum(totals[key] or 0.0 for key in ("seconds_rollout", "seconds_update"))
+    return spent / (spent + rest)
 
 
 def _trend(values: Sequence[float | None]) -> dict[str, float] | None:
