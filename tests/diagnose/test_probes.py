@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import defaultdict
@@ -149,6 +150,19 @@ def test_group_labels_count_when_they_are_sure(
     chosen = choose_probes([Group(REF, tuple(episodes))], rooms, 9, 0)
     assert {p.kind for p in chosen.probes} == expected
     assert {p.source for p in chosen.probes} <= {"group"}
+
+
+def test_without_labels_commands_that_nobody_took_are_left(rooms: Collector) -> None:
+    silent = make_step(command="walk", action=(32, 2))
+    chosen = choose_probes([Group(REF, (make_episode(0.0, [silent]),))], rooms, 9, 0)
+    assert chosen.probes == ()
+    assert read_probes(rooms.policy, chosen, 1.0, 4096) == []
+    assert summarise_probes(chosen, []) == {}
+    listed = dataclasses.replace(silent, admissible=("Walk", "jump", "fly"))
+    chosen = choose_probes([Group(REF, (make_episode(0.0, [listed]),))], rooms, 9, 0)
+    (state,) = chosen.states
+    found = {(p.kind, state.replies[p.reply].text) for p in chosen.probes}
+    assert found == {("unsampled", "jump"), ("unsampled", "fly")}
 
 
 def test_thoughts_leave_the_probe_alone(policy: Policy) -> None:
