@@ -13,8 +13,8 @@ function truthPlots(truths) {
     const read = (p) => [p.name, `A* ${nats(p.advantage)} [${short(p.low)}, ${short(p.high)}], ${p.label}`, p.kind, `\u03c0 = ${short(p.q)}, ${p.n} pairs of branches`];
     const some = truth.of > rows.length ? ` ${rows.length} of ${truth.of}, spread evenly.` : "";
     return [
-      new Scatter({ title: `True advantage of each step${name}`, note: `from worst to best, with 95 % intervals.${some}`, ranked: true, points: rows.map((row, x) => ({ ...row, x })), read }),
-      new Scatter({ title: `True advantage and probability${name}`, note: "|A*| cannot be above 1 \u2212 \u03c0: what is done nearly always looks harmless", x: "\u03c0(a|s)", points: rows.map((row) => ({ ...row, low: null, high: null, x: row.q })), read }),
+      new Scatter({ title: `True advantage of each step${name}`, note: `from worst to best, with 95 % intervals.${some}`, ranked: true, whiskers: true, points: rows.map((row, x) => ({ ...row, x })), read }),
+      new Scatter({ title: `True advantage and probability${name}`, note: "|A*| cannot be above 1 \u2212 \u03c0: what is done nearly always looks harmless", x: "\u03c0(a|s)", points: rows.map((row) => ({ ...row, x: row.q })), read }),
     ];
   });
 }

@@ -186,8 +186,7 @@ class Marks:
             keys = ("advantage", "low", "high", "label", "clear", "value", "action_value", "n")
             found["truth"] = {key: row[key] for key in keys}
         if push is not None and step.advantage is not None:
-            keys = ("delta", "own", "coupled", "count")
-            found["push"] = {key: push[key] for key in keys}
+            found["push"] = {key: push[key] for key in ("delta", "own", "coupled")}
         return found
 
     def concerns(self, group: Group) -> bool:

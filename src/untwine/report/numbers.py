@@ -129,8 +129,9 @@ def _run_numbers(run: RunData, label: str) -> dict[str, Any]:
 
 
 def rl_columns(rows: Sequence[Row]) -> dict[str, list[float | None]]:
-    """The numbers of the RL iterations by key: `RL_KEYS`, then whatever else the run recorded, where
-    an object of numbers gives a column `key/name` for each."""
+    """The numbers of the RL iterations by key: `RL_KEYS`, then whatever else the run recorded.
+
+    An object of numbers gives a column `key/name` for each."""
     columns: dict[str, list[float | None]] = {
         key: [number(row.get(key)) for row in rows] for key in RL_KEYS
     }

@@ -54,7 +54,7 @@ class Plot {
   }
 }
 
-// spec: {title, note, points: [{x, y, low?, high?, verdict}], x, y (names), read(point) -> lines,
+// spec: {title, note, points: [{x, y, verdict, low, high}], whiskers (from low to high), x, y (names), read(point) -> lines,
 // identity (line y = x), balance (line y = -x), square, bare (no axes), root (axes of signed square roots)}
 class Scatter extends Plot {
   constructor(spec) {
@@ -85,7 +85,7 @@ class Scatter extends Plot {
     const [left, right, top, bottom] = spec.bare ? [6, width - 6, 6, height - 6] : [50, width - 8, 8, height - (spec.ranked ? 8 : 34)];
     this.points = spec.points.filter((p) => known(p.x) && known(p.y)).sort((a, b) => a.x - b.x || a.y - b.y);
     let [x0, x1] = this.bounds(this.points.map((p) => p.x));
-    let [y0, y1] = this.bounds(this.points.flatMap((p) => [p.y, p.low, p.high]));
+    let [y0, y1] = this.bounds(this.points.flatMap((p) => (spec.whiskers ? [p.low, p.high] : [p.y])));
     if (spec.identity) [x0, x1, y0, y1] = [Math.min(x0, y0), Math.max(x1, y1), Math.min(x0, y0), Math.max(x1, y1)];
     const bend = spec.root ? (v) => Math.sign(v) * Math.sqrt(Math.abs(v)) : (v) => v;
     const part = (v, low, high) => (bend(v) - bend(low)) / (bend(high) - bend(low));
@@ -102,7 +102,7 @@ class Scatter extends Plot {
     const drawn = [...this.points].sort((a, b) => (order[a.verdict] ?? 0) - (order[b.verdict] ?? 0));
     for (const p of drawn) {
       const group = svg("g", { class: verdictClass(p.verdict) });
-      if (known(p.low)) group.append(svg("line", { x1: this.toX(p.x), x2: this.toX(p.x), y1: this.toY(p.low), y2: this.toY(p.high), class: "whisker" }));
+      if (spec.whiskers) group.append(svg("line", { x1: this.toX(p.x), x2: this.toX(p.x), y1: this.toY(p.low), y2: this.toY(p.high), class: "whisker" }));
       group.append(svg("path", { d: SHAPES[p.verdict] ?? ROUND, transform: `translate(${this.toX(p.x).toFixed(1)} ${this.toY(p.y).toFixed(1)})`, class: "spot" }));
       parts.push(group);
     }

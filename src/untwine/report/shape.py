@@ -1,7 +1,7 @@
 """Check JSON against a shape, so that what a page shows has the types that it expects.
 
-A shape is `float` (finite), `int`, `str`, `bool`, `object` (anything); `maybe(shape)`; `[shape]` for
-a list; `{"key": shape}` for an object of which only these keys are kept; `each(shape)` for an
+A shape is `float` (finite), `int`, `str`, `bool`, `object` (anything); `maybe(shape)`; `[shape]`
+for a list; `{"key": shape}` for an object of which only these keys are kept; `each(shape)` for an
 object with any keys.
 """
 
