@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,7 @@ def test_labels_in_place_of_truth_are_called_so(make_run: MakeRun) -> None:
 # --- prompts -----------------------------------------------------------------------------------
 
 
-def sides(pieces: list[tuple[str, str]]) -> tuple[str, str]:
+def sides(pieces: Sequence[tuple[str, str]]) -> tuple[str, str]:
     first = "".join(text for kind, text in pieces if kind in ("same", "first"))
     return first, "".join(text for kind, text in pieces if kind in ("same", "second"))
 
@@ -247,7 +247,7 @@ TEXTS = st.text(st.sampled_from("ab \n.\u2028é"), max_size=60)
 @settings(max_examples=300, deadline=None)
 @given(TEXTS, TEXTS)
 def test_a_diff_holds_both_prompts(first: str, second: str) -> None:
-    pieces = list(prompt_diff(first, second))
+    pieces = prompt_diff(first, second)
     assert sides(pieces) == (first, second)
     assert all(text for _, text in pieces)
 
