@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from untwine.diagnose.run_samples import distinct_samples, draw_samples
 from untwine.episodes import read_groups
 from untwine.policy.loading import load_policy
 from untwine.progress import Display
+from untwine.report import build_report, report_numbers
 from untwine.training.checkpoint import load_weights
 from untwine.training.loop import train
 
@@ -213,3 +215,32 @@ def test_bad_input_is_refused_and_nothing_is_overwritten(  # type: ignore[no-unt
     shutil.rmtree(run / "episodes")
     assert_refused(untwine("coupling", run), 5, "no episodes yet")
     assert not (run / "diagnose").exists()
+
+
+def test_the_report_shows_what_was_measured(  # type: ignore[no-untyped-def]
+    untwine, finished: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    for command in (
+        ("coupling", run, "--samples", 12, "--batches", 0),
+        ("separation", run, "--samples", 12),
+        ("calibration", run, "--labels", "rule"),
+    ):
+        result = untwine(*command)
+        assert result.code == 0, result.err
+    found = report_numbers([run])["runs"][0]["microscope"]
+    assert found["problems"] == []
+    assert [gap["topic"] for gap in found["missing"]] == ["truth"]
+    gram_NN = load_file(run / "diagnose" / "coupling.safetensors")["K_NN"]
+    right = gram_NN[3, 1] / (gram_NN[3, 3] * gram_NN[1, 1]).sqrt()
+    assert found["coupling"]["cosine_rows"][3][1] == pytest.approx(float(right), abs=1e-4)
+    html = build_report([run], tmp_path / "r.html").read_text("utf-8")
+    embedded = re.search(r'<script type="application/json" id="data">(.*?)</script>', html)
+    assert embedded
+    pushed = [
+        step
+        for episode in json.loads(embedded.group(1))["episodes"]
+        for step in episode["steps"]
+        if "push" in step
+    ]
+    assert len(pushed) == sum(sample["count"] for sample in found["coupling"]["sample_list"])

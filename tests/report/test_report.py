@@ -18,6 +18,7 @@ from untwine.errors import CheckpointError, UntwineError
 from untwine.report import build_report, load_run, report_numbers
 from untwine.report.episode_data import LONGEST_TEXT, plain_episode, take_episodes
 from untwine.report.first_look import first_look
+from untwine.report.microscope_view import Limits
 from untwine.report.page import embed_json
 
 MakeRun = Callable[..., Path]
@@ -308,12 +309,12 @@ def test_first_middle_and_last_iterations_are_embedded(tmp_path: Path, make_run:
 def test_the_file_stays_small(
     tmp_path: Path, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("untwine.report.page.EPISODE_BYTES", 320_000)
-    monkeypatch.setattr("untwine.report.page.MAX_BYTES", 190_000)
+    monkeypatch.setattr("untwine.report.page.LIMITS", Limits(episode_bytes=320_000))
+    monkeypatch.setattr("untwine.report.page.MAX_BYTES", 230_000)
     path = make_run(text="x" * 900, iterations=21)
     out = build_report([path], tmp_path / "r.html")
     counts = Page(out.read_text("utf-8")).data["runs"][0]["episodes"]
-    assert out.stat().st_size <= 190_000
+    assert out.stat().st_size <= 230_000
     assert 0 < counts["embedded"] < counts["recorded"] == 48
 
 

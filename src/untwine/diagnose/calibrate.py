@@ -15,6 +15,7 @@ import numpy as np
 from untwine.config import Recipe
 from untwine.credit import credit_method, credit_names
 from untwine.diagnose.calibration import Floats, Judged, calibrate, lemma_advantage
+from untwine.diagnose.output import results_folder, to_json, write_text
 from untwine.diagnose.population import RecordedStep, recorded_steps
 from untwine.diagnose.recorded import episode_file, iteration_files, read_recorded
 from untwine.diagnose.truth_file import TruthRow, read_truth, truth_path
@@ -54,8 +55,8 @@ class _Item:
 def calibrate_run(
     run: Path, recipe: Recipe, *, iteration: int | None = None, labels: str = "", seed: int = 0
 ) -> dict[str, Any]:
-    """Measures of every method, in all and by kind and position; keys are explained in
-    docs/diagnose/calibration.md.
+    """Measures of every method, in all and by kind and position, saved as
+    RUN/diagnose/calibration.json; keys are explained in docs/diagnose/calibration.md.
 
     iteration  by default all that have a truth file (with `labels`: all)
     labels     whose labels to take instead of the truth
@@ -80,7 +81,8 @@ def calibrate_run(
             if labels
             else f"the truth files of {run} hold no step; run `untwine diagnose truth` again"
         )
-    return {
+    numbers = {
+        "format": "untwine-calibration-1",
         "source": labels or "truth",
         "note": _note(labels),
         "iterations": sorted(files),
@@ -90,6 +92,8 @@ def calibrate_run(
         "flawed_by_chance": None if labels else chance,
         "methods": {name: _method(name, recipe, groups, items, seed) for name in credit_names()},
     }
+    write_text(results_folder(run) / "calibration.json", to_json(numbers))
+    return numbers
 
 
 def _files(run: Path, iteration: int | None, labels: str) -> dict[int, Path]:

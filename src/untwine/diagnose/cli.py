@@ -99,18 +99,16 @@ def calibration(
     untwine diagnose calibration runs/smoke
 
     untwine diagnose calibration runs/smoke --labels group
+
+    Prints tables, and writes RUN/diagnose/calibration.json.
     """
     from untwine.diagnose.calibrate import calibrate_run
-    from untwine.diagnose.output import to_json
     from untwine.diagnose.tables import print_calibration
     from untwine.training.run_dir import run_recipe
 
     recipe = run_recipe(run, list(overrides or []))
     result = calibrate_run(run, recipe, iteration=iteration, labels=labels, seed=seed)
-    if as_json:
-        print(to_json(result))
-    else:
-        print_calibration(result)
+    _show(run, "calibration", result, print_calibration, as_json)
 
 
 @app.command()

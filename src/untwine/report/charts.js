@@ -100,7 +100,7 @@ function swatch(line) {
 }
 
 // spec: {title, note, lines: [{name, colour, dash, run, x, y, low?, high?}], format, zero, range,
-// points, xName}. `view` holds what all charts share: {smooth, hiddenRuns}.
+// points, xName, fractions (ticks between whole numbers)}. `view` holds what all charts share: {smooth, hiddenRuns}.
 class Chart {
   constructor(spec, view) {
     this.spec = spec;
@@ -175,7 +175,7 @@ class Chart {
       parts.push(svg("line", { x1: left, x2: right, y1: y, y2: y, class: tick === 0 ? "grid zero" : "grid" }));
       parts.push(svg("text", { x: left - 6, y: y + 4, "text-anchor": "end", class: "axis" }, format(tick)));
     }
-    const xTicks = span ? ticks(first, first + span, width > 320 ? 6 : 4).filter(Number.isInteger) : [first];
+    const xTicks = span ? ticks(first, first + span, width > 320 ? 6 : 4).filter((tick) => spec.fractions || Number.isInteger(tick)) : [first];
     for (const tick of xTicks) {
       parts.push(svg("text", { x: this.toX(tick), y: height - 7, "text-anchor": "middle", class: "axis" }, short(tick)));
     }

@@ -42,6 +42,20 @@ const COLD_CHARTS = ["Cold start",
   { title: "Imitation loss", keys: { loss: "loss" }, zero: true, xName: "step" },
   { title: "Verdict accuracy", note: "on verdict data", keys: { verdict_accuracy: "accuracy" }, range: SHARE, format: percent, xName: "step" }];
 
+// Keys this page does not know by name, one chart for those that share what stands before the last "/".
+const MICROSCOPE_KEYS = /^(diagnose|probe|calibration|coupling|gram|truth|flawed|squeez)/;
+
+function otherSpecs(runs) {
+  const specs = new Map();
+  for (const key of new Set(runs.flatMap((run) => run.others))) {
+    const cut = key.lastIndexOf("/");
+    const [title, name] = cut > 0 ? [key.slice(0, cut), key.slice(cut + 1)] : [key, key];
+    if (!specs.has(title)) specs.set(title, { title: title.replaceAll("_", " "), keys: {}, key: title });
+    specs.get(title).keys[key] = name.replaceAll("_", " ");
+  }
+  return [...specs.values()];
+}
+
 function linesOf(runs, stage, spec) {
   const lines = [];
   runs.forEach((run, runIndex) => {
@@ -122,7 +136,14 @@ function showCurves(runs) {
   }
   const [title, ...cold] = COLD_CHARTS;
   sections.push(section(title, cold.map((spec) => ({ ...spec, lines: linesOf(runs, "cold_start", spec) })), view, charts));
+  const [others, measured] = [[], []];
+  for (const spec of otherSpecs(runs)) {
+    (MICROSCOPE_KEYS.test(spec.key) ? measured : others).push({ ...spec, lines: linesOf(runs, "rl", spec) });
+  }
+  sections.push(section("Microscope during training", measured, view, charts));
+  const more = section("More numbers", others, view, charts);
   root.append(...sections.filter(Boolean));
+  if (more) root.append(el("details", {}, el("summary", {}, "Everything else that was recorded"), more));
   charts.forEach((chart) => chart.resize());
   const long = runs.filter((run) => run.rl.step && run.points > run.rl.step.length);
   for (const run of long) {

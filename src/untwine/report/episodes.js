@@ -23,6 +23,16 @@ function verdictOf(step) {
 
 const MARK = { good: "\u25b2", flawed: "\u25bc", "": "\u00b7" };
 
+const sign = (value) => (Math.abs(value) < 1e-7 ? "0" : value > 0 ? `+${short(value)}` : short(value));
+
+// What steps can be coloured by. `of` gives the value of a step, null where it is not known.
+const SHADES = {
+  labels: { name: "labels", says: "\u25b2 good, \u25bc flawed, by the labels on record" },
+  truth: { name: "A* (truth)", of: (step) => step.truth?.advantage, says: "\u25b2 better, \u25bc worse than what the policy does there on average; \u25cb no difference, ? not clear yet, \u00b7 not judged" },
+  advantage: { name: "advantage", of: (step) => step.advantage, says: "\u25b2 credit above, \u25bc below zero; stronger colour, larger value" },
+  push: { name: "coupled push", of: (step) => step.push?.coupled, says: "\u25b2 other samples lift this action, \u25bc lower it; stronger colour, larger push" },
+};
+
 class Browser {
   constructor(root, data) {
     this.root = root;
@@ -30,10 +40,17 @@ class Browser {
     this.all = data.episodes;
     this.all.forEach((episode, i) => { episode.key = i; });
     this.biggest = Math.max(1e-9, ...this.all.flatMap((e) => e.steps.map((s) => Math.abs(s.advantage ?? 0))));
+    const known_ = (shade) => shade === "labels" || this.all.some((e) => e.steps.some((s) => known(SHADES[shade].of(s))));
+    this.shades = Object.keys(SHADES).filter(known_);
+    this.shade = this.shades.includes("truth") ? "truth" : "labels";
+    this.tops = {};
+    for (const shade of this.shades.slice(1)) {
+      this.tops[shade] = Math.max(1e-12, ...this.all.flatMap((e) => e.steps.map((s) => Math.abs(SHADES[shade].of(s) ?? 0))));
+    }
     this.list = el("ol", { class: "list", "aria-label": "Episodes" });
     this.detail = el("article", { "aria-live": "polite", "aria-label": "Episode" });
     this.count = el("p", { class: "note", role: "status" });
-    this.root.append(this.filters(), this.count, el("div", { class: "browse" }, this.list, this.detail));
+    this.root.append(this.filters(), this.switch(), this.count, el("div", { class: "browse" }, this.list, this.detail));
     document.addEventListener("keydown", (event) => this.key(event));
     this.filter();
   }
@@ -46,13 +63,49 @@ class Browser {
     this.task = select("Task", [["", "All tasks"], ...unique((e) => e.task).sort().map((t) => [`=${t}`, t])]);
     this.ending = select("Success", [["", "Any ending"], ["yes", "Success"], ["no", "No success"]]);
     this.flawed = el("input", { type: "checkbox" });
+    this.judged = el("input", { type: "checkbox" });
     this.text = el("input", { type: "search", placeholder: "Search goals, texts, commands", "aria-label": "Search" });
-    for (const input of [this.run, this.iteration, this.task, this.ending, this.flawed]) {
+    for (const input of [this.run, this.iteration, this.task, this.ending, this.flawed, this.judged]) {
       input.addEventListener("change", () => this.filter());
     }
     this.text.addEventListener("input", () => this.filter());
     return el("div", { class: "filters" }, this.runs.length > 1 ? this.run : null, this.iteration, this.task, this.ending,
-      el("label", {}, this.flawed, "with a flawed step"), this.text);
+      el("label", {}, this.flawed, "with a flawed step"),
+      this.shades.length > 2 ? el("label", {}, this.judged, "with a measured step") : null, this.text);
+  }
+
+  switch() {
+    if (this.shades.length < 2) return "";
+    this.says = el("span", { class: "hint" });
+    this.buttons = this.shades.map((shade) => el("input", {
+      type: "radio", name: "shade", value: shade, onchange: () => this.paint(shade),
+    }));
+    const labels = this.buttons.map((button, i) => el("label", {}, button, SHADES[this.shades[i]].name));
+    this.paint(this.shade);
+    return el("fieldset", { class: "shades" }, el("legend", {}, "Steps coloured by"), ...labels, this.says);
+  }
+
+  paint(shade) {
+    this.shade = shade;
+    this.buttons.forEach((button) => { button.checked = button.value === shade; });
+    this.says.replaceChildren(SHADES[shade].says);
+    if (this.current) this.open(this.current);
+  }
+
+  // Classes and mark of a step under the chosen shade.
+  tone(step) {
+    if (this.shade === "labels") return { look: verdictOf(step), mark: MARK[verdictOf(step)], says: verdictOf(step) };
+    const value = SHADES[this.shade].of(step);
+    if (!known(value)) return { look: "", mark: MARK[""], says: "not measured" };
+    const says = `${SHADES[this.shade].name} ${sign(value)}`;
+    const side = value > 0 ? "above" : "below";
+    let strength = Math.min(3, Math.max(1, Math.ceil((3 * Math.abs(value)) / this.tops[this.shade])));
+    if (this.shade === "truth") {
+      if (step.truth.label === "neutral") return { look: "judged", mark: step.truth.clear ? "\u25cb" : "?", says: `${says}, ${step.truth.clear ? "neutral" : "not clear yet"}` };
+      strength = Math.max(2, strength);
+    }
+    if (!value) return { look: "", mark: "\u25cb", says };
+    return { look: `${side} ${this.shade} t${strength}`, mark: value > 0 ? MARK.good : MARK.flawed, says };
   }
 
   filter() {
@@ -63,11 +116,13 @@ class Browser {
       && (this.task.value === "" || `=${episode.task}` === this.task.value)
       && (this.ending.value === "" || episode.success === (this.ending.value === "yes"))
       && (!this.flawed.checked || episode.flawed > 0)
+      && (!this.judged.checked || episode.steps.some((step) => step.truth || step.push))
       && (!words || (episode.words ??= haystack(episode)).includes(words)));
     this.list.replaceChildren(...this.shown.map((episode) => this.entry(episode)));
     this.list.hidden = !this.shown.length;
     this.say();
-    this.open(this.shown.includes(this.current) ? this.current : this.shown[0]);
+    const measured = (episode) => episode.steps.some((step) => step.truth);
+    this.open(this.shown.includes(this.current) ? this.current : this.shown.find(measured) ?? this.shown[0]);
   }
 
   say() {
@@ -76,8 +131,10 @@ class Browser {
     const read = this.runs.reduce((sum, run) => sum + run.episodes.iterations.length, 0);
     let text = `${this.shown.length} of ${this.all.length} episodes. `;
     text += read < files ? `Embedded are the first, middle and last recorded iteration of ${this.runs.length > 1 ? "each run" : `the ${files}`}` : "Embedded is every recorded iteration";
+    if (read < files && this.shades.length > 2) text += ", and those that were measured";
     text += left > 0 ? `; ${left} more episodes of them were left out to keep this file small.` : ".";
-    this.count.replaceChildren(text, el("span", { class: "keys" }, " ", el("kbd", {}, "j"), " and ", el("kbd", {}, "k"), " move through them."));
+    this.count.replaceChildren(text, el("span", { class: "keys" }, ...[" ", el("kbd", {}, "j"), " and ", el("kbd", {}, "k"), " move through them",
+      this.shades.length > 1 ? [", ", el("kbd", {}, "c"), " changes the colours."] : "."].flat()));
   }
 
   entry(episode) {
@@ -128,11 +185,11 @@ class Browser {
 
   strip(episode, steps) {
     return el("div", { class: "strip" }, "Steps:", ...episode.steps.map((step, i) => {
-      const verdict = verdictOf(step);
+      const { look, mark, says } = this.tone(step);
       return el("button", {
-        type: "button", class: `chip ${verdict}`, title: `step ${step.index}${verdict ? `, ${verdict}` : ""}`,
+        type: "button", class: `chip ${look}`, title: `step ${step.index}${says ? `, ${says}` : ""}`,
         onclick: () => steps[i].scrollIntoView({ block: "start" }),
-      }, `${MARK[verdict]}${step.index}`);
+      }, `${mark}${step.index}`);
     }));
   }
 
@@ -144,7 +201,7 @@ class Browser {
     const command = known(step.command)
       ? el("div", { class: step.invalid ? "command refused" : "command" }, step.command)
       : el("div", { class: "command refused" }, step.raw ?? "(empty)");
-    return el("section", { class: `step ${verdictOf(step)}`, "aria-label": `Step ${step.index}` },
+    return el("section", { class: `step ${this.tone(step).look}`, "aria-label": `Step ${step.index}` },
       el("div", { class: "step-head" }, el("span", { class: "no" }, `Step ${step.index}`), ...chips, this.numbers(step)),
       known(step.observation) ? this.long(step.observation) : null,
       step.thought ? el("p", { class: "text thought" }, step.thought) : null,
@@ -158,6 +215,14 @@ class Browser {
     if (step.reward) parts.push(el("span", {}, `outcome ${step.reward > 0 ? "+" : ""}${short(step.reward)}`));
     if (known(step.advantage)) {
       parts.push(this.bar(step.advantage), el("span", { title: "advantage" }, `A ${step.advantage > 0 ? "+" : ""}${short(step.advantage)}`));
+    }
+    if (step.truth) {
+      const { advantage, low, high, label, value, action_value: reached, n } = step.truth;
+      const title = `${label}, Q ${known(reached) ? short(reached) : "?"}, V ${known(value) ? short(value) : "?"}, ${n} pairs of branches`;
+      parts.push(el("span", { class: `truth v-${label}`, title }, `A* ${sign(advantage)} [${short(low)}, ${short(high)}]`));
+    }
+    if (step.push) {
+      parts.push(el("span", { title: "change of log \u03c0 after one step, in nats: by its own and by other samples" }, `\u0394 self ${sign(step.push.own)}, coupled ${sign(step.push.coupled)}`));
     }
     if (known(step.logprob)) parts.push(el("span", { title: `mean log-probability of ${step.tokens} tokens` }, `log p ${short(step.logprob)}`));
     return el("span", { class: "numbers" }, ...parts);
@@ -180,7 +245,12 @@ class Browser {
 
   key(event) {
     const typing = event.target instanceof Element && event.target.closest("input[type=search], select, textarea");
-    if (typing || event.ctrlKey || event.metaKey || event.altKey || (event.key !== "j" && event.key !== "k")) return;
+    if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "c" && this.shades.length > 1) {
+      const next = this.shades[(this.shades.indexOf(this.shade) + 1) % this.shades.length];
+      this.paint(next);
+    }
+    if (event.key !== "j" && event.key !== "k") return;
     const next = this.shown[this.shown.indexOf(this.current) + (event.key === "j" ? 1 : -1)];
     if (!next) return;
     this.open(next);

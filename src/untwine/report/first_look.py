@@ -11,6 +11,11 @@ from typing import Any
 
 Numbers = Mapping[str, Any]
 
+TRUSTED = 0.95
+"""Correlation of predicted with measured change that coupling has when its first order holds."""
+OTHER_POLICY = 0.1
+"""Mean |log pi - recorded log pi| in nats from which on it is another policy."""
+
 _UNFINISHED = {
     "failed": "the run failed",
     "interrupted": "the run was interrupted",
@@ -112,6 +117,54 @@ def _window(trend: Numbers) -> str:
 
 
 def _flaws(run: Numbers) -> str:
+    """What goes wrong, judged by the truth where it was measured, by labels elsewhere."""
+    found = run.get("microscope")
+    return (_judged(found["key_numbers"]) if found else "") or _labelled(run)
+
+
+def _judged(key: Numbers) -> str:
+    """What the truth says of steps and of credit; empty where it was not measured."""
+    truth, credit = key["truth"], key["credit"]
+    parts = []
+    if truth:
+        parts.append(
+            f"Of {truth['steps']} steps judged by branching, {truth['flawed']} are flawed "
+            f"(chance alone: at most {truth['by_chance']:.1f})"
+        )
+    if credit and credit["flawed_mean"] and credit["good_mean"]:
+        against = "" if credit["source"] == "truth" else f", by `{credit['source']}` labels,"
+        parts.append(
+            f"{credit['method']}{against} gives flawed steps {_mean(credit['flawed_mean'])} on "
+            f"average and good ones {_mean(credit['good_mean'])}, {_direction(credit)}"
+        )
+        if credit["miscalibration"]:
+            parts.append(
+                f"the advantage is positive in {percent(credit['miscalibration']['value'])} of "
+                "the flawed ones"
+            )
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _mean(found: Numbers) -> str:
+    text = signed(found["value"])
+    if found["interval"]:
+        low, high = found["interval"]
+        text += f" [{signed(low)}, {signed(high)}]"
+    return text
+
+
+def _direction(credit: Numbers) -> str:
+    difference = credit["difference"]
+    if not difference or not difference["interval"]:
+        return "without an interval of the difference"
+    low, high = difference["interval"]
+    if low > 0:
+        return "so it points the right way"
+    return "so it points the wrong way" if high < 0 else "and does not surely tell them apart"
+
+
+def _labelled(run: Numbers) -> str:
     flawed = run["trends"].get("flawed_rate")
     if not flawed:
         return "No share of flawed steps was recorded."
@@ -138,7 +191,8 @@ def _flaws(run: Numbers) -> str:
 
 
 def _attention(run: Numbers) -> str:
-    warnings = _warnings(run)
+    key = run["microscope"]["key_numbers"] if run.get("microscope") else None
+    warnings = _warnings(run) + (_measured_warnings(key) if key else [])
     if warnings:
         return "Look first at this: " + "; ".join(warnings[:2]) + "."
     if not run["trends"]:
@@ -154,7 +208,8 @@ def _attention(run: Numbers) -> str:
         if key in trends
     ]
     tail = f" ({', '.join(known)} at the end)" if known else ""
-    return f"Nothing stands out as unstable{tail}."
+    coupled = "".join(f"; {text}" for text in _calm(key)) if key else ""
+    return f"Nothing stands out as unstable{tail}{coupled}."
 
 
 def _warnings(run: Numbers) -> list[str]:
@@ -183,3 +238,48 @@ def _warnings(run: Numbers) -> list[str]:
     if lost := run["totals"].get("episodes_lost"):
         found.append(f"{lost:.0f} episodes were lost")
     return found
+
+
+def _measured_warnings(key: Numbers) -> list[str]:
+    """What the microscope found that needs a look, what makes it untrustworthy first."""
+    found = []
+    honesty, reinforced, credit = key["honesty"], key["reinforced"], key["credit"]
+    if honesty and (honesty["correlation"] or 0.0) < TRUSTED:
+        found.append(
+            "the pushes that coupling predicts do not come true (correlation with the measured "
+            f"change {_number(honesty['correlation'])})"
+        )
+    if (key["drift"] or 0.0) > OTHER_POLICY:
+        found.append("coupling was measured with another policy than the one that played")
+    if key["truth"] and (key["truth"]["policy_gap"] or 0.0) > OTHER_POLICY / 2:
+        found.append("the truth was measured with another policy than the one that played")
+    if credit and (mean := credit["flawed_mean"]) and mean["interval"] and mean["interval"][0] > 0:
+        found.append(f"{credit['method']} gives flawed steps a positive advantage on average")
+    if reinforced and reinforced["interval"] and reinforced["share"] > reinforced["interval"][1]:
+        low, high = reinforced["interval"]
+        found.append(
+            f"{percent(reinforced['share'])} of the flawed samples are pushed up, more than with "
+            f"permuted weights ({percent(reinforced['null'])} [{100 * low:.0f}, {100 * high:.0f}])"
+        )
+    return found
+
+
+def _calm(key: Numbers) -> list[str]:
+    """What the microscope found where nothing in it is alarming."""
+    found = []
+    reinforced, probe = key["reinforced"], key["probe"]
+    if reinforced and reinforced["share"] is not None and reinforced["null"] is not None:
+        found.append(
+            f"one step pushes up {percent(reinforced['share'])} of the flawed samples "
+            f"(permuted weights: {percent(reinforced['null'])})"
+        )
+    if probe:
+        found.append(
+            f"hidden states tell good from flawed best at layer {probe['layer']} (balanced "
+            f"accuracy {percent(probe['balanced'])}, chance 50 %)"
+        )
+    return found
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f}".replace("-", "−")

@@ -14,6 +14,7 @@ import yaml
 
 from untwine.evaluate.statistics import wilson_interval
 from untwine.report.first_look import compare_runs, first_look
+from untwine.report.microscope import read_microscope
 from untwine.report.run_data import Row, RunData, load_run, number
 
 PROBE_KINDS = ["good", "flawed", "unsampled"]
@@ -75,6 +76,7 @@ TOTAL_KEYS = [
     "seconds_diagnose",
 ]
 PHASES = ["initial", "start", "base", "cold_start", "rl", "final"]
+MOST_OTHER_KEYS = 80
 WINDOW = 10
 """Iterations at each end that a trend is averaged over, at most."""
 
@@ -135,19 +137,52 @@ def _run_numbers(run: RunData, label: str) -> dict[str, Any]:
         "planned_iterations": _planned_iterations(run.recipe),
         "totals": {key: _total(run.rl, key) for key in TOTAL_KEYS},
         "trends": {
-            key: trend
-            for key in RL_KEYS
-            if (trend := _trend([number(row.get(key)) for row in run.rl]))
+            key: trend for key, column in rl_columns(run.rl).items() if (trend := _trend(column))
         },
         "flawed_kinds": _kind_trends(run.rl),
         "results": _results(run.evaluate),
         "outcome_by_task": _training_tasks(run.rl),
+        "microscope": read_microscope(run, _credit_method(run.recipe)),
         "problems": list(run.problems),
     }
     numbers["totals"]["seconds_cold_start"] = _total(run.cold_start, "seconds")
     numbers["totals"]["diagnose_share"] = _diagnose_share(numbers["totals"])
     numbers["first_look"] = first_look(numbers)
     return numbers
+
+
+def rl_columns(rows: Sequence[Row]) -> dict[str, list[float | None]]:
+    """The numbers of the RL iterations by key: `RL_KEYS`, then whatever else the run recorded.
+
+    An object of numbers gives a column `key/name` for each."""
+    columns: dict[str, list[float | None]] = {
+        key: [number(row.get(key)) for row in rows] for key in RL_KEYS
+    }
+    for index, row in enumerate(rows):
+        for key, value in _other_numbers(row):
+            if key not in columns and len(columns) >= len(RL_KEYS) + MOST_OTHER_KEYS:
+                continue
+            columns.setdefault(key, [None] * len(rows))[index] = value
+    return columns
+
+
+def _other_numbers(row: Row) -> Iterable[tuple[str, float]]:
+    for key, value in row.items():
+        if key in _KNOWN_KEYS:
+            continue
+        if isinstance(value, Mapping):
+            inside = [(f"{key}/{name}", number(cell)) for name, cell in value.items()]
+        else:
+            inside = [(str(key), number(value))]
+        yield from ((name, found) for name, found in inside if found is not None)
+
+
+_KNOWN_KEYS = {*RL_KEYS, "stage", "step", "time", "flawed_kinds", "outcome_by_task"}
+
+
+def _credit_method(recipe: str) -> str:
+    credit = _tree(recipe).get("credit")
+    return str(credit.get("name", "grpo")) if isinstance(credit, dict) else "grpo"
 
 
 def _environment(run: RunData) -> str | None:

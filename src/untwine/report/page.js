@@ -28,5 +28,6 @@ function showTheme() {
 const data = JSON.parse(document.getElementById("data").textContent);
 showTheme();
 showCurves(data.runs);
+showMicroscope(data.runs);
 showEpisodes(data);
 document.documentElement.setAttribute("data-ready", "yes");

@@ -12,7 +12,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,13 @@ from untwine import __version__
 from untwine.errors import UntwineError
 from untwine.report.episode_data import EpisodeData, collect_episodes
 from untwine.report.first_look import percent, phase_name
+from untwine.report.microscope_view import (
+    Limits,
+    compared_offenders,
+    evenly,
+    marks_of,
+    plot_data,
+)
 from untwine.report.numbers import (
     COLD_START_KEYS,
     RL_KEYS,
@@ -31,27 +38,36 @@ from untwine.report.numbers import (
     kinds_of,
     numbers_of,
     plain_evaluation,
+    rl_columns,
 )
 from untwine.report.run_data import Row, RunData, load_run, number
 
 MAX_BYTES = 10_000_000
-EPISODE_BYTES = 6_000_000
-LONGEST_CURVE = 1000
+LIMITS = Limits()
+HALVINGS = 9
 MOST_KINDS = 6
-SCRIPTS = ("charts.js", "curves.js", "episodes.js", "page.js")
+SCRIPTS = ("charts.js", "curves.js", "plots.js", "microscope.js", "episodes.js", "page.js")
 
 
 def build_report(run_dirs: Sequence[Path], out: Path) -> Path:
-    """Write the report of one or several run directories to the HTML file `out`."""
+    """Write the report of one or several run directories to the HTML file `out`.
+
+    Never more than MAX_BYTES: what it carries is halved until it fits.
+    """
     if not run_dirs:
         raise UntwineError("a report needs at least one run directory")
     runs = [load_run(path) for path in run_dirs]
-    html, budget = "", EPISODE_BYTES
-    while budget >= EPISODE_BYTES // 64:
-        html = render(runs, budget)
+    limits = LIMITS
+    for _ in range(HALVINGS):
+        html = render(runs, limits)
         if len(html.encode()) <= MAX_BYTES:
             break
-        budget //= 2
+        limits = limits.halved()
+    else:
+        raise UntwineError(
+            f"the report of {len(runs)} runs does not fit into {MAX_BYTES / 1e6:.0f} MB even with "
+            "most of it left out; give fewer runs, or take the numbers from --json"
+        )
     out = Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -63,20 +79,25 @@ def build_report(run_dirs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def render(runs: Sequence[RunData], episode_bytes: int = EPISODE_BYTES) -> str:
-    """The page as text, with at most about `episode_bytes` of embedded episodes."""
+def render(runs: Sequence[RunData], limits: Limits = LIMITS) -> str:
+    """The page as text, with at most about what `limits` allow."""
     numbers = numbers_of(runs)
     labels = [run["label"] for run in numbers["runs"]]
-    collected = collect_episodes(runs, episode_bytes)
+    found = [run["microscope"] for run in numbers["runs"]]
+    collected = collect_episodes(runs, limits.episode_bytes, [marks_of(m) for m in found])
     data = {
         "runs": [
-            _run_curves(run, label) | {"episodes": _counts(episodes)}
-            for run, label, episodes in zip(runs, labels, collected, strict=True)
+            _run_curves(run, label, limits.curve)
+            | {"episodes": _counts(episodes), "microscope": plot_data(microscope, limits)}
+            for run, label, episodes, microscope in zip(runs, labels, collected, found, strict=True)
         ],
         "episodes": [episode for episodes in collected for episode in episodes.episodes],
     }
-    for run, episodes in zip(numbers["runs"], collected, strict=True):
-        run["problems"] = [*run["problems"], *episodes.problems]
+    for run, microscope, episodes in zip(numbers["runs"], found, collected, strict=True):
+        run["problems"] = [*run["problems"], *microscope["problems"], *episodes.problems]
+    for table in numbers["tasks"]:
+        table["left"] = max(0, len(table["rows"]) - limits.rows)
+        table["rows"] = table["rows"][: limits.rows]
     style = _source("page.css")
     script = "\n".join(["(() => {", '"use strict";', *map(_source, SCRIPTS), "})();"])
     html = (
@@ -87,7 +108,9 @@ def render(runs: Sequence[RunData], episode_bytes: int = EPISODE_BYTES) -> str:
             version=__version__,
             numbers=numbers,
             runs=numbers["runs"],
-            recipes=[run.recipe for run in runs],
+            offenders=[compared_offenders(m["coupling"], limits) for m in found],
+            recipes=[_cut(run.recipe, limits.text) for run in runs],
+            trimmed=limits != LIMITS,
             data=embed_json(data),
             style=Markup(style),
             script=Markup(script),
@@ -96,6 +119,27 @@ def render(runs: Sequence[RunData], episode_bytes: int = EPISODE_BYTES) -> str:
         )
     )
     return html.encode("utf-8", "replace").decode()
+
+
+def _cut(text: str, most: int) -> str:
+    return (
+        text if len(text) <= most else f"{text[:most]}\n… ({len(text) - most} characters left out)"
+    )
+
+
+# Characters that turn the direction of what stands after them.
+_TURNING = {
+    ord(c): f"[U+{ord(c):04X}]"
+    for c in "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+}
+
+
+def visible(value: Any) -> Any:
+    """Text with its invisible marks of direction spelled out, so that none of it can turn around
+    what stands beside it; anything else as it is."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return value.translate(_TURNING)
 
 
 def embed_json(data: object) -> Markup:
@@ -107,32 +151,34 @@ def embed_json(data: object) -> Markup:
 
 
 def _finite(value: Any) -> Any:
-    """`value` with numbers rounded to five digits, and None for NaN and infinities."""
+    """`value` with numbers rounded to five digits, None for NaN and infinities, visible text."""
     if isinstance(value, float):
         return None if number(value) is None else float(f"{value:.5g}")
+    if isinstance(value, str):
+        return visible(value)
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {visible(str(key)): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
 
 
-def _run_curves(run: RunData, label: str) -> dict[str, Any]:
+def _run_curves(run: RunData, label: str, longest: int) -> dict[str, Any]:
     """Columns of the metrics by stage; flawed kinds are columns named `kind:<kind>`."""
-    rl: dict[str, list[float | None]] = {
-        key: [number(row.get(key)) for row in run.rl] for key in ("step", *RL_KEYS)
-    }
+    columns = rl_columns(run.rl)
+    rl = {"step": [number(row.get("step")) for row in run.rl], **columns}
     kinds = kinds_of(run.rl)[:MOST_KINDS]
     rl |= {f"kind:{kind}": kind_values(run.rl, kind) for kind in kinds}
     cold = {key: [number(row.get(key)) for row in run.cold_start] for key in _cold_keys(run)}
-    evaluations = [plain_evaluation(row) for row in run.evaluate]
+    evaluations = [plain_evaluation(row) for row in evenly(run.evaluate, longest)]
     for evaluation in evaluations:
         del evaluation["by_task"]
     return {
         "label": label,
         "kinds": kinds,
-        "rl": _thin(rl),
-        "cold_start": _thin(cold),
+        "others": [key for key in columns if key not in RL_KEYS],
+        "rl": _thin(rl, longest),
+        "cold_start": _thin(cold, longest),
         "evaluate": evaluations,
         "points": len(run.rl),
     }
@@ -142,10 +188,10 @@ def _cold_keys(run: RunData) -> list[str]:
     return ["step", *COLD_START_KEYS] if run.cold_start else []
 
 
-def _thin(columns: dict[str, list[float | None]]) -> dict[str, list[float | None]]:
+def _thin(columns: dict[str, list[float | None]], most: int) -> dict[str, list[float | None]]:
     """Columns that hold anything; neighbours are averaged when a curve is very long."""
     longest = max(map(len, columns.values()), default=0)
-    width = -(-longest // LONGEST_CURVE) or 1
+    width = -(-longest // most) or 1
     thinned = {
         key: [_mean(values[i : i + width]) for i in range(0, len(values), width)]
         for key, values in columns.items()
@@ -182,6 +228,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_source),
         autoescape=True,
+        finalize=visible,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -190,9 +237,10 @@ def _environment() -> jinja2.Environment:
         "percent": percent,
         "count": _count,
         "duration": _duration,
+        "digits": _digits,
         "phase": phase_name,
     }
-    environment.globals["evaluation"] = _evaluation
+    environment.globals |= {"evaluation": _evaluation, "reach": _reach}
     return environment
 
 
@@ -202,6 +250,21 @@ def _evaluation(run: Row, phase: str, name: str) -> Row | None:
         if result["phase"] == phase and result["set"] == name:
             return dict(result)
     return None
+
+
+def _digits(value: float | None, digits: int = 2) -> str:
+    """`value` with that many digits; 0 has no sign."""
+    if value is None:
+        return "–"
+    rounded = round(value, digits) + 0.0  # -0.0 + 0.0 is 0.0
+    return f"{rounded:.{digits}f}".replace("-", "−")
+
+
+def _reach(rows: Iterable[Row], *keys: str) -> float:
+    """How far from zero the means under these keys go, intervals included: one scale for all."""
+    found = [mean for row in rows for key in keys if (mean := row[key])]
+    ends = [abs(end) for m in found for end in (m["value"], *(m["interval"] or ()))]
+    return 1.05 * max(ends, default=0.0) or 1.0
 
 
 def _count(value: float) -> str:

@@ -1,0 +1,413 @@
+"""The microscope in the report: what is read, what is said of it, and how it is cut to size."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from synthetic_microscope import (
+    calibration,
+    last_file,
+    steps_of,
+    write_coupling,
+    write_json,
+    write_microscope,
+    write_truth_of,
+)
+from synthetic_runs import HOSTILE
+from test_report import Page, page_of
+
+from untwine.errors import UntwineError
+from untwine.report import build_report, report_numbers
+from untwine.report.microscope_view import Limits
+from untwine.report.prompt_diff import prompt_diff
+from untwine.report.shape import Misshapen, each, maybe, shaped
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def measured(make_run: MakeRun) -> Path:
+    return write_microscope(make_run(iterations=21))
+
+
+def microscope(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = report_numbers([run])["runs"][0]["microscope"]
+    return found
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def test_json_gives_what_the_files_hold(measured: Path) -> None:
+    found = microscope(measured)
+    assert (found["missing"], found["problems"]) == ([], [])
+    files = {
+        name: json.loads((measured / "diagnose" / f"{name}.json").read_text())
+        for name in ("calibration", "coupling", "separation")
+    }
+    ours = found["calibration"]["methods"]["grpo"]
+    theirs = files["calibration"]["methods"]["grpo"]
+    assert ours["all"] == theirs["all"]
+    assert ours["lemma"] == theirs["lemma"]
+    for key in ("offenders", "cosines", "sample_list", "reinforced", "head_correlation"):
+        assert found["coupling"][key] == files["coupling"][key]
+    assert found["separation"]["layers"] == files["separation"]["layers"]
+    lines = (measured / "diagnose" / "truth-iter-000020.jsonl").read_text().splitlines()
+    assert [row["advantage"] for row in found["truth"][0]["rows"]] == [
+        json.loads(line)["advantage"] for line in lines[1:]
+    ]
+
+
+def test_arrays_beside_the_numbers(measured: Path) -> None:
+    """Cosines of the Gram by the textbook, and the maps as they lie there."""
+    found = microscope(measured)
+    gram_NN = load_file(measured / "diagnose" / "coupling.safetensors")["K_NN"].tolist()
+    rows = found["coupling"]["cosine_rows"]
+    assert [len(row) for row in rows] == list(range(1, len(gram_NN) + 1))
+    for i, row in enumerate(rows):
+        for j, cosine in enumerate(row):
+            right = gram_NN[i][j] / math.sqrt(gram_NN[i][i] * gram_NN[j][j])
+            assert cosine == pytest.approx(right, abs=5.1e-5)
+    maps = load_file(measured / "diagnose" / "separation.safetensors")["maps_SN2"]
+    assert np.allclose(found["separation"]["maps"], maps, atol=1e-5)
+    verdicts = [found["coupling"]["sample_list"][i]["verdict"] for i in found["coupling"]["order"]]
+    assert verdicts == sorted(verdicts, key=["good", "flawed", None].index)
+
+
+def test_key_numbers_stand_for_the_rest(measured: Path) -> None:
+    key = microscope(measured)["key_numbers"]
+    steps = len(steps_of(last_file(measured)[1])[::3])
+    assert (key["truth"]["steps"], key["truth"]["flawed"]) == (steps, math.ceil(steps / 3))
+    assert key["credit"]["flawed_mean"]["value"] == -0.35
+    assert key["reinforced"]["meaning"] == "labelled flawed"
+    assert key["reinforced"]["share"] == 0.625
+    assert (key["mean_push"]["batches"], key["honesty"]["slope"]) == (3, 1.01)
+    assert (key["probe"]["layer"], key["probe"]["balanced"]) == (2, pytest.approx(0.7))
+
+
+def test_what_is_missing_names_its_command(tmp_path: Path, make_run: MakeRun) -> None:
+    bare, partly = make_run("bare run", iterations=3), make_run("partly", iterations=3)
+    write_truth_of(partly)
+    assert [gap["topic"] for gap in microscope(bare)["missing"]] == [
+        "truth", "calibration", "coupling", "separation",
+    ]  # fmt: skip
+    page = page_of(tmp_path, bare).text
+    assert f"untwine diagnose coupling '{bare}'" in page
+    assert "Nothing was measured yet" in page
+    page = page_of(tmp_path, partly).text
+    for topic in ("calibration", "coupling", "separation"):
+        assert f"not measured: untwine diagnose {topic} {partly}" in page
+    assert f"untwine diagnose truth {partly}" not in page
+
+
+def damage(run: Path, what: str) -> None:
+    folder = run / "diagnose"
+    coupling = json.loads((folder / "coupling.json").read_text())
+    if what == "torn":
+        (folder / "coupling.json").write_text('{"format": "untwine-coupling-1", "iter')
+    elif what == "format":
+        (folder / "coupling.json").write_text(json.dumps({**coupling, "format": "other"}))
+    elif what == "a word for a number":
+        coupling["sample_list"][0]["delta"] = "<img src=x onerror=alert(1)>"
+        (folder / "coupling.json").write_text(json.dumps(coupling))
+    elif what == "a list for an object":
+        (folder / "coupling.json").write_text("[[[[1]]]]")
+    elif what == "other arrays":
+        save_file({"K_NN": np.eye(3)}, folder / "coupling.safetensors")
+    elif what == "damaged arrays":
+        (folder / "coupling.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0nonsense")
+    elif what == "no such array":
+        save_file({"other": np.eye(3)}, folder / "coupling.safetensors")
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "torn", "format", "a word for a number", "a list for an object", "other arrays",
+        "damaged arrays", "no such array",
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_left_out_and_named(tmp_path: Path, measured: Path, what: str) -> None:
+    damage(measured, what)
+    found = microscope(measured)
+    assert found["coupling"] is None
+    assert [gap["topic"] for gap in found["missing"]] == ["coupling"]
+    assert len(found["problems"]) == 1
+    assert found["problems"][0].startswith("diagnose/coupling.json was left out: ")
+    page = page_of(tmp_path, measured)
+    assert "diagnose/coupling.json was left out" in page.text
+    assert not any("push" in step for e in page.data["episodes"] for step in e["steps"])
+
+
+def test_without_arrays_only_their_plots_are_missing(tmp_path: Path, measured: Path) -> None:
+    for name in ("coupling", "separation"):
+        (measured / "diagnose" / f"{name}.safetensors").unlink()
+    found = page_of(tmp_path, measured).data["runs"][0]["microscope"]
+    assert found["coupling"]["heat"] is None
+    assert len(found["coupling"]["points"]) == 24
+    assert found["separation"]["maps"] is None
+
+
+def test_truth_of_other_episodes_is_refused(tmp_path: Path, measured: Path) -> None:
+    file = measured / "diagnose" / "truth-iter-000020.jsonl"
+    head, *rows = file.read_text().splitlines()
+    changed = {**json.loads(head), "episodes_sha256": "0" * 64}
+    file.write_text("\n".join([json.dumps(changed), *rows]))
+    (measured / "diagnose" / "truth-iter-000004.jsonl").touch()
+    found = microscope(measured)
+    assert found["truth"] == []
+    assert "judges episodes that are not there" in found["problems"][0]
+    assert "judges other episodes" in found["problems"][1]
+    assert "judges other episodes" in page_of(tmp_path, measured).text
+
+
+SHAPE = {"a": float, "b": maybe(int), "c": [str], "d": each(bool)}
+
+
+def test_shapes() -> None:
+    value = {"a": 1, "b": None, "c": ["x"], "d": {"k": True}, "more": 1}
+    assert shaped(value, SHAPE) == {"a": 1.0, "b": None, "c": ["x"], "d": {"k": True}}
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"a": "1"}, "a is not a number"), ({"a": True}, "a is not a number"),
+        ({"a": math.nan}, "a is not a number"), ({"b": "x"}, "b is not a number"),
+        ({"c": "x"}, "c is not a list"), ({"c": [1]}, r"c\[0\] is not str"),
+        ({"d": []}, "d is not an object"), ({"d": {"k": 1}}, "d.k is not bool"),
+    ]  # fmt: skip
+    for change, message in wrong:
+        with pytest.raises(Misshapen, match=message):
+            shaped({**value, **change}, SHAPE)
+    assert shaped({"x": math.inf}, {"x": maybe(float)}) == {"x": None}
+
+
+# --- sentences ---------------------------------------------------------------------------------
+
+
+def test_the_first_sentences_come_from_the_truth(measured: Path) -> None:
+    first = report_numbers([measured])["runs"][0]["first_look"]
+    steps = len(steps_of(last_file(measured)[1])[::3])
+    assert len(first) == 3
+    assert first[1].startswith(f"Of {steps} steps judged by branching, {math.ceil(steps / 3)} are")
+    assert "grpo gives flawed steps −0.35 [−0.45, −0.25] on average" in first[1]
+    assert "points the right way" in first[1]
+    assert "positive in 25 % of the flawed ones" in first[1]
+    assert first[2] == (
+        "Look first at this: 62 % of the flawed samples are pushed up, more than with permuted "
+        "weights (40 % [20, 50])."
+    )
+
+
+def test_sentences_claim_only_what_intervals_show(measured: Path) -> None:
+    def second(flawed: float) -> str:
+        write_json(measured, "calibration", calibration(flawed=flawed))
+        return str(report_numbers([measured])["runs"][0]["first_look"][1])
+
+    assert "does not surely tell them apart" in second(0.2)  # good ones have 0.25
+    assert "points the wrong way" in second(0.5)
+
+
+def test_what_cannot_be_trusted_is_said_first(measured: Path) -> None:
+    file = measured / "diagnose" / "coupling.json"
+    numbers = json.loads(file.read_text())
+    numbers["honesty"]["correlation"] = 0.5
+    numbers["drift"]["mean"] = 0.4
+    file.write_text(json.dumps(numbers))
+    third = report_numbers([measured])["runs"][0]["first_look"][2]
+    assert "do not come true (correlation with the measured change 0.50)" in third
+    assert "another policy" in third
+
+
+def test_labels_in_place_of_truth_are_called_so(make_run: MakeRun) -> None:
+    run = make_run(iterations=3)
+    write_json(run, "calibration", {**calibration(), "source": "group", "flawed_by_chance": None})
+    first = report_numbers([run])["runs"][0]["first_look"]
+    assert first[1].startswith("Grpo, by `group` labels, gives flawed steps")
+
+
+# --- prompts -----------------------------------------------------------------------------------
+
+
+def sides(pieces: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    first = "".join(text for kind, text in pieces if kind in ("same", "first"))
+    return first, "".join(text for kind, text in pieces if kind in ("same", "second"))
+
+
+TEXTS = st.text(st.sampled_from("ab \n.\u2028é"), max_size=60)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS, TEXTS)
+def test_a_diff_holds_both_prompts(first: str, second: str) -> None:
+    pieces = prompt_diff(first, second)
+    assert sides(pieces) == (first, second)
+    assert all(text for _, text in pieces)
+
+
+def test_a_diff_shows_words_and_cuts_what_is_equal() -> None:
+    same = "x" * 1000
+    pieces = prompt_diff(
+        f"{same}\nGo to the kitchen.\n{same}", f"{same}\nGo to a big hall.\n{same}"
+    )
+    assert pieces == [
+        ("cut", "847 equal characters"),
+        ("same", "x" * 153 + "\nGo to "),
+        ("first", "the kitchen"),
+        ("second", "a big hall"),
+        ("same", ".\n" + "x" * 158),
+        ("cut", "842 equal characters"),
+    ]
+    assert prompt_diff("equal", "equal") == [("same", "equal")]
+
+
+def test_a_diff_is_bounded() -> None:
+    pieces = prompt_diff("a" * 5000, "b" * 5000, longest=6000)
+    assert pieces == [
+        ("first", "a" * 5000), ("second", "b" * 1000), ("cut", "4000 more characters"),
+    ]  # fmt: skip
+
+
+# --- the page ----------------------------------------------------------------------------------
+
+
+def test_steps_carry_what_was_measured(tmp_path: Path, measured: Path) -> None:
+    iteration, file = last_file(measured)
+    everyone = steps_of(file)
+    judged = {(e.id, s.index) for _, e, s in everyone[::3]}
+    found = microscope(measured)["coupling"]["sample_list"]
+    pushed = {(s["episode"], s["step"]): s["coupled"] for s in found}
+    seen = 0
+    for episode in page_of(tmp_path, measured).data["episodes"]:
+        for step in episode["steps"]:
+            place = (episode["id"], step["index"])
+            assert ("truth" in step) == (episode["iteration"] == iteration and place in judged)
+            if place in pushed and episode["iteration"] == iteration:
+                seen += 1
+                assert "push" in step
+    assert seen == len(pushed) == 24
+
+
+def test_equal_steps_share_a_push(tmp_path: Path, measured: Path) -> None:
+    """Synthetic steps all have one prompt and one action, so each is the same sample."""
+    data = page_of(tmp_path, measured).data
+    steps = [s for e in data["episodes"] if e["iteration"] == 20 for s in e["steps"]]
+    assert all(("push" in step) == ("advantage" in step) for step in steps)
+
+
+def test_coupling_of_other_episodes_is_not_joined(tmp_path: Path, measured: Path) -> None:
+    file = measured / "diagnose" / "coupling.json"
+    numbers = json.loads(file.read_text())
+    for sample in numbers["sample_list"]:
+        sample["text"] += " other"
+    file.write_text(json.dumps(numbers))
+    page = page_of(tmp_path, measured)
+    assert "was measured on other episodes of iteration 20" in page.text
+    assert not any("push" in s for e in page.data["episodes"] for s in e["steps"])
+
+
+def test_measured_iterations_are_embedded(tmp_path: Path, make_run: MakeRun) -> None:
+    run = make_run(iterations=60)
+    write_coupling(run)
+    file = run / "diagnose" / "coupling.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "iteration": 10}))
+    counts = page_of(tmp_path, run).data["runs"][0]["episodes"]
+    assert counts["iterations"] == [0, 10, 20, 50]
+
+
+def test_the_page_shows_numbers_and_prompts(tmp_path: Path, measured: Path) -> None:
+    page = page_of(tmp_path, measured)
+    text = " ".join(page.text.split())
+    for words in ("−0.35 [−0.45, −0.25]", "0.999 correlation of predicted", "62 % 5 40 % [20, 50]"):
+        assert words in text
+    assert "Step 10: the pot is on the stovetable." in text  # the diff of steps 1 and 0
+    names = [name for name, _ in page.elements]
+    assert names.count("del") >= 4
+    assert names.count("ins") >= 4
+
+
+def test_runs_side_by_side(tmp_path: Path, measured: Path, make_run: MakeRun) -> None:
+    other = make_run("other", "other", iterations=3)
+    text = " ".join(page_of(tmp_path, measured, other).text.split())
+    assert "Flawed lifted by one step62 % permuted 40 % [20, 50]–" in text
+    assert f"not measured: untwine diagnose coupling {other}" in text
+
+
+def test_metrics_nobody_named_are_shown(tmp_path: Path) -> None:
+    rows = [
+        {"stage": "rl", "step": k, "diagnose_gram_rate": 0.1 * k, "probe": {"good": k, "flawed": 1},
+         "note": "text", "flag": True, "outcome_by_task": {"a": 1.0}}
+        for k in range(3)
+    ]  # fmt: skip
+    del rows[1]["diagnose_gram_rate"]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = page_of(tmp_path / "o", tmp_path).data["runs"][0]
+    assert run["others"] == ["diagnose_gram_rate", "probe/good", "probe/flawed"]
+    assert run["rl"]["diagnose_gram_rate"] == [0.0, None, 0.2]
+    assert run["rl"]["probe/good"] == [0.0, 1.0, 2.0]
+    trends = report_numbers([tmp_path])["runs"][0]["trends"]
+    assert trends["probe/good"] == {"first": 0.0, "last": 2.0, "window": 1}
+
+
+def test_nothing_hostile_becomes_markup(tmp_path: Path, make_run: MakeRun) -> None:
+    text = HOSTILE + "\u202e\"' onmouseover=alert(2) x='" + "w" * 300
+    run = write_microscope(make_run(text=text, iterations=3), text)
+    html = build_report([run], tmp_path / "r.html").read_text("utf-8")
+    page = Page(html)
+    assert {"img", "b"} & {name for name, _ in page.elements} == {"b"}  # our own ones
+    assert all(not key.startswith("on") for _, attrs in page.elements for key in attrs)
+    assert len(page.scripts) == 2
+    assert "<img" not in html
+    assert not set(html) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f")
+    assert "[U+202E]" in page.text
+    points = page.data["runs"][0]["microscope"]["coupling"]["points"]
+    assert any("</script><img src=x" in point["name"] for point in points)
+
+
+# --- size --------------------------------------------------------------------------------------
+
+
+def test_halved_limits_cut_everything(tmp_path: Path, measured: Path, monkeypatch: Any) -> None:
+    """The bound holds whatever it is, until nothing is left to halve."""
+    whole = build_report([measured], tmp_path / "whole.html")
+    assert "Some of it was left out" not in whole.read_text("utf-8")
+    size = whole.stat().st_size
+    bound = size // 2
+    monkeypatch.setattr("untwine.report.page.MAX_BYTES", bound)
+    small = build_report([measured], tmp_path / "small.html")
+    assert small.stat().st_size <= bound
+    assert "Some of it was left out" in small.read_text("utf-8")
+    monkeypatch.setattr("untwine.report.page.MAX_BYTES", 1000)
+    with pytest.raises(UntwineError, match="give fewer runs"):
+        build_report([measured], tmp_path / "none.html")
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_a_large_microscope_stays_under_ten_megabytes(tmp_path: Path, make_run: MakeRun) -> None:
+    run = make_run(iterations=3)
+    write_microscope(run, samples=40)
+    file = run / "diagnose" / "coupling.json"
+    numbers = json.loads(file.read_text())
+    for offender in numbers["offenders"]:
+        for i, pusher in enumerate(offender["pushers"]):
+            pusher["prompt"] = "".join(f"line {k * (i + 2)}\n" for k in range(20_000))
+    numbers["offenders"] *= 40
+    file.write_text(json.dumps(numbers))
+    (run / "recipe.yaml").write_text("# " + "x" * 12_000_000)
+    out = build_report([run], tmp_path / "r.html")
+    assert out.stat().st_size < 10_000_000
+    assert "characters left out)" in out.read_text("utf-8")
+
+
+def test_limits_halve_to_one() -> None:
+    limits = Limits()
+    for _ in range(40):
+        limits = limits.halved()
+    assert set(dataclasses.astuple(limits)) == {1}
