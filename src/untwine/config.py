@@ -324,13 +324,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections such as `env:`, not a {type(tree).__name__}")
+    return make_recipe(tree, str(path), overrides)
+
+
+def make_recipe(
+    tree: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()
+) -> Recipe:
+    """Check a tree of plain values, with overrides applied to it; `source` names it in errors."""
     for override in overrides:
         _apply_override(tree, override)
-    return make_recipe(tree, str(path))
-
-
-def make_recipe(tree: dict[str, Any], source: str = "recipe") -> Recipe:
-    """Check a tree of plain values; `source` names it in the error."""
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:

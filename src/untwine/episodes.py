@@ -7,7 +7,8 @@
 Prompts repeat each other, so a step stores only what is new: `kept` is how many leading ids of its
 prompt equal the previous step's prompt + action, and `token_ids` holds, step after step, the
 remaining prompt ids followed by the action ids. An absent advantage is NaN. Reading gives back the
-same records, bit for bit; the format is described in docs/episodes.md.
+same records, bit for bit; the format is described in docs/episodes.md, also what other programs may
+leave out of it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,20 @@ from untwine.records import Episode, Group, Label, Step, TaskRef
 
 FORMAT = "untwine-episodes-2"
 _NUMBERS = {"prompt_ids", "action_ids", "logprobs", "allowed", "advantage"}
+_STEP_DEFAULTS: dict[str, Any] = {
+    "observation": "",
+    "thought": None,
+    "invalid": None,
+    "next_state_key": "",
+    "feedback": "",
+    "score": 0.0,
+    "outcome": 0.0,
+    "reward": 0.0,
+    "done": False,
+    "admissible": None,
+    "labels": (),
+}
+_STEP_FIELDS = {f.name for f in dataclasses.fields(Step)} - _NUMBERS
 
 
 def write_groups(path: Path, groups: Sequence[Group]) -> None:
@@ -77,7 +92,10 @@ def write_groups(path: Path, groups: Sequence[Group]) -> None:
 
 
 def read_groups(path: Path) -> list[Group]:
-    """The groups written to `path`. CheckpointError when a file is missing or damaged."""
+    """The groups written to `path`, by this or another program.
+
+    CheckpointError when a file is missing, damaged, or holds no log-probabilities.
+    """
     try:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             header, *rows = [json.loads(line) for line in lines]
@@ -88,43 +106,69 @@ def read_groups(path: Path) -> list[Group]:
         raise CheckpointError(f"episode file {path} is damaged ({error}); delete it") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not an episode file of this version ({FORMAT})")
-    reader = _Reader(arrays)
-    groups: list[list[Episode]] = [[] for _ in range(header["groups"])]
-    for row in rows:
-        groups[row["group"]].append(reader.episode(row))
-    return [Group(episodes[0].ref, tuple(episodes)) for episodes in groups if episodes]
+    try:
+        reader = _Reader(arrays, rows)
+        groups: list[list[Episode]] = [[] for _ in range(header["groups"])]
+        for row in rows:
+            groups[row["group"]].append(reader.episode(row))
+        reader.check_end()
+        return [Group(episodes[0].ref, tuple(episodes)) for episodes in groups if episodes]
+    except KeyError as error:
+        raise CheckpointError(
+            f"episode file {path} has no {error}; docs/episodes.md says what it must hold"
+        ) from error
+    except (IndexError, TypeError, ValueError) as error:
+        raise CheckpointError(f"episode file {path} cannot be read: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"episode file {path} {error}") from error
 
 
 class _Reader:
     """Cuts the flat arrays back into steps."""
 
-    def __init__(self, arrays: dict[str, Any]) -> None:
+    def __init__(self, arrays: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+        lengths = [step["action_len"] for row in rows for step in row["steps"]]
+        if "logprobs" not in arrays or np.isnan(arrays["logprobs"]).any():
+            raise CheckpointError(
+                "holds no log-probabilities of its actions under the policy that played them; "
+                "record them when sampling, or compute them with "
+                "untwine.diagnose.log_probabilities"
+            )
         self._tokens: list[int] = arrays["token_ids"].tolist()
         self._logprobs: list[float] = arrays["logprobs"].tolist()
-        self._advantages: list[float] = arrays["advantages"].tolist()
-        self._kept: list[int] = arrays["kept"].tolist()
-        self._allowed_counts: list[int] = arrays["allowed_counts"].tolist()
-        self._allowed: list[int] = arrays["allowed_ids"].tolist()
+        self._advantages = _list_of(arrays, "advantages", math.nan, len(lengths))
+        self._kept = _list_of(arrays, "kept", 0, len(lengths))
+        self._allowed_counts = _list_of(arrays, "allowed_counts", 0, sum(lengths))
+        self._allowed = _list_of(arrays, "allowed_ids", 0, 0)
         self._token = self._logprob = self._step = self._choice = 0
+
+    def check_end(self) -> None:
+        """ValueError when the arrays hold more or fewer numbers than the steps speak of."""
+        for name, used, values in (
+            ("token_ids", self._token, self._tokens),
+            ("logprobs", self._logprob, self._logprobs),
+            ("advantages", self._step, self._advantages),
+            ("kept", self._step, self._kept),
+            ("allowed_counts", self._logprob, self._allowed_counts),
+            ("allowed_ids", self._choice, self._allowed),
+        ):
+            if used != len(values):
+                raise ValueError(f"its steps need {used} {name}, and it holds {len(values)}")
 
     def episode(self, row: dict[str, Any]) -> Episode:
         before: tuple[int, ...] = ()
         steps = []
-        for text in row["steps"]:
-            prompt, action = text.pop("prompt_len"), text.pop("action_len")
+        for t, text in enumerate(row["steps"]):
+            prompt, action = text["prompt_len"], text["action_len"]
             same = self._kept[self._step]
             new = tuple(self._tokens[self._token : self._token + prompt - same + action])
-            self._token += len(new)
+            self._token += prompt - same + action
             ids = before[:same] + new
             advantage = self._advantages[self._step]
             self._step += 1
             steps.append(
                 Step(
-                    **{
-                        **text,
-                        "labels": tuple(Label(**label) for label in text["labels"]),
-                        "admissible": _tuple_or_none(text["admissible"]),
-                    },
+                    **_step_values(t, text),
                     prompt_ids=ids[:prompt],
                     action_ids=ids[prompt:],
                     logprobs=tuple(self._logprobs[self._logprob : self._logprob + action]),
@@ -134,15 +178,17 @@ class _Reader:
             )
             self._logprob += action
             before = ids
+        outcome = row["outcome"]
+        success = row.get("success", outcome >= 1.0)
         return Episode(
             id=row["id"],
             ref=TaskRef(**row["ref"]),
-            goal=row["goal"],
+            goal=row.get("goal", ""),
             steps=tuple(steps),
-            outcome=row["outcome"],
-            score=row["score"],
-            success=row["success"],
-            ended=row["ended"],
+            outcome=outcome,
+            score=row.get("score", outcome),
+            success=success,
+            ended=row.get("ended", "success" if success else "limit"),
         )
 
     def _allowed_sets(self, action: int) -> tuple[tuple[int, ...], ...] | None:
@@ -169,6 +215,22 @@ def _step_text(step: Step) -> dict[str, Any]:
     }
     values["labels"] = [dataclasses.asdict(label) for label in step.labels]
     return values | {"prompt_len": len(step.prompt_ids), "action_len": len(step.action_ids)}
+
+
+def _list_of(arrays: dict[str, Any], name: str, absent: float, length: int) -> list[Any]:
+    found = arrays[name].tolist() if name in arrays else [absent] * length
+    return list(found)
+
+
+def _step_values(t: int, text: dict[str, Any]) -> dict[str, Any]:
+    """The fields of step `t` that are not numbers of tokens; unknown keys are passed over."""
+    given = {key: value for key, value in text.items() if key in _STEP_FIELDS}
+    values = {"index": t, "command": given["text"], **_STEP_DEFAULTS, **given}
+    if values["index"] != t:
+        raise ValueError(f"a step at place {t} of its episode has index {values['index']}")
+    values["labels"] = tuple(Label(**label) for label in values["labels"])
+    values["admissible"] = _tuple_or_none(values["admissible"])
+    return values
 
 
 def _numbers_path(path: Path) -> Path:

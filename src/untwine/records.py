@@ -131,19 +131,20 @@ class Step:
         prompt_ids: tuple[int, ...] = (),
         action_ids: tuple[int, ...] = (),
         allowed: tuple[tuple[int, ...], ...] | None = None,
+        logprobs: tuple[float, ...] | None = None,
         text: str | None = None,
         labels: tuple[Label, ...] = (),
         advantage: float | None = None,
     ) -> Step:
-        """A step that no policy sampled: the log-probabilities are 0. `text` is the command unless
-        it is given."""
+        """A step from what the environment said before and after it. The log-probabilities are 0
+        unless given (no policy sampled it), and `text` is the command unless given."""
         return cls(
             index=index,
             state_key=before.state_key,
             observation=before.text,
             prompt_ids=prompt_ids,
             action_ids=action_ids,
-            logprobs=(0.0,) * len(action_ids),
+            logprobs=(0.0,) * len(action_ids) if logprobs is None else logprobs,
             text=command if text is None else text,
             thought=None,
             command=command,

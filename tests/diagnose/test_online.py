@@ -17,7 +17,7 @@ from tests.diagnose.reference import gradients, gram_of
 from tests.test_cli import TINY
 from tests.training.test_resume import contents, rows, steady
 from untwine.config import Recipe, load_recipe
-from untwine.diagnose.calibrate import calibrate_run
+from untwine.diagnose.measure_calibration import calibrate_run
 from untwine.diagnose.online import Findings, OnlineDiagnosis
 from untwine.diagnose.probes import load_probes, probes_path
 from untwine.diagnose.run_samples import RunSample, distinct_samples, draw_samples

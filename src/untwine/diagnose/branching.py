@@ -108,6 +108,42 @@ class Estimate:
     confidence: float | None
 
 
+def judge(
+    values: Sequence[float],
+    after_action: Sequence[float],
+    most: float,
+    q: float,
+    settings: Settings,
+) -> Estimate:
+    """The estimate from values x of A*, each within [-most, most].
+
+    after_action  the return after the action, of each pair that was played
+    q             probability of the action, for the record
+    """
+    error, planned, delta = settings.error, settings.branches, settings.delta
+    low, high = mean_bounds(values, -most, most, error=error, planned=planned)
+    label: Verdict3 = "flawed" if high < -delta else "good" if low > delta else "neutral"
+    doubt = None
+    if label != "neutral":
+        mean = -delta if label == "flawed" else delta
+        sides = evidence(values, -most, most, mean, error=error, planned=planned)
+        doubt = sides[label == "flawed"]
+    advantage = sum(values) / len(values) if values else 0.0
+    action_value = sum(after_action) / len(after_action) if after_action else None
+    return Estimate(
+        advantage=advantage,
+        low=low,
+        high=high,
+        value=None if action_value is None else action_value - advantage,
+        action_value=action_value,
+        q=q,
+        n=len(values),
+        label=label,
+        clear=label != "neutral" or (low >= -delta and high <= delta),
+        confidence=None if doubt is None else 1.0 - doubt,
+    )
+
+
 @dataclass(slots=True)
 class _Tally:
     """One question and what is known so far."""
@@ -130,6 +166,10 @@ class _Tally:
         share = 1.0 - occurrence.q if self.known_q else 1.0
         self.values.append(share * (after_action - after_other))
         self.after_action.append(after_action)
+
+    def judge(self, settings: Settings) -> Estimate:
+        q = sum(o.q for o in self.occurrences) / len(self.occurrences)
+        return judge(self.values, self.after_action, self.range, q, settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +230,8 @@ class Brancher:
             self._play(pairs)
             for tally in live:
                 out_of_draws = len(tally.values) < n
-                tally.closed = out_of_draws or self._judge(tally).clear
-        return [None if tally.failed else self._judge(tally) for tally in tallies]
+                tally.closed = out_of_draws or tally.judge(self.settings).clear
+        return [None if tally.failed else tally.judge(self.settings) for tally in tallies]
 
     def _draw(self, tallies: Sequence[_Tally], n: int) -> list[_Pair]:
         """Replies at the states until every tally can come to `n` values, or has drawn too often.
@@ -250,33 +290,6 @@ class Brancher:
 
     def _return(self, episode: Episode) -> float:
         return Group(episode.ref, (episode,), self.settings.returns).returns_G[0]
-
-    def _judge(self, tally: _Tally) -> Estimate:
-        settings, values, most = self.settings, tally.values, tally.range
-        error, planned, delta = settings.error, settings.branches, settings.delta
-        low, high = mean_bounds(values, -most, most, error=error, planned=planned)
-        label: Verdict3 = "flawed" if high < -delta else "good" if low > delta else "neutral"
-        doubt = None
-        if label != "neutral":
-            mean = -delta if label == "flawed" else delta
-            sides = evidence(values, -most, most, mean, error=error, planned=planned)
-            doubt = sides[label == "flawed"]
-        advantage = sum(values) / len(values) if values else 0.0
-        action_value = None
-        if tally.after_action:
-            action_value = sum(tally.after_action) / len(tally.after_action)
-        return Estimate(
-            advantage=advantage,
-            low=low,
-            high=high,
-            value=None if action_value is None else action_value - advantage,
-            action_value=action_value,
-            q=sum(o.q for o in tally.occurrences) / len(tally.occurrences),
-            n=len(values),
-            label=label,
-            clear=label != "neutral" or (low >= -delta and high <= delta),
-            confidence=None if doubt is None else 1.0 - doubt,
-        )
 
 
 def _add(total: RolloutStats, part: RolloutStats) -> None:

@@ -11,7 +11,13 @@ from rich.console import Console
 
 app = typer.Typer(help="See why a flawed action survives training.", no_args_is_help=True)
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+RunArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="A run directory, or a folder of another program with episodes/ and model/.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as env.workers=4."),
@@ -65,12 +71,12 @@ def truth(
     """
     from untwine.diagnose.branching import Settings
     from untwine.diagnose.output import to_json
+    from untwine.diagnose.recorded import recorded_recipe
     from untwine.diagnose.tables import print_truth
     from untwine.diagnose.truth import Draw, find_truth
     from untwine.progress import Display
-    from untwine.training.run_dir import run_recipe
 
-    recipe = run_recipe(run, list(overrides or []))
+    recipe = recorded_recipe(run, list(overrides or []), to_play=True)
     settings = Settings(delta=delta, error=round(1 - confidence, 9), branches=branches, seed=seed)
     draw = Draw(steps, stratified or "", pooled)
     with Display() as display:
@@ -102,11 +108,11 @@ def calibration(
 
     Prints tables, and writes RUN/diagnose/calibration.json.
     """
-    from untwine.diagnose.calibrate import calibrate_run
+    from untwine.diagnose.measure_calibration import calibrate_run
+    from untwine.diagnose.recorded import recorded_recipe
     from untwine.diagnose.tables import print_calibration
-    from untwine.training.run_dir import run_recipe
 
-    recipe = run_recipe(run, list(overrides or []))
+    recipe = recorded_recipe(run, list(overrides or []))
     result = calibrate_run(run, recipe, iteration=iteration, labels=labels, seed=seed)
     _show(run, "calibration", result, print_calibration, as_json)
 
@@ -142,11 +148,11 @@ def coupling(
     Prints tables, and writes RUN/diagnose/coupling.json and coupling.safetensors (the Gram).
     """
     from untwine.diagnose.measure import CouplingOptions, find_coupling
+    from untwine.diagnose.recorded import recorded_recipe
     from untwine.diagnose.tables import print_coupling
     from untwine.progress import Display
-    from untwine.training.run_dir import run_recipe
 
-    recipe = run_recipe(run, list(overrides or []))
+    recipe = recorded_recipe(run, list(overrides or []))
     options = CouplingOptions(
         count=samples,
         batches=batches,
@@ -195,11 +201,11 @@ def separation(
     (2-D maps).
     """
     from untwine.diagnose.measure_separation import SeparationOptions, find_separation
+    from untwine.diagnose.recorded import recorded_recipe
     from untwine.diagnose.tables import print_separation
     from untwine.progress import Display
-    from untwine.training.run_dir import run_recipe
 
-    recipe = run_recipe(run, list(overrides or []))
+    recipe = recorded_recipe(run, list(overrides or []))
     options = SeparationOptions(samples, seed, pool, distance, chunk)
     with Display() as display:
         numbers = find_separation(

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from untwine.config import LoRAConfig, Recipe
+from untwine.config import LoRAConfig, Recipe, make_recipe
 from untwine.diagnose.parameters import adam_preconditioner
+from untwine.envs.protocol import EnvInfo
+from untwine.envs.registry import get_catalogue
 from untwine.episodes import read_groups
 from untwine.errors import CheckpointError
 from untwine.policy.loading import Policy, load_policy
 from untwine.records import Group
 from untwine.training.checkpoint import load_optimizer, load_weights, read_position
-from untwine.training.run_dir import episode_files
+from untwine.training.run_dir import episode_files, run_recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +30,43 @@ class RecordedPolicy:
     checkpoint: Path | None
 
 
+def is_foreign(run: Path) -> bool:
+    """Whether a folder holds episodes that another program recorded: there is no recipe."""
+    return not (run / "recipe.yaml").is_file() and bool(episode_files(run))
+
+
+def recorded_recipe(run: Path, overrides: Sequence[str] = (), *, to_play: bool = False) -> Recipe:
+    """The recipe of a run. Of a folder that another program wrote, what `overrides` say of its
+    sampling, loss and credit, and defaults for the rest.
+
+    to_play  whether its environment will be opened, which another program's cannot
+    CheckpointError when it is neither, or cannot be played.
+    """
+    if not is_foreign(run):
+        return run_recipe(run, overrides)
+    if to_play:
+        raise CheckpointError(
+            f"{run} was recorded by another program, so its environment cannot be opened here; "
+            "hand it to untwine.diagnose.true_advantages in Python"
+        )
+    return make_recipe({}, str(run), overrides)
+
+
+def recorded_info(run: Path, recipe: Recipe) -> EnvInfo:
+    """What is known of the environment of a run; of another program's, nothing."""
+    if is_foreign(run):
+        return EnvInfo("unknown", False, False, False, False)
+    return get_catalogue(recipe.env.name, recipe.env.options).info
+
+
 def iteration_files(run: Path) -> dict[int, Path]:
     """Episode files by iteration. CheckpointError when there are none."""
-    files = {int(file.name[5:11]): file for file in episode_files(run)}
+    try:
+        files = {int(file.name[5:11]): file for file in episode_files(run)}
+    except ValueError:
+        raise CheckpointError(
+            f"an episode file of {run} has no iteration number; name them iter-000000.jsonl.gz"
+        ) from None
     if not files:
         raise CheckpointError(f"{run} holds no episodes yet; train it for at least one iteration")
     return files

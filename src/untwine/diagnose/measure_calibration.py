@@ -17,10 +17,15 @@ from untwine.credit import credit_method, credit_names
 from untwine.diagnose.calibration import Floats, Judged, calibrate, lemma_advantage
 from untwine.diagnose.output import results_folder, to_json, write_text
 from untwine.diagnose.population import RecordedStep, recorded_steps
-from untwine.diagnose.recorded import episode_file, iteration_files, read_recorded
+from untwine.diagnose.recorded import (
+    episode_file,
+    is_foreign,
+    iteration_files,
+    read_recorded,
+    recorded_info,
+)
 from untwine.diagnose.truth_file import TruthRow, read_truth, truth_path
 from untwine.envs.protocol import EnvInfo
-from untwine.envs.registry import get_catalogue
 from untwine.errors import ConfigError, UntwineError
 from untwine.gcd.labels import label_group, label_sources
 from untwine.records import Group, Step, Verdict
@@ -61,7 +66,7 @@ def calibrate_run(
     iteration  by default all that have a truth file (with `labels`: all)
     labels     whose labels to take instead of the truth
     """
-    info = get_catalogue(recipe.env.name, recipe.env.options).info
+    info = recorded_info(run, recipe)
     files = _files(run, iteration, labels)
     groups = {k: read_recorded(file, recipe) for k, file in files.items()}
     items: list[_Item] = []
@@ -90,10 +95,23 @@ def calibrate_run(
         "flawed": sum(item.verdict == "flawed" for item in items),
         "good": sum(item.verdict == "good" for item in items),
         "flawed_by_chance": None if labels else chance,
-        "methods": {name: _method(name, recipe, groups, items, seed) for name in credit_names()},
+        "methods": _methods(recipe, groups, items, seed, foreign=is_foreign(run)),
     }
     write_text(results_folder(run) / "calibration.json", to_json(numbers))
     return numbers
+
+
+def _methods(
+    recipe: Recipe,
+    groups: Mapping[int, Sequence[Group]],
+    items: Sequence[_Item],
+    seed: int,
+    *,
+    foreign: bool,
+) -> dict[str, Any]:
+    """Every method by name; of another program's episodes also the advantages it recorded."""
+    recorded = {"recorded": _measures(_advantages(groups), {}, items, seed)} if foreign else {}
+    return recorded | {name: _method(name, recipe, groups, items, seed) for name in credit_names()}
 
 
 def _files(run: Path, iteration: int | None, labels: str) -> dict[int, Path]:
@@ -187,15 +205,30 @@ def _method(
     options = recipe.credit.options if name == recipe.credit.name else {}
     try:
         credit = credit_method(name, options)
-        estimates = {
-            (k, episode.id, step.index): step.advantage
-            for k, own in groups.items()
-            for group in own
-            for episode in credit(group).episodes
-            for step in episode.steps
-        }
+        credited = {k: [credit(group) for group in own] for k, own in groups.items()}
     except UntwineError as error:
         return {"options": options, "not_applicable": str(error)}
+    return _measures(_advantages(credited), options, items, seed)
+
+
+def _advantages(
+    groups: Mapping[int, Sequence[Group]],
+) -> dict[tuple[int, str, int], float | None]:
+    return {
+        (k, episode.id, step.index): step.advantage
+        for k, own in groups.items()
+        for group in own
+        for episode in group.episodes
+        for step in episode.steps
+    }
+
+
+def _measures(
+    estimates: Mapping[tuple[int, str, int], float | None],
+    options: Mapping[str, Any],
+    items: Sequence[_Item],
+    seed: int,
+) -> dict[str, Any]:
     found = [estimates[item.at] for item in items]
     kept = [
         (item, estimate)
