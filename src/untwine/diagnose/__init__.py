@@ -63,42 +63,16 @@ __all__ = [
 ]
 
 _PLACES = {
-    "analysis": (
-        "cosine_histograms",
-        "decompose",
-        "merge_duplicates",
-        "reinforced_rates",
-        "worst_offenders",
-    ),
-    "branching": (
-        "BranchSettings",
-        "Estimate",
-    ),
-    "calibration": (
-        "Judged",
-        "calibrate",
-        "lemma_advantage",
-    ),
-    "coupling": (
-        "Gram",
-        "gram",
-        "head_gram",
-        "off_diagonal_correlation",
-        "push",
-    ),
-    "own_world": ("true_advantages",),
-    "parameters": ("adam_preconditioner",),
-    "samples": ("StepSample",),
-    "scoring": ("log_probabilities",),
-    "separation": (
-        "action_states",
-        "plane",
-        "separations",
-    ),
-    "steps": (
-        "check_prediction",
-        "mean_push",
-    ),
+    "analysis": "cosine_histograms decompose merge_duplicates reinforced_rates worst_offenders",
+    "branching": "BranchSettings Estimate",
+    "calibration": "Judged calibrate lemma_advantage",
+    "coupling": "Gram gram head_gram off_diagonal_correlation push",
+    "own_world": "true_advantages",
+    "parameters": "adam_preconditioner",
+    "samples": "StepSample",
+    "scoring": "log_probabilities",
+    "separation": "action_states plane separations",
+    "steps": "check_prediction mean_push",
 }
 _OTHER_NAMES = {"BranchSettings": "Settings"}
 
@@ -106,7 +80,7 @@ _OTHER_NAMES = {"BranchSettings": "Settings"}
 def __getattr__(name: str) -> Any:
     """Modules are loaded when a name of theirs is first asked for: torch takes seconds."""
     for module, names in _PLACES.items():
-        if name in names:
+        if name in names.split():
             found = getattr(
                 importlib.import_module(f"{__name__}.{module}"), _OTHER_NAMES.get(name, name)
             )

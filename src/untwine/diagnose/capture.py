@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from untwine.diagnose.sinks import Sink
 from untwine.errors import ModelError
 
-_SLICE_NUMBERS = 1 << 22  # numbers in the gradients of one slice of a matrix
+_SLICE_NUMBERS = 1 << 24  # numbers in the gradients of one slice of a matrix; fewer are slower
 
 Deliver = Callable[[torch.Tensor, torch.Tensor], None]
 _Piece = tuple[range, torch.Tensor, torch.Tensor]
