@@ -1,22 +1,20 @@
-"""The coupling Gram against one ordinary training step over the same samples.
+"""The coupling Gram against training steps and separate backward passes over the same samples.
 
-    python benchmarks/gram.py [--samples 64,128,256] [--repeats 3] [--tied] [--device cpu]
+    python benchmarks/coupling.py [--samples 64,128,256] [--repeats 2] [--tied] [--device cpu]
 
 A Llama of eight layers (6.8 million parameters, 7.9 untied); samples of 250 prompt and 8 action
-tokens. Within a repetition all contenders run one after the other; the table gives medians of
-seconds (of processor time on a CPU), and their ratio to the training step in micro-batches of 16.
-`error` is the largest |K - K'| / (|g_i| |g_j|) against separate backward passes in float64, on the
-first `--exact` samples. Memory is the growth of the peak resident set, each contender in a process
-of its own (CPU), or the peak allocated (CUDA).
+tokens. Every arm has a process of its own; they take turns, so that all meet the same machine, in
+turned order from repetition to repetition. The table gives medians of seconds (of the processor on
+a CPU), their ratio to the training step in micro-batches of 16, and the peak of memory above what
+libraries and model take (resident set on a CPU, allocated with CUDA). Separate passes, which are
+slow, are done once. `error` is the largest |K - K'| / (|g_i| |g_j|) against separate backward
+passes in float64, on the first `--exact` samples.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import multiprocessing
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arms.machine import heading
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from untwine.diagnose.coupling import gram, head_gram, off_diagonal_correlation
@@ -31,7 +30,7 @@ from untwine.diagnose.samples import StepSample
 from untwine.diagnose.scoring import weighted_gradient
 
 VOCABULARY, PROMPT, ACTION, MICROBATCH = 4096, 250, 8, 16
-Contender = Callable[[Any, Sequence[StepSample]], Any]
+Arm = Callable[[Any, Sequence[StepSample]], Any]
 
 
 def make_model(tied: bool, device: str) -> Any:
@@ -77,116 +76,128 @@ def separate_passes(model: Any, samples: Sequence[StepSample]) -> Any:
     return matrix @ matrix.T
 
 
-CONTENDERS: dict[str, Contender] = {
-    "training step, micro-batches of 16": training_step,
+STEP, SEPARATE = "training step, micro-batches of 16", "separate passes, gradients stored"
+ARMS: dict[str, Arm] = {
+    STEP: training_step,
     "exact Gram": lambda model, samples: gram(model, samples, chunk=MICROBATCH, check=False),
     "exact Gram, recompute": lambda model, samples: gram(
         model, samples, chunk=MICROBATCH, recompute=True, check=False
     ),
     "head only, forward": lambda model, samples: head_gram(model, samples, chunk=MICROBATCH),
-    "separate passes, gradients stored": separate_passes,
+    SEPARATE: separate_passes,
 }
 
 
-def seconds(contender: Contender, model: Any, samples: Sequence[StepSample]) -> float:
-    """Seconds of this process's one thread on a CPU, whatever else runs; wall time with CUDA."""
-    if next(model.parameters()).device.type != "cuda":
-        start = time.process_time()
-        contender(model, samples)
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    contender(model, samples)
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _memory(name: str, count: int, tied: bool, device: str, pipe: Any) -> None:
+def work(name: str, tied: bool, device: str, pipe: Any) -> None:
+    """What the process of an arm does: for each number that comes, one measurement."""
     torch.set_num_threads(1)
-    model, samples = make_model(tied, device), make_samples(count)
-    training_step(model, samples[:2])
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        CONTENDERS[name](model, samples)
-        pipe.send((torch.cuda.max_memory_allocated() - before) / 2**20)
-        return
-    before = _peak()
-    CONTENDERS[name](model, samples)
-    pipe.send((_peak() - before) / 2**10)
+    model, arm = make_model(tied, device), ARMS[name]
+    training_step(model, make_samples(2))
+    before = resident("VmRSS") if device == "cpu" else torch.cuda.memory_allocated() / 2**20
+    while count := pipe.recv():
+        samples = make_samples(count)
+        if device == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            start = time.process_time()
+            arm(model, samples)
+            took, peak = time.process_time() - start, resident("VmHWM")
+        else:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            arm(model, samples)
+            torch.cuda.synchronize()
+            took, peak = time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**20
+        pipe.send((took, peak - before))
 
 
-def _peak() -> int:
-    """Peak resident set in KiB. Not `ru_maxrss`: a new process inherits that of its parent."""
+def resident(field: str) -> float:
+    """MiB; VmRSS: now, VmHWM: at the peak. Not `ru_maxrss`, which a process inherits."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def memory(name: str, count: int, tied: bool, device: str) -> float:
-    """MiB at the peak above what model and libraries take, in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_memory, args=(name, count, tied, device, there))
-    process.start()
-    there.close()  # so that a process that dies ends the wait
-    found: float = here.recv()
-    process.join()
-    return found
+class Worker:
+    """The process of one arm, from outside."""
+
+    def __init__(self, name: str, tied: bool, device: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=work, args=(name, tied, device, there))
+        self._process.start()
+        there.close()  # so that a process that dies ends the wait
+
+    def measure(self, count: int) -> tuple[float, float]:
+        """Seconds, and MiB at the peak."""
+        self._pipe.send(count)
+        found: tuple[float, float] = self._pipe.recv()
+        return found
+
+    def close(self) -> None:
+        self._pipe.send(0)
+        self._process.join()
 
 
-def error(model: Any, samples: Sequence[StepSample]) -> float:
-    found = gram(model, samples, chunk=MICROBATCH, check=False).K_NN
-    exact = separate_passes(model.double(), samples).cpu()
-    model.float()
+def error(tied: bool, count: int) -> tuple[float, float]:
+    """Of the Gram against float64; and the correlation of the head's Gram with the exact one."""
+    model, samples = make_model(tied, "cpu"), make_samples(count)
+    found = gram(model, samples, chunk=MICROBATCH).K_NN
+    correlation = off_diagonal_correlation(head_gram(model, samples).K_NN, found)
+    exact = separate_passes(model.double(), samples)
     norms = exact.diagonal().sqrt()
-    return float(((found - exact).abs() / (norms[:, None] * norms)).max())
+    return float(((found - exact).abs() / (norms[:, None] * norms)).max()), correlation
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--samples", default="64,128,256")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--exact", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--exact", type=int, default=8)
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--without", default="", help="contenders to leave out, by first letters")
+    parser.add_argument("--without", default="", help="arms to leave out, by first letters")
     options = parser.parse_args()
-    left_out = [w for w in options.without.split(",") if w]
-    names = [n for n in CONTENDERS if not any(n.startswith(w) for w in left_out)]
-    model = make_model(options.tied, options.device)
+    left_out = tuple(w for w in options.without.split(",") if w)
+    names = [n for n in ARMS if n == STEP or not n.startswith(left_out or "-")]
     counts = [int(n) for n in options.samples.split(",")]
-    print(f"Date: {datetime.date.today()}; machine: {_machine(options.device)}  ")
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{'tied' if options.tied else 'untied'} head, {size:,} parameters, ", end="")
-    print(f"{options.repeats} repetitions\n")
-    heads = "".join(f" N={n} s | ratio | MiB |" for n in counts)
-    print(f"| |{heads}\n|---|{'---:|' * 3 * len(counts)}")
-    cells: dict[str, str] = dict.fromkeys(names, "")
-    for count in counts:
-        samples = make_samples(count)
-        training_step(model, samples[:2])
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(options.repeats):
-            for name in names:
-                times[name].append(seconds(CONTENDERS[name], model, samples))
-        base = statistics.median(times[names[0]])
-        for name in names:
-            median = statistics.median(times[name])
-            peak = memory(name, count, options.tied, options.device)
-            cells[name] += f" {median:.3g} | {median / base:.2f} | {peak:,.0f} |"
-    for name in names:
-        print(f"| {name} |{cells[name]}")
-    some = make_samples(options.exact)
-    exact = gram(model, some, chunk=MICROBATCH).K_NN
-    print(f"\nerror {error(model, some):.1e} (float64, {options.exact} samples)")
-    correlation = off_diagonal_correlation(head_gram(model, some).K_NN, exact)
+    size = sum(p.numel() for p in make_model(options.tied, "cpu").parameters())
+    head = "tied" if options.tied else "untied"
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "1 thread"
+    print(
+        heading(
+            "coupling.py",
+            f"{head} head, {size:,} parameters; {PROMPT} + {ACTION} tokens a sample; "
+            f"{options.repeats} repetitions, seed 0, {device}",
+        ),
+        flush=True,
+    )
+    workers = {name: Worker(name, options.tied, options.device) for name in names}
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for repeat in range(options.repeats):
+        for count in counts:
+            for name in names[:: -1 if repeat % 2 else 1]:
+                if name != SEPARATE or repeat == 0:
+                    found.setdefault((name, count), []).append(workers[name].measure(count))
+    for worker in workers.values():
+        worker.close()
+    show(found, names, counts)
+    gap, correlation = error(options.tied, options.exact)
+    print(f"\nerror {gap:.1e} (float64, {options.exact} samples)  ")
     print(f"correlation of the head's Gram with the exact one: {correlation:.3f}")
 
 
-def _machine(device: str) -> str:
-    if device == "cuda":
-        return str(torch.cuda.get_device_name())
-    return f"{os.cpu_count()} cores, one thread, Python {platform.python_version()}"
+def show(
+    found: dict[tuple[str, int], list[tuple[float, float]]], names: list[str], counts: list[int]
+) -> None:
+    print("| |" + "".join(f" N={n}: s | ratio | MiB |" for n in counts))
+    print("|---|" + "---:|" * 3 * len(counts))
+    for name in names:
+        cells = ""
+        for count in counts:
+            took, base = (statistics.median(t for t, _ in found[n, count]) for n in (name, STEP))
+            peak = max(m for _, m in found[name, count])
+            cells += f" {took:.3g} | {took / base:.2f} | {peak:,.0f} |"
+        print(f"| {name} |{cells}")
 
 
 if __name__ == "__main__":

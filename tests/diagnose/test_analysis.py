@@ -14,10 +14,12 @@ from untwine.diagnose.analysis import (
     kind_strata,
     merge_duplicates,
     probability_strata,
+    push_from_other_states,
     push_rates,
     reinforced_rates,
     worst_offenders,
 )
+from untwine.theory.regions import TwoStates
 
 # Gradients in the plane: 0 and 1 alike, 2 against them, 3 across.
 G = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
@@ -163,3 +165,32 @@ def test_cosine_histograms_against_a_loop() -> None:
             assert list(h.counts) == counts
         else:
             assert h.mean is None
+
+
+def test_the_push_is_that_of_the_theory() -> None:
+    """The two states of `untwine theory regions`, with every action once in its exact weight: what
+    the other state does to the flawed action, and the correction by its own."""
+    model, q, other = TwoStates(risk=0.3, gain=0.5, overlap=0.8), 0.7, 0.4
+    visits, length = 0.25, 3.0  # of each state in the loss, and of the features
+    here = length * torch.tensor([1.0, 0.0], dtype=torch.float64)
+    there = length * torch.tensor([0.8, 0.6], dtype=torch.float64)  # overlap 0.8
+    gradients = torch.stack(((1 - q) * here, -q * here, (1 - other) * there, -other * there))
+    chances = torch.tensor([q, 1 - q, other, 1 - other], dtype=torch.float64)
+    advantages = torch.tensor(
+        [-model.risk * (1 - q), model.risk * q, model.gain * (1 - other), -model.gain * other],
+        dtype=torch.float64,
+    )
+    weights = visits * chances * advantages
+    gram = gradients @ gradients.T
+    every_visit = torch.full((4,), visits, dtype=torch.float64)
+    found = push_from_other_states(gram, weights, chances.log(), ["s", "s", "t", "t"], every_visit)
+    assert found[0].item() == pytest.approx(float(model.push(other)))
+    # seen from s', the flawed action of s pushes down
+    assert found[2].item() == pytest.approx(-model.overlap * float(model.correction(q)))
+    alone = push_from_other_states(gram, weights, chances.log(), [0, 1, 2, 3], every_visit)
+    own = weights[0] * gram[0, 0] * (1 - q) / gram[0, 0] / visits
+    same_state = alone[0] - found[0] + own
+    assert same_state.item() == pytest.approx(-float(model.correction(q)))
+    forced = torch.zeros(2, 2, dtype=torch.float64)
+    nothing = push_from_other_states(forced, weights[:2], torch.zeros(2), [0, 1], every_visit[:2])
+    assert nothing.isnan().all()

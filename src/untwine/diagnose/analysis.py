@@ -77,6 +77,33 @@ def decompose(K_NN: torch.Tensor, weights_N: torch.Tensor, rate: float = 1.0) ->
     return Decomposition(delta_N, own_N, delta_N - own_N)
 
 
+def push_from_other_states(
+    K_NN: torch.Tensor,
+    weights_N: torch.Tensor,
+    logprobs_N: torch.Tensor,
+    states: Sequence[Hashable],
+    visits_N: torch.Tensor,
+) -> torch.Tensor:
+    """The coupled push of the theory's two states, kappa r' q' (1 - q'), for each sample; (N,).
+
+    There z is the logit of an action and its feature has length 1. Where log pi has the gradient
+    (1 - q) in z, samples j of other states move z of sample i by
+
+        dz_i/dt = (1 - q_i) / K_ii  sum_j w_j K_ij / visits_i
+
+    in the units of r q (1 - q), the correction when the state is visited once per unit of time and
+    r is the risk in units of the advantages that the weights are made of. NaN where K_ii is 0.
+
+    weights_N  advantage x weight in the loss
+    states     equal for samples of one state of one task instance
+    visits_N   weight in the loss of all visits to the state of each sample
+    """
+    others_NN = K_NN * ~_same(states).to(K_NN.device)
+    pushed_N = others_NN @ weights_N.to(K_NN)
+    free_N = -torch.expm1(logprobs_N.to(K_NN))
+    return pushed_N * free_N / (K_NN.diagonal() * visits_N.to(K_NN))
+
+
 @dataclass(frozen=True, slots=True)
 class Rate:
     """Share of flawed samples with Delta > 0, and the same under permuted weights.

@@ -6,14 +6,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from untwine.diagnose.analysis import Decomposition, Rate, cosine_histograms, reinforced_rates
+from untwine.diagnose.analysis import (
+    Decomposition,
+    Rate,
+    cosine_histograms,
+    push_from_other_states,
+    reinforced_rates,
+)
 from untwine.diagnose.coupling import Gram
-from untwine.diagnose.run_samples import RunSample
+from untwine.diagnose.run_samples import RunSample, whole_batch
 from untwine.diagnose.scoring import Context
 from untwine.policy.loading import Policy
 
@@ -54,9 +61,14 @@ def cosine_numbers(found: Gram, chosen: Sequence[RunSample]) -> list[dict[str, A
 
 
 def sample_numbers(
-    chosen: Sequence[RunSample], found: Gram, parts: Decomposition
+    chosen: Sequence[RunSample], found: Gram, parts: Decomposition, everyone: Sequence[RunSample]
 ) -> list[dict[str, Any]]:
-    """Every sample with its log pi and the terms of its change, in nats."""
+    """Every sample with its log pi, the terms of its change in nats, and its `push` for
+    `untwine theory regions --points` (analysis.push_from_other_states).
+
+    everyone  all distinct samples of the batch that `chosen` were drawn from
+    """
+    pushes_N = _pushes(everyone, chosen, found)
     return [
         {
             **sample_record(s),
@@ -64,9 +76,25 @@ def sample_numbers(
             "own": float(parts.own[i]),
             "coupled": float(parts.coupled[i]),
             "delta": float(parts.delta[i]),
+            "push": float(pushes_N[i]),
         }
         for i, s in enumerate(chosen)
     ]
+
+
+def _pushes(
+    everyone: Sequence[RunSample], chosen: Sequence[RunSample], found: Gram
+) -> torch.Tensor:
+    visits: dict[tuple[str, str], float] = defaultdict(float)
+    for sample in everyone:
+        visits[sample.state] += sample.share
+    return push_from_other_states(
+        whole_batch(found.K_NN, len(everyone)),
+        torch.tensor([s.weight for s in chosen], dtype=torch.float64),
+        found.logprobs_N,
+        [s.state for s in chosen],
+        torch.tensor([visits[s.state] for s in chosen], dtype=torch.float64),
+    )
 
 
 def rate_numbers(rates: Mapping[str, Rate]) -> dict[str, Any]:

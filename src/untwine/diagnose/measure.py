@@ -179,7 +179,7 @@ def measure_coupling(
         "cosines": cosine_numbers(found, chosen),
         "largest_change": LARGEST_CHANGE,
         "offenders": [_offender(o, chosen, found, policy) for o in offenders],
-        "sample_list": sample_numbers(chosen, found, parts),
+        "sample_list": sample_numbers(chosen, found, parts, everyone),
     }
     tensors = {"K_NN": found.K_NN, "weights_N": weights_N, "logprobs_N": found.logprobs_N}
     return CouplingReport(numbers, tensors if head is None else {**tensors, "head_NN": head.K_NN})

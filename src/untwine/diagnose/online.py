@@ -201,7 +201,7 @@ class OnlineDiagnosis:
             "largest_change": LARGEST_CHANGE,
             "reinforced": rates,
             "cosines": cosines,
-            "sample_list": sample_numbers(chosen, found, parts),
+            "sample_list": sample_numbers(chosen, found, parts, everyone),
         }
 
 

@@ -21,6 +21,7 @@ class RunSample:
     """A distinct (prompt, action) of an iteration; `step` and `episode` are where it first occurs.
 
     weight    advantage x weight of a token in the loss, summed over its occurrences
+    share     the same without the advantages
     count     how often it occurs
     verdict   what its labels agree on, over all occurrences; None: not known
     kind      the first label's kind with that verdict (invalid, undo, progress, ...), or None
@@ -31,6 +32,7 @@ class RunSample:
     episode: Episode
     step: Step
     weight: float
+    share: float
     count: int
     verdict: Verdict | None
     kind: str | None
@@ -39,6 +41,11 @@ class RunSample:
     @property
     def task(self) -> str:
         return str(self.episode.ref)
+
+    @property
+    def state(self) -> tuple[str, str]:
+        """Equal for samples of one state of one task instance."""
+        return self.task, self.step.state_key
 
     @property
     def recorded_logprob(self) -> float:
@@ -50,8 +57,8 @@ def distinct_samples(groups: Sequence[Group], mean: LossMean) -> list[RunSample]
     """All steps that were trained on (those with an advantage), equal ones merged."""
     episodes = [episode for group in groups for episode in group.episodes]
     weights = unit_weights(episodes, mean)
-    found: list[tuple[Episode, Step, float]] = [
-        (episode, step, step.advantage * weight)
+    found: list[_Found] = [
+        (episode, step, step.advantage * weight, weight)
         for episode, row in zip(episodes, weights, strict=True)
         for step, weight in zip(episode.steps, row, strict=True)
         if step.advantage is not None
@@ -61,19 +68,24 @@ def distinct_samples(groups: Sequence[Group], mean: LossMean) -> list[RunSample]
 
 def labelled_samples(groups: Sequence[Group]) -> list[RunSample]:
     """All steps whose labels agree on a verdict, trained on or not, equal ones merged; weight 0."""
-    found = [(e, step, 0.0) for group in groups for e in group.episodes for step in e.steps]
+    found = [(e, step, 0.0, 0.0) for group in groups for e in group.episodes for step in e.steps]
     return [sample for sample in _merged(found) if sample.verdict is not None]
 
 
-def _merged(found: Sequence[tuple[Episode, Step, float]]) -> list[RunSample]:
-    keys = [(step.prompt_ids, step.action_ids, step.allowed) for _, step, _ in found]
-    merged = merge_duplicates(keys, [weight for _, _, weight in found])
+_Found = tuple[Episode, Step, float, float]
+
+
+def _merged(found: Sequence[_Found]) -> list[RunSample]:
+    keys = [(step.prompt_ids, step.action_ids, step.allowed) for _, step, _, _ in found]
+    merged = merge_duplicates(keys, [weight for _, _, weight, _ in found])
     members: list[list[Step]] = [[] for _ in merged.first]
-    for (_, step, _), u in zip(found, merged.member, strict=True):
+    shares = [0.0] * len(merged.first)
+    for (_, step, _, share), u in zip(found, merged.member, strict=True):
         members[u].append(step)
+        shares[u] += share
     samples = []
     for u, first in enumerate(merged.first):
-        episode, step, _ = found[first]
+        episode, step, _, _ = found[first]
         verdict = agreed_verdict(*members[u])
         label = _first_label(members[u], verdict)
         samples.append(
@@ -82,6 +94,7 @@ def _merged(found: Sequence[tuple[Episode, Step, float]]) -> list[RunSample]:
                 episode=episode,
                 step=step,
                 weight=float(merged.weights[u]),
+                share=shares[u],
                 count=int(merged.counts[u]),
                 verdict=verdict,
                 kind=label.kind if label else None,

@@ -132,9 +132,10 @@ def regions(
         Path | None,
         typer.Option(
             "--points",
-            metavar="FILE",
-            help='Measured points to lay over the plot, one {"q": 0.9, "push": 0.01} per line; '
-            '"q_other" and "label" are optional.',
+            metavar="RUN",
+            help="Measured points to lay over the plot: a run with `untwine diagnose coupling` "
+            'done, its coupling.json, or a file with one {"q": 0.9, "push": 0.01} per line, '
+            '"q_other" and "label" being optional.',
         ),
     ] = None,
     starts: Annotated[
@@ -154,6 +155,8 @@ def regions(
     units of r q (1 - q).
 
     untwine theory regions --overlap 0.9
+
+    untwine theory regions --points runs/smoke
 
     untwine theory regions --points probes.jsonl --risk 0.2
     """

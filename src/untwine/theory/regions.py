@@ -183,7 +183,16 @@ class Point:
 
 
 def read_points(path: Path) -> list[Point]:
-    """Points from a file of JSON lines with `q`, `push` and optionally `q_other`, `label`."""
+    """Points from a file of JSON lines with `q`, `push` and optionally `q_other`, `label`; or the
+    flawed samples of a run directory or coupling file (`untwine diagnose coupling`)."""
+    if path.is_dir():
+        path = path / "diagnose" / "coupling.json"
+        if not path.is_file():
+            raise ConfigError(
+                f"there is no {path}; run `untwine diagnose coupling {path.parents[1]}` first"
+            )
+    if path.suffix == ".json":
+        return _coupling_points(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -191,6 +200,28 @@ def read_points(path: Path) -> list[Point]:
     points = [_point(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not points:
         raise ConfigError(f"{path} holds no points; write one JSON object with q and push per line")
+    return points
+
+
+def _coupling_points(path: Path) -> list[Point]:
+    """Samples labelled flawed; where none is, those with a negative weight."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["sample_list"]
+        flawed = [r for r in rows if r["verdict"] == "flawed"] or [
+            r for r in rows if r["weight"] < 0
+        ]
+        points = [
+            Point(min(1.0, math.exp(r["logprob"])), float(r["push"]), None, r["kind"] or "")
+            for r in flawed
+            if r["push"] is not None
+        ]
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is no coupling file of this version ({error!r}); "
+            "run `untwine diagnose coupling` again"
+        ) from None
+    if not points:
+        raise ConfigError(f"{path} holds no flawed sample with a gradient, so there is no point")
     return points
 
 
