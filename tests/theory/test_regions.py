@@ -218,7 +218,7 @@ def test_points_of_a_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no coupling file of this version .* again"):
         read_points(tmp_path)
     file.unlink()
-    with pytest.raises(ConfigError, match="run `untwine diagnose coupling .*` first"):
+    with pytest.raises(ConfigError, match=r"run `untwine diagnose coupling .*` first"):
         read_points(tmp_path)
 
 
