@@ -60,6 +60,18 @@ def cells(printed: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
+@pytest.mark.slow
+def test_coupling_runs() -> None:
+    printed = run("coupling.py", "--samples", "2,3", "--repeats", "2", "--exact", "3")
+    table = cells(printed)
+    for name in ("exact Gram", "exact Gram, recompute", "head only, forward"):
+        assert len(table[name]) == 6
+    assert [row[1] for name, row in table.items() if name.startswith("training step")] == ["1.00"]
+    found = re.search(r"^error ([\d.e-]+) \(float64, 3 samples\)", printed, re.MULTILINE)
+    assert found
+    assert float(found[1]) < 1e-5
+
+
 def run_iteration(*arms: str) -> dict[str, list[str]]:
     return cells(
         run(

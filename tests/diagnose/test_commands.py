@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -23,6 +24,7 @@ from untwine.episodes import read_groups
 from untwine.policy.loading import load_policy
 from untwine.progress import Display
 from untwine.report import build_report, report_numbers
+from untwine.theory.regions import read_points
 from untwine.training.checkpoint import load_weights
 from untwine.training.loop import train
 
@@ -100,6 +102,49 @@ def test_coupling_of_the_last_iteration(untwine, finished: Path) -> None:  # typ
         assert offender["prompt"] == policy.tokenizer.decode(
             chosen[offender["sample"]].sample.prompt_ids
         )
+
+
+def test_points_for_the_region_plot(  # type: ignore[no-untyped-def]
+    untwine, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies over the plot of the theory, from separate backward passes."""
+    assert untwine("coupling", finished, "--samples", 12, "--batches", 0).code == 0
+    recipe = load_recipe(finished / "recipe.yaml")
+    policy = load_policy(
+        recipe.policy.model_copy(update={"model": str(finished / "model")}), tuple, 0
+    )
+    load_weights(finished / "checkpoints" / "rl-000002", policy.model)
+    groups = read_groups(finished / "episodes/iter-000002.jsonl.gz")
+    trained = [s for g in groups for e in g.episodes for s in e.steps if s.advantage is not None]
+    tokens = sum(len(step.action_ids) for step in trained)
+    everyone = distinct_samples(groups, "token")
+    chosen = draw_samples(everyone, 12, 0)
+    names = [n for n, _ in policy.model.named_parameters()]
+    reference = gram_of(gradients(policy.model, [s.sample for s in chosen], names))
+    points = read_points(finished)
+    rows = json.loads((finished / "diagnose/coupling.json").read_text())["sample_list"]
+    flawed = [i for i, row in enumerate(rows) if row["verdict"] == "flawed"]
+    assert len(points) == len(flawed) > 0
+    for point, i in zip(points, flawed, strict=True):
+        pushed = visits = 0.0
+        for j, other in enumerate(chosen):
+            if (other.task, other.step.state_key) != (chosen[i].task, chosen[i].step.state_key):
+                pushed += float(reference[i, j]) * other.weight * (len(everyone) - 1) / 11
+        for other in everyone:
+            if (other.task, other.step.state_key) == (chosen[i].task, chosen[i].step.state_key):
+                visits += other.count / tokens
+        q = math.exp(rows[i]["logprob"])
+        assert point.q == pytest.approx(q)
+        assert point.label == rows[i]["kind"]
+        assert point.push == pytest.approx(
+            pushed * (1 - q) / (float(reference[i, i]) * visits), rel=1e-3, abs=1e-6
+        )
+    arguments = ["--points", finished, "--out", tmp_path, "--starts", 4, "--horizon", 50]
+    monkeypatch.setattr(sys, "argv", ["untwine", "theory", "regions", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert not exit_info.value.code
+    assert (tmp_path / "regions.svg").is_file()
 
 
 def test_coupling_with_the_metric_of_adam_and_a_subset(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]
