@@ -108,7 +108,7 @@ def work(name: str, tied: bool, device: str, pipe: Any) -> None:
             arm(model, samples)
             torch.cuda.synchronize()
             took, peak = time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**20
-        pipe.send((took, peak - before))
+        pipe.send((took, max(0.0, peak - before)))
 
 
 def resident(field: str) -> float:

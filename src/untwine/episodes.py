@@ -225,7 +225,8 @@ def _list_of(arrays: dict[str, Any], name: str, absent: float, length: int) -> l
 def _step_values(t: int, text: dict[str, Any]) -> dict[str, Any]:
     """The fields of step `t` that are not numbers of tokens; unknown keys are passed over."""
     given = {key: value for key, value in text.items() if key in _STEP_FIELDS}
-    values = {"index": t, "command": given["text"], **_STEP_DEFAULTS, **given}
+    needed = {"state_key": given["state_key"], "command": given["text"]}
+    values = {"index": t, **needed, **_STEP_DEFAULTS, **given}
     if values["index"] != t:
         raise ValueError(f"a step at place {t} of its episode has index {values['index']}")
     values["labels"] = tuple(Label(**label) for label in values["labels"])
