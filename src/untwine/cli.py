@@ -85,27 +85,31 @@ def evaluate(
     ] = "",
     episodes: Annotated[int, typer.Option(min=1, help="Episodes per set.")] = 200,
     greedy: Annotated[bool, typer.Option(help="Take the most likely token.")] = False,
+    both: Annotated[bool, typer.Option("--both", help="Sampled, and greedy as well.")] = False,
     model: Annotated[
         str, typer.Option(help="Another model folder, Hugging Face id, or `random`.")
     ] = "",
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Play the fixed evaluation sets with the policy of a run.
+    """Play the fixed evaluation sets with the policy of a run; kept in RUN/evaluations.jsonl.
 
     untwine evaluate runs/smoke --sets L0,L1 --episodes 100
 
     untwine evaluate runs/smoke --model random
     """
     from untwine.evaluate.command import evaluate_run, print_table
+    from untwine.evaluate.identity import DECODINGS
     from untwine.progress import Display
     from untwine.training.run_dir import run_recipe
 
     recipe = run_recipe(run, list(overrides or []))
-    names = [name.strip() for name in sets.split(",") if name.strip()] or recipe.evaluate.sets
+    names = _names(sets) or recipe.evaluate.sets
+    greedy = greedy or recipe.evaluate.greedy
+    decodings = DECODINGS if both else (DECODINGS[greedy],)
     with Display() as display:
         rows = evaluate_run(
-            run, recipe, names, episodes, display, model=model, greedy=greedy, seed=seed
+            run, recipe, names, episodes, display, model=model, decodings=decodings, seed=seed
         )
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -157,6 +161,39 @@ def report(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Runs, folders of runs, or the folder of a sweep."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for page, figure and numbers.")
+    ] = None,
+    measure: Annotated[str, typer.Option(help="success or score.")] = "success",
+    sets: Annotated[str, typer.Option("--sets", help="Sets, separated by commas.")] = "",
+    baseline: Annotated[str, typer.Option(help="Arm to compare with [default: the first].")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Compare arms over their seeds, with intervals; refuses unlike evaluation sets.
+
+    untwine compare runs/sweep
+
+    untwine compare runs/grpo-1 runs/grpo-2 runs/gcd-1 runs/gcd-2 --out runs/grpo-against-gcd
+    """
+    from untwine.compare.numbers import compare_runs
+    from untwine.compare.show import print_comparison, write_comparison
+
+    numbers = compare_runs(runs, measure=measure, sets=_names(sets), baseline=baseline)
+    page = write_comparison(numbers, out) if out else None
+    if as_json:
+        print(json.dumps(numbers, indent=2))
+    else:
+        print_comparison(numbers)
+    if page:
+        Console(stderr=True).print(f"comparison: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def doctor() -> None:
     """Tell what is installed, and what each missing extra unlocks."""
     from untwine.doctor import examine
@@ -201,6 +238,11 @@ def _version(
 
         print(f"untwine {untwine.__version__}")
         raise typer.Exit
+
+
+def _names(text: str) -> list[str]:
+    """`L0, L1` as a list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def main() -> None:

@@ -1,0 +1,159 @@
+"""A comparison on the terminal, as a figure, and as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from untwine.drawing import COLOURS, drawing
+from untwine.report.page import fill_template, write_page
+
+Numbers = Mapping[str, Any]
+
+
+def write_comparison(numbers: Numbers, out: Path) -> Path:
+    """Write `compare.json`, `compare.svg` and `compare.html` into the folder `out`; the page."""
+    figure = out / "compare.svg"
+    draw_comparison(numbers, figure)
+    write_page(json.dumps(numbers, indent=1), out / "compare.json")
+    return write_page(render(numbers, figure), out / "compare.html")
+
+
+def print_comparison(numbers: Numbers, console: Console | None = None) -> None:
+    """One table for each evaluation set, then what was left out."""
+    console = console or Console()
+    for entry in numbers["sets"]:
+        console.print(_table(numbers, entry))
+    for note in numbers["notes"]:
+        console.print(escape(note), style="yellow", highlight=False, soft_wrap=True)
+
+
+def _table(numbers: Numbers, entry: Numbers) -> Table:
+    identity = entry["identity"]
+    table = Table(
+        title=f"{escape(identity['environment'])}, {entry['title']}: {numbers['measure_name']}, "
+        f"{identity['episodes']} episodes a run",
+        caption=escape(_caption(numbers)),
+    )
+    table.add_column("arm", overflow="fold")
+    for column in ("runs", "IQM", "mean", "length", "invalid", "repeated", "flawed"):
+        table.add_column(column, justify="right")
+    table.add_column("P(better)", justify="right")
+    table.add_column("paired difference", justify="right")
+    for row in entry["arms"]:
+        table.add_row(escape(row["label"]), *arm_cells(row), *against_cells(entry, row["label"]))
+    return table
+
+
+def _caption(numbers: Numbers) -> str:
+    return (
+        f"in percent, with 95 % intervals over runs; P(better) and differences are against "
+        f"{numbers['baseline']}"
+    )
+
+
+def arm_cells(row: Numbers) -> list[str]:
+    """runs, IQM, mean, length, invalid, repeated, flawed of an arm, as text."""
+    length = row["episode_length"]
+    rates = [row[key] for key in ("invalid_rate", "repeated_rate", "flawed_rate")]
+    return [
+        str(row["runs"]),
+        percent(row["iqm"], row["iqm_interval"]),
+        percent(row["mean"]),
+        "–" if length is None else f"{length:.1f}",
+        *("–" if rate is None else percent(rate) for rate in rates),
+    ]
+
+
+def against_cells(entry: Numbers, arm: str) -> list[str]:
+    """Probability of improvement and paired difference, as text; empty for the baseline."""
+    row = next((r for r in entry["against"] if r["label"] == arm), None)
+    if row is None:
+        return ["", ""]
+    paired = row["paired"]
+    difference = "no pairs"
+    if paired:
+        difference = f"{percent(paired['mean'], paired['interval'], sign='+')}, "
+        difference += f"{paired['pairs']} pairs, p = {paired['p_value']:.2g}"
+    return [percent(row["probability"], row["probability_interval"]), difference]
+
+
+def percent(value: float, interval: Sequence[float] | None = None, sign: str = "") -> str:
+    """`43.1 [38.0, 48.2]`, in percent; without the brackets where there is no interval."""
+    text = f"{100 * value:{sign}.1f}"
+    if interval:
+        text += f" [{100 * interval[0]:{sign}.1f}, {100 * interval[1]:{sign}.1f}]"
+    return text
+
+
+def draw_comparison(numbers: Numbers, path: Path) -> None:
+    """For each evaluation set the interquartile means with intervals, and the profiles."""
+    sets, arms = numbers["sets"], numbers["arms"]
+    height = len(sets) * max(2.2, 0.9 + 0.35 * len(arms))
+    with drawing(path, (10.0, height)) as figure:
+        for left, right, entry in zip(
+            *figure.subplots(len(sets), 2, squeeze=False).T, sets, strict=True
+        ):
+            _draw_intervals(left, entry, numbers["measure_name"])
+            _draw_profiles(right, entry, numbers["measure_name"])
+
+
+def _draw_intervals(axes: Axes, entry: Numbers, measure: str) -> None:
+    """Dots are the runs, with the mean over tasks of each."""
+    labels = [row["label"] for row in entry["arms"]]
+    for place, row in enumerate(entry["arms"]):
+        colour = COLOURS[place % len(COLOURS)]
+        if row["iqm_interval"]:
+            axes.hlines(place, *row["iqm_interval"], color=colour, lw=6, alpha=0.35)
+        axes.plot(row["iqm"], place, "|", color=colour, ms=12, mew=2)
+        runs = [sum(scores) / len(scores) for scores in row["scores"]]
+        axes.plot(runs, [place + 0.22] * len(runs), ".", color=colour, ms=3)
+    axes.set_yticks(range(len(labels)), [_plain(label) for label in labels])
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set(title=_plain(f"{entry['title']}: interquartile mean"), xlabel=measure)
+
+
+def _draw_profiles(axes: Axes, entry: Numbers, measure: str) -> None:
+    thresholds = entry["thresholds"]
+    for place, row in enumerate(entry["arms"]):
+        colour = COLOURS[place % len(COLOURS)]
+        profile = row["profile"]
+        axes.step(
+            thresholds, profile["values"], where="post", color=colour, label=_plain(row["label"])
+        )
+        if profile["interval"]:
+            axes.fill_between(
+                thresholds, *profile["interval"], step="post", color=colour, alpha=0.15, lw=0
+            )
+    axes.set(
+        title=_plain(f"{entry['title']}: performance profile"),
+        xlabel=f"threshold τ of the {measure}",
+        ylabel="share of runs and tasks above τ",
+        ylim=(0, 1.02),
+    )
+
+
+def _plain(text: str) -> str:
+    """Text in which matplotlib reads no formula."""
+    return text.replace("$", r"\$")
+
+
+def render(numbers: Numbers, figure: Path) -> str:
+    """The page as text, with the figure inside."""
+    image = base64.b64encode(figure.read_bytes()).decode("ascii")
+    return fill_template(
+        "compare.html.j2",
+        numbers=numbers,
+        caption=_caption(numbers),
+        image=f"data:image/svg+xml;base64,{image}",
+        arm_cells=arm_cells,
+        against_cells=against_cells,
+    )
