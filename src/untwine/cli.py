@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -161,6 +162,44 @@ def report(
 
 
 @app.command()
+def sweep(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe.")],
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds, from the recipe's on.")] = 5,
+    varied: Annotated[
+        list[str] | None,
+        typer.Option("--vary", metavar="KEY=A,B", help="Arms; several make every combination."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Runs at a time; 0: one per core.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the sweep [default: runs/NAME-sweep].")
+    ] = None,
+    pair: Annotated[
+        bool, typer.Option(help="One cold start per seed for all arms that can share it.")
+    ] = True,
+    measure: Annotated[str, typer.Option(help="Compared: success or score.")] = "success",
+) -> None:
+    """Train every arm with every seed in parallel processes, and compare. Started again, the same
+    command finishes what is missing.
+
+    untwine sweep recipes/smoke.yaml --seeds 3 --vary gcd.objective=none,generative/ce
+    """
+    from untwine.compare.show import print_comparison
+    from untwine.config import load_recipe
+    from untwine.progress import Display
+    from untwine.sweep.command import run_sweep
+    from untwine.sweep.plan import plan_sweep, vary
+
+    changes = list(overrides or [])
+    folder = out or Path("runs") / f"{load_recipe(recipe, changes).name}-sweep"
+    planned = plan_sweep(recipe, changes, vary(varied or []), seeds, folder, pair=pair)
+    with Display() as display:
+        numbers, page = run_sweep(planned, folder, display, jobs=jobs, measure=measure)
+    print_comparison(numbers)
+    Console(stderr=True).print(f"comparison: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def compare(
     runs: Annotated[
         list[Path],
@@ -246,14 +285,19 @@ def _names(text: str) -> list[str]:
 
 
 def main() -> None:
-    """Entry point: faults become one sentence and an exit code, never a traceback."""
+    """Entry point."""
+    run_guarded(lambda: app(standalone_mode=False))
+
+
+def run_guarded(work: Callable[[], object]) -> NoReturn:
+    """Do the work of a process: faults become one sentence and an exit code, never a traceback."""
     # Two busy processes on a small machine ruin each other's spinning OpenMP threads.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        code = app(standalone_mode=False)
+        code = work()
     except UntwineError as error:
         _fail(str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):

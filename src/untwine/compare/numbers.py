@@ -171,7 +171,9 @@ def _paired(
 ) -> dict[str, Any] | None:
     """Differences of the whole set, over runs that share seed and cold start; None without any."""
     key = MEASURES[measure][0]
-    known = {(run.seed, run.start): run for run in theirs if run.start}
+    known: dict[tuple[int, str | None], Run] = {
+        (run.seed, run.start): run for run in theirs if run.start
+    }
     both = [(run, known.get((run.seed, run.start))) for run in ours]
     pairs = [(run, other) for run, other in both if other]
     if not pairs:

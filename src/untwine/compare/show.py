@@ -130,9 +130,8 @@ def _draw_profiles(axes: Axes, entry: Numbers, measure: str) -> None:
             thresholds, profile["values"], where="post", color=colour, label=_plain(row["label"])
         )
         if profile["interval"]:
-            axes.fill_between(
-                thresholds, *profile["interval"], step="post", color=colour, alpha=0.15, lw=0
-            )
+            low, high = profile["interval"]
+            axes.fill_between(thresholds, low, high, step="post", color=colour, alpha=0.15, lw=0)
     axes.set(
         title=_plain(f"{entry['title']}: performance profile"),
         xlabel=f"threshold τ of the {measure}",

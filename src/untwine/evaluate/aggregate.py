@@ -75,9 +75,8 @@ def bootstrap(
 
 def _resampled(scores_NM: Array, strata: Strata, rng: np.random.Generator) -> Array:
     runs, tasks = scores_NM.shape
-    if strata == "runs":
-        return scores_NM[rng.integers(runs, size=runs)]
-    drawn_NM: Array = np.take_along_axis(scores_NM, rng.integers(runs, size=(runs, tasks)), axis=0)
+    size = (runs, 1) if strata == "runs" else (runs, tasks)
+    drawn_NM: Array = np.take_along_axis(scores_NM, rng.integers(runs, size=size), axis=0)
     return drawn_NM
 
 
