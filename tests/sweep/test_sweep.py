@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ SMALL = {
     "rl": {"iterations": 3, "groups": 2, "group_size": 4},
     "evaluate": {"sets": ["L0"], "episodes": 4},
 }
-ARMS = ["gcd.objective=none", "gcd.objective=generative-ce-7d4cd9"]
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +34,31 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def start(recipe: Path, out: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "untwine", "sweep", str(recipe), "--out", str(out), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+Start = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def start(recipe: Path, tmp_path: Path) -> Iterator[Start]:
+    """Starts `untwine sweep` with the recipe; what still runs in the end is killed."""
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def launch(*arguments: str, out: Path = tmp_path / "out") -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "untwine", "sweep", str(recipe), "--out", str(out)]
+        process = subprocess.Popen(
+            [*command, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        )
+        begun.append(process)
+        return process
+
+    yield launch
+    for process in begun:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def finish(process: subprocess.Popen[bytes], code: int = 0) -> tuple[str, str]:
@@ -70,21 +87,22 @@ def results(out: Path) -> Any:
     return numbers
 
 
-def test_a_sweep_ends_in_a_comparison_and_is_not_done_twice(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_sweep_ends_in_a_comparison_and_is_not_done_twice(start: Start, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["--seeds", "1", "--vary", "gcd.objective=none,generative/ce", "--jobs", "2"]
-    table, progress = finish(start(recipe, out, *arguments))
+    table, progress = finish(start(*arguments))
     assert "success rate" in table
     assert "cold start" in table
     assert "3 of 3" in progress
     numbers = json.loads((out / "compare.json").read_text())
     arms = {arm["label"]: arm["seeds"] for arm in numbers["arms"]}
-    assert arms == dict.fromkeys(["gcd.objective=none", "gcd.objective=generative/ce",
-                                  "cold start"], [0])  # fmt: skip
+    assert list(arms) == ["gcd.objective=none", "gcd.objective=generative/ce", "cold start"]
+    assert list(arms.values()) == [[0]] * 3
     assert [r["paired"]["pairs"] for r in numbers["sets"][0]["against"]] == [1, 1]
     assert (out / "compare.html").stat().st_size > 10_000
     before = {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in runs(out)}
-    _, progress = finish(start(recipe, out, *arguments))
+    _, progress = finish(start(*arguments))
     assert "3 finished before, 0 to do" in progress
     assert {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in runs(out)} == before
 
@@ -104,27 +122,27 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find processes")
-def test_kill_9_loses_nothing(recipe: Path, tmp_path: Path) -> None:
+def test_kill_9_loses_nothing(start: Start, tmp_path: Path) -> None:
     """Killed once alone, so that its runs must stop by themselves, and once with its runs; in the
     end it is the same, bit for bit, as a sweep that nobody killed."""
     arguments = ["--seeds", "2", "--vary", "gcd.objective=none,generative/ce", "--jobs", "2"]
     unbroken, out = tmp_path / "unbroken", tmp_path / "out"
-    finish(start(recipe, unbroken, *arguments))
+    finish(start(*arguments, out=unbroken))
 
-    process = start(recipe, out, *arguments)
+    process = start(*arguments)
     cold = out / "cold" / "base" / "seed-0"
     wait_for(lambda: len(rows(cold, "cold_start")) > 12, process)
     process.kill()
     process.communicate()
 
-    process = start(recipe, out, *arguments)
-    arm = out / "arms" / ARMS[0] / "seed-0"
+    process = start(*arguments)
+    arm = out / "arms" / "gcd.objective=none" / "seed-0"
     wait_for(lambda: len(rows(arm)) > 0, process)
     for pid in [process.pid, *children(process.pid)]:
         os.kill(pid, signal.SIGKILL)
     process.communicate()
 
-    finish(start(recipe, out, *arguments))
+    finish(start(*arguments))
     assert results(out) == results(unbroken)
     for run in runs(unbroken):
         ours, theirs = (
@@ -135,10 +153,10 @@ def test_kill_9_loses_nothing(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_saves_every_run(recipe: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_every_run(start: Start, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["rl.iterations=200", "--seeds", "2", "--no-pair", "--jobs", "2"]
-    process = start(recipe, out, *arguments)
+    process = start(*arguments)
     arm = out / "arms" / "small"
     wait_for(lambda: all(len(rows(arm / f"seed-{s}")) > 0 for s in (0, 1)), process)
     process.send_signal(signal.SIGINT)
@@ -150,10 +168,10 @@ def test_a_signal_saves_every_run(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_failed_runs_are_reported_and_the_others_go_on(recipe: Path, tmp_path: Path) -> None:
+def test_failed_runs_are_reported_and_the_others_go_on(start: Start, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["--seeds", "1", "--vary", "credit.name=grpo,gppo", "--jobs", "2"]
-    table, errors = finish(start(recipe, out, *arguments), 1)
+    _, errors = finish(start(*arguments), 1)
     said = " ".join(errors.split())
     assert "1 of 3 runs failed" in said
     assert "unknown credit method 'gppo'" in said
@@ -164,9 +182,8 @@ def test_failed_runs_are_reported_and_the_others_go_on(recipe: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_what_a_failed_cold_start_takes_with_it(recipe: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    _, errors = finish(start(recipe, out, "policy.model=./nothing-here", "--seeds", "1"), 1)
+def test_what_a_failed_cold_start_takes_with_it(start: Start) -> None:
+    _, errors = finish(start("policy.model=./nothing-here", "--seeds", "1"), 1)
     said = " ".join(errors.split())
     assert "all runs of the sweep failed" in said
     assert "no model folder ./nothing-here" in said

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,6 +18,10 @@ from untwine.drawing import COLOURS, drawing
 from untwine.report.page import fill_template, write_page
 
 Numbers = Mapping[str, Any]
+
+ARM_COLUMNS = ("runs", "IQM", "mean", "length", "invalid", "repeated", "flawed")
+AGAINST_COLUMNS = ("P(better)", "pairs", "paired difference", "p")
+CAPTION = "in percent, with 95 % intervals over runs"
 
 
 def write_comparison(numbers: Numbers, out: Path) -> Path:
@@ -31,37 +36,43 @@ def print_comparison(numbers: Numbers, console: Console | None = None) -> None:
     """One table for each evaluation set, then what was left out."""
     console = console or Console()
     for entry in numbers["sets"]:
-        console.print(_table(numbers, entry))
+        console.print(_arm_table(numbers, entry))
+        if entry["against"]:
+            console.print(_against_table(numbers, entry))
     for note in numbers["notes"]:
         console.print(escape(note), style="yellow", highlight=False, soft_wrap=True)
 
 
-def _table(numbers: Numbers, entry: Numbers) -> Table:
+def _arm_table(numbers: Numbers, entry: Numbers) -> Table:
     identity = entry["identity"]
     table = Table(
         title=f"{escape(identity['environment'])}, {entry['title']}: {numbers['measure_name']}, "
         f"{identity['episodes']} episodes a run",
-        caption=escape(_caption(numbers)),
+        caption=CAPTION,
+        box=box.SIMPLE_HEAD,
     )
     table.add_column("arm", overflow="fold")
-    for column in ("runs", "IQM", "mean", "length", "invalid", "repeated", "flawed"):
+    for column in ARM_COLUMNS:
         table.add_column(column, justify="right")
-    table.add_column("P(better)", justify="right")
-    table.add_column("paired difference", justify="right")
     for row in entry["arms"]:
-        table.add_row(escape(row["label"]), *arm_cells(row), *against_cells(entry, row["label"]))
+        table.add_row(escape(row["label"]), *arm_cells(row))
     return table
 
 
-def _caption(numbers: Numbers) -> str:
-    return (
-        f"in percent, with 95 % intervals over runs; P(better) and differences are against "
-        f"{numbers['baseline']}"
+def _against_table(numbers: Numbers, entry: Numbers) -> Table:
+    table = Table(
+        title=f"{entry['title']}: against {escape(numbers['baseline'])}", box=box.SIMPLE_HEAD
     )
+    table.add_column("arm", overflow="fold")
+    for column in AGAINST_COLUMNS:
+        table.add_column(column, justify="right")
+    for row in entry["against"]:
+        table.add_row(escape(row["label"]), *against_cells(row))
+    return table
 
 
 def arm_cells(row: Numbers) -> list[str]:
-    """runs, IQM, mean, length, invalid, repeated, flawed of an arm, as text."""
+    """The numbers of an arm as text, in the order of `ARM_COLUMNS`."""
     length = row["episode_length"]
     rates = [row[key] for key in ("invalid_rate", "repeated_rate", "flawed_rate")]
     return [
@@ -69,21 +80,18 @@ def arm_cells(row: Numbers) -> list[str]:
         percent(row["iqm"], row["iqm_interval"]),
         percent(row["mean"]),
         "–" if length is None else f"{length:.1f}",
-        *("–" if rate is None else percent(rate) for rate in rates),
+        *("–" if rate is None else f"{100 * rate:.0f}" for rate in rates),
     ]
 
 
-def against_cells(entry: Numbers, arm: str) -> list[str]:
-    """Probability of improvement and paired difference, as text; empty for the baseline."""
-    row = next((r for r in entry["against"] if r["label"] == arm), None)
-    if row is None:
-        return ["", ""]
+def against_cells(row: Numbers) -> list[str]:
+    """One arm against the baseline as text, in the order of `AGAINST_COLUMNS`."""
+    probability = percent(row["probability"], row["probability_interval"])
     paired = row["paired"]
-    difference = "no pairs"
-    if paired:
-        difference = f"{percent(paired['mean'], paired['interval'], sign='+')}, "
-        difference += f"{paired['pairs']} pairs, p = {paired['p_value']:.2g}"
-    return [percent(row["probability"], row["probability_interval"]), difference]
+    if not paired:
+        return [probability, "none", "–", "–"]
+    difference = percent(paired["mean"], paired["interval"], sign="+")
+    return [probability, str(paired["pairs"]), difference, f"{paired['p_value']:.2g}"]
 
 
 def percent(value: float, interval: Sequence[float] | None = None, sign: str = "") -> str:
@@ -151,7 +159,8 @@ def render(numbers: Numbers, figure: Path) -> str:
     return fill_template(
         "compare.html.j2",
         numbers=numbers,
-        caption=_caption(numbers),
+        caption=CAPTION,
+        columns=(ARM_COLUMNS, AGAINST_COLUMNS),
         image=f"data:image/svg+xml;base64,{image}",
         arm_cells=arm_cells,
         against_cells=against_cells,
