@@ -13,7 +13,8 @@ from tests.training.test_resume import RECIPE, rows
 from untwine.config import Recipe, make_recipe
 from untwine.progress import Display
 from untwine.sweep.crew import Crew, Job
-from untwine.sweep.worker import carry_out, is_finished, locked
+from untwine.sweep.lock import locked
+from untwine.sweep.worker import carry_out, is_finished
 from untwine.training.loop import train
 from untwine.training.run_dir import finish_replacing, replace_folder
 
@@ -75,7 +76,7 @@ def test_a_kill_between_two_models_leaves_one(tmp_path: Path) -> None:
 def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path: Path) -> None:
     file = tmp_path / "folder" / "run.lock"
     hold = (
-        "import sys, time; from pathlib import Path; from untwine.sweep.worker import locked\n"
+        "import sys, time; from pathlib import Path; from untwine.sweep.lock import locked\n"
         "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", hold, str(file)], stdout=subprocess.PIPE)

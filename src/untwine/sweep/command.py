@@ -13,8 +13,9 @@ from untwine.compare.show import write_comparison
 from untwine.errors import Interrupted, UntwineError
 from untwine.progress import Display
 from untwine.sweep.crew import Crew, Job
+from untwine.sweep.lock import locked
 from untwine.sweep.plan import LOCK, Planned, check_folder, write_plan
-from untwine.sweep.worker import is_finished, locked
+from untwine.sweep.worker import is_finished
 from untwine.training.run_dir import metric_rows
 from untwine.training.signals import StopRequest
 

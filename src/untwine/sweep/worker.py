@@ -7,18 +7,16 @@ and it stops as after SIGTERM (it saves first) when the process that started it 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from untwine.config import Recipe, load_recipe
 from untwine.progress import Display
+from untwine.sweep.lock import locked
 from untwine.training.checkpoint import list_checkpoints
 from untwine.training.loop import train
 from untwine.training.run_dir import run_info, run_recipe
@@ -37,19 +35,6 @@ def carry_out(recipe: Recipe, run: Path, display: Display) -> None:
 
 def is_finished(run: Path) -> bool:
     return run_info(run).get("status") == "finished"
-
-
-@contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Hold an exclusive lock, which ends with the process; wait for it if need be."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process is at work ({file}); waiting for its end", file=sys.stderr)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _stop_with_parent() -> None:
