@@ -53,7 +53,7 @@ def _arm_table(numbers: Numbers, entry: Numbers) -> Table:
     )
     table.add_column("arm", overflow="fold")
     for column in ARM_COLUMNS:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in entry["arms"]:
         table.add_row(escape(row["label"]), *arm_cells(row))
     return table
@@ -65,7 +65,7 @@ def _against_table(numbers: Numbers, entry: Numbers) -> Table:
     )
     table.add_column("arm", overflow="fold")
     for column in AGAINST_COLUMNS:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in entry["against"]:
         table.add_row(escape(row["label"]), *against_cells(row))
     return table
