@@ -50,8 +50,9 @@ def _arm_table(numbers: Numbers, entry: Numbers) -> Table:
         f"{identity['episodes']} episodes a run",
         caption=CAPTION,
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    table.add_column("arm", overflow="fold")
+    table.add_column("arm", overflow="fold", min_width=12)
     for column in ARM_COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for row in entry["arms"]:
@@ -143,7 +144,7 @@ def _draw_profiles(axes: Axes, entry: Numbers, measure: str) -> None:
     axes.set(
         title=_plain(f"{entry['title']}: performance profile"),
         xlabel=f"threshold τ of the {measure}",
-        ylabel="share of runs and tasks above τ",
+        ylabel="share of scores above τ",
         ylim=(0, 1.02),
     )
 
