@@ -50,7 +50,7 @@ def _arm_table(numbers: Numbers, entry: Numbers) -> Table:
         f"{identity['episodes']} episodes a run",
         caption=CAPTION,
         box=box.SIMPLE_HEAD,
-        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("arm", overflow="fold", min_width=12)
     for column in ARM_COLUMNS:
