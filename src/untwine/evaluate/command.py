@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -114,16 +115,16 @@ def _row(
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """The rows as a table on the terminal, under the name of the environment; intervals in
     brackets."""
-    table = Table(title=", ".join(dict.fromkeys(row["environment"] for row in rows)))
-    for column in ("set", "policy", "decoding"):
-        table.add_column(column)
+    title = ", ".join(dict.fromkeys(row["environment"] for row in rows))
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("set", no_wrap=True)
+    table.add_column("policy", overflow="fold", min_width=10)
     for column in ("episodes", "score", "success", "length", "flawed", "invalid", "repeated"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
-            row["set"],
+            row["set"] if row["decoding"] == "sampled" else f"{row['set']}, greedy",
             Path(row["policy"]).as_posix(),
-            row["decoding"],
             str(row["episodes"]),
             with_interval(row["outcome_mean"], row["outcome_interval"]),
             with_interval(row["success_rate"], row["success_interval"]),
