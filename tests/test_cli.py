@@ -153,6 +153,7 @@ def test_evaluate_prints_numbers_for_machines(untwine, finished: Path) -> None: 
 def test_evaluate_keeps_what_it_found(untwine, finished: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     run = tmp_path / "run"
     shutil.copytree(finished, run)
+    (run / "evaluations.jsonl").unlink(missing_ok=True)
     result = untwine("evaluate", run, "--episodes", "3", "--both")
     assert result.code == 0, result.err
     assert "L0, greedy" in result.out
