@@ -27,6 +27,7 @@ _NEUTRAL = {
     "seed": ...,
     "checkpoint": ...,
     "evaluate": ...,
+    "diagnose": ...,
     "policy": {"threads", "device"},
     "env": {"workers", "sessions", "timeout_s"},
 }

@@ -23,7 +23,10 @@ from untwine.training.run_dir import run_recipe
 
 FORMAT = "untwine-sweep-1"
 LOCK = "sweep.lock"
-AFTER_COLD_START = ("rl", "credit", "loss", "gcd", "evaluate", "checkpoint", "name")
+AFTER_COLD_START = (
+    *("rl", "credit", "loss", "gcd", "evaluate"),
+    *("diagnose", "checkpoint", "name"),
+)
 """Sections of a recipe that do not touch its cold start: arms that differ in nothing else share
 one."""
 
