@@ -150,6 +150,23 @@ def test_evaluate_prints_numbers_for_machines(untwine, finished: Path) -> None: 
     assert set(rows[1]["by_task"]) == {"tidy"}
 
 
+def test_evaluate_keeps_what_it_found(untwine, finished: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "evaluations.jsonl").unlink(missing_ok=True)
+    result = untwine("evaluate", run, "--episodes", "3", "--both")
+    assert result.code == 0, result.err
+    assert "L0, greedy" in result.out
+    rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["identity"]["decoding"] for row in rows] == ["sampled", "greedy"]
+    assert len({row["identity"]["digest"] for row in rows}) == 2
+    assert {row["identity"]["episodes"] for row in rows} == {3}
+    numbers = json.loads(untwine("compare", run, "--json").out)
+    assert [entry["title"] for entry in numbers["sets"]] == ["L0", "L0, greedy"]
+    assert_refused(untwine("compare", run, "--sets", "L1"), 2, "no run was evaluated on L1")
+    assert_refused(untwine("compare", tmp_path / "no"), 5, "does not exist")
+
+
 def test_evaluate_at_random_and_unknown_sets(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]
     result = untwine("evaluate", finished, "--model", "random", "--episodes", "6")
     assert result.code == 0, result.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -85,27 +86,31 @@ def evaluate(
     ] = "",
     episodes: Annotated[int, typer.Option(min=1, help="Episodes per set.")] = 200,
     greedy: Annotated[bool, typer.Option(help="Take the most likely token.")] = False,
+    both: Annotated[bool, typer.Option("--both", help="Sampled, and greedy as well.")] = False,
     model: Annotated[
         str, typer.Option(help="Another model folder, Hugging Face id, or `random`.")
     ] = "",
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Play the fixed evaluation sets with the policy of a run.
+    """Play the fixed evaluation sets with the policy of a run; kept in RUN/evaluations.jsonl.
 
     untwine evaluate runs/smoke --sets L0,L1 --episodes 100
 
     untwine evaluate runs/smoke --model random
     """
     from untwine.evaluate.command import evaluate_run, print_table
+    from untwine.evaluate.identity import DECODINGS
     from untwine.progress import Display
     from untwine.training.run_dir import run_recipe
 
     recipe = run_recipe(run, list(overrides or []))
-    names = [name.strip() for name in sets.split(",") if name.strip()] or recipe.evaluate.sets
+    names = _names(sets) or recipe.evaluate.sets
+    greedy = greedy or recipe.evaluate.greedy
+    decodings = DECODINGS if both else (DECODINGS[greedy],)
     with Display() as display:
         rows = evaluate_run(
-            run, recipe, names, episodes, display, model=model, greedy=greedy, seed=seed
+            run, recipe, names, episodes, display, model=model, decodings=decodings, seed=seed
         )
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -157,6 +162,77 @@ def report(
 
 
 @app.command()
+def sweep(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe.")],
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds, from the recipe's on.")] = 5,
+    varied: Annotated[
+        list[str] | None,
+        typer.Option("--vary", metavar="KEY=A,B", help="Arms; several make every combination."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Runs at a time; 0: one per core.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the sweep [default: runs/NAME-sweep].")
+    ] = None,
+    pair: Annotated[
+        bool, typer.Option(help="One cold start per seed for all arms that can share it.")
+    ] = True,
+    measure: Annotated[str, typer.Option(help="Compared: success or score.")] = "success",
+) -> None:
+    """Train every arm with every seed in parallel processes, and compare. Started again, the same
+    command finishes what is missing.
+
+    untwine sweep recipes/smoke.yaml --seeds 3 --vary gcd.objective=none,generative/ce
+    """
+    from untwine.compare.show import print_comparison
+    from untwine.config import load_recipe
+    from untwine.progress import Display
+    from untwine.sweep.command import run_sweep
+    from untwine.sweep.plan import plan_sweep, vary
+
+    changes = list(overrides or [])
+    folder = out or Path("runs") / f"{load_recipe(recipe, changes).name}-sweep"
+    planned = plan_sweep(recipe, changes, vary(varied or []), seeds, folder, pair=pair)
+    with Display() as display:
+        numbers, page = run_sweep(planned, folder, display, jobs=jobs, measure=measure)
+    print_comparison(numbers)
+    Console(stderr=True).print(f"comparison: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Runs, folders of runs, or the folder of a sweep."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for page, figure and numbers.")
+    ] = None,
+    measure: Annotated[str, typer.Option(help="success or score.")] = "success",
+    sets: Annotated[str, typer.Option("--sets", help="Sets, separated by commas.")] = "",
+    baseline: Annotated[str, typer.Option(help="Arm to compare with [default: the first].")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Compare arms over their seeds, with intervals; refuses unlike evaluation sets.
+
+    untwine compare runs/sweep
+
+    untwine compare runs/grpo-1 runs/grpo-2 runs/gcd-1 runs/gcd-2 --out runs/grpo-against-gcd
+    """
+    from untwine.compare.numbers import compare_runs
+    from untwine.compare.show import print_comparison, write_comparison
+
+    numbers = compare_runs(runs, measure=measure, sets=_names(sets), baseline=baseline)
+    page = write_comparison(numbers, out) if out else None
+    if as_json:
+        print(json.dumps(numbers, indent=2))
+    else:
+        print_comparison(numbers)
+    if page:
+        Console(stderr=True).print(f"comparison: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def doctor() -> None:
     """Tell what is installed, and what each missing extra unlocks."""
     from untwine.doctor import examine
@@ -203,15 +279,25 @@ def _version(
         raise typer.Exit
 
 
+def _names(text: str) -> list[str]:
+    """`L0, L1` as a list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def main() -> None:
-    """Entry point: faults become one sentence and an exit code, never a traceback."""
+    """Entry point."""
+    run_guarded(lambda: app(standalone_mode=False))
+
+
+def run_guarded(work: Callable[[], object]) -> NoReturn:
+    """Do the work of a process: faults become one sentence and an exit code, never a traceback."""
     # Two busy processes on a small machine ruin each other's spinning OpenMP threads.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        code = app(standalone_mode=False)
+        code = work()
     except UntwineError as error:
         _fail(str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):

@@ -6,31 +6,28 @@ meanwhile the random agent. In the end a table on held-out variations, and a rep
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from untwine.config import Recipe, load_recipe
+from untwine.config import Recipe, load_recipe, make_recipe
 from untwine.envs.registry import get_catalogue
 from untwine.errors import CheckpointError, Interrupted, UntwineError
 from untwine.evaluate.command import evaluate_random, with_interval
 from untwine.evaluate.protocol import success_gain
 from untwine.progress import Display
 from untwine.report import build_report
+from untwine.sweep.crew import Crew, Job
 from untwine.training.loop import train
+from untwine.training.run_dir import metric_rows
 from untwine.training.signals import StopRequest
 
 _ARMS = {"GRPO": "grpo", "GRPO + GCD": "gcd"}
+_OBJECTIVES = {"grpo": "none", "gcd": "generative/ce"}
 
 
 def run_demo(recipe_path: Path, out: Path, overrides: Sequence[str]) -> None:
@@ -45,9 +42,11 @@ def run_demo(recipe_path: Path, out: Path, overrides: Sequence[str]) -> None:
         cold = recipe.model_copy(update={"rl": recipe.rl.model_copy(update={"iterations": 0})})
         train(cold, out / "cold", display)
         display.line("[bold]2/3[/bold] GRPO and GRPO + GCD from this cold start, side by side")
-        with _arms(recipe, recipe_path, out, overrides) as arms:
+        jobs = [_job(recipe, out, name, _OBJECTIVES[name]) for name in _ARMS.values()]
+        with Crew(jobs, len(jobs)) as crew:
+            crew.tend()
             random_rows = evaluate_random(recipe, recipe.evaluate.sets, 64, display)
-            _wait(arms, out, recipe, display)
+            _wait(crew, jobs, out, display)
         display.line("[bold]3/3[/bold] report")
         page = build_report([out / name for name in _ARMS.values()], out / "report.html")
     _print_table(recipe, out, random_rows)
@@ -55,46 +54,27 @@ def run_demo(recipe_path: Path, out: Path, overrides: Sequence[str]) -> None:
     Console().print(f"report: {page}   ({minutes:.1f} minutes)", highlight=False, soft_wrap=True)
 
 
-@contextlib.contextmanager
-def _arms(
-    recipe: Recipe, recipe_path: Path, out: Path, overrides: Sequence[str]
-) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Both arms as processes of their own; they end with this context."""
-    common = [
-        *overrides,
-        f"policy.model={out / 'cold' / 'model'}",
-        "policy.threads=1",
-        f"env.workers={max(1, recipe.env.workers // 2)}",
-        "cold_start.episodes=0",
-    ]
-    extra = {"grpo": ["gcd.objective=none"], "gcd": ["gcd.objective=generative/ce"]}
-    processes: dict[str, subprocess.Popen[bytes]] = {}
-    try:
-        for name in _ARMS.values():
-            command = [sys.executable, "-m", "untwine", "train", str(recipe_path), *common]
-            command += [*extra[name], f"name=demo-{name}", "--run", str(out / name)]
-            log = (out / f"{name}.log").open("wb")
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            processes[name] = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
-        yield processes
-    finally:
-        for process in processes.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for process in processes.values():
-            process.wait()
+def _job(recipe: Recipe, out: Path, name: str, objective: str) -> Job:
+    """One arm, from the common cold start."""
+    changes: dict[str, dict[str, Any]] = {
+        "policy": {"model": str(out / "cold" / "model"), "threads": 1},
+        "env": {"workers": max(1, recipe.env.workers // 2)},
+        "cold_start": {"episodes": 0},
+        "gcd": {"objective": objective},
+    }
+    tree = recipe.model_dump()
+    for section, values in changes.items():
+        tree[section] |= values
+    return Job(name, make_recipe(tree | {"name": f"demo-{name}"}), out / name)
 
 
-def _wait(
-    arms: dict[str, subprocess.Popen[bytes]], out: Path, recipe: Recipe, display: Display
-) -> None:
+def _wait(crew: Crew, jobs: Sequence[Job], out: Path, display: Display) -> None:
     """Show the progress of both arms until they end."""
-    total = recipe.rl.iterations * len(arms)
+    total = sum(job.units for job in jobs)
     with StopRequest() as stop, display.bar("iterations", total, "iteration") as bar:
-        while any(process.poll() is None for process in arms.values()):
-            rows = {name: _rows(out / name, "rl") for name in arms}
+        while crew.busy:
+            crew.tend()
+            rows = {job.title: metric_rows(job.run, "rl") for job in jobs}
             latest = [f"{name} {own[-1]['outcome_mean']:.2f}" for name, own in rows.items() if own]
             bar.update(sum(len(own) for own in rows.values()), info="outcome " + ", ".join(latest))
             try:
@@ -106,23 +86,8 @@ def _wait(
                     error.signum,
                 ) from None
             time.sleep(1.0)
-    for name, process in arms.items():
-        if process.returncode:
-            tail = (out / f"{name}.log").read_text(errors="replace").strip().splitlines()[-3:]
-            raise UntwineError(f"the arm {name} failed: {' '.join(tail)}")
-
-
-def _rows(run: Path, stage: str) -> list[dict[str, Any]]:
-    file = run / "metrics.jsonl"
-    if not file.exists():
-        return []
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # the last line may still be under way
-            row = json.loads(line)
-            if row["stage"] == stage:
-                rows.append(row)
-    return rows
+    for run, reason in crew.failed.items():
+        raise UntwineError(f"the arm {run.name} failed: {reason}")
 
 
 def _print_table(recipe: Recipe, out: Path, random_rows: Sequence[dict[str, Any]]) -> None:
@@ -136,11 +101,14 @@ def _print_table(recipe: Recipe, out: Path, random_rows: Sequence[dict[str, Any]
         table.add_column(f"{name} score", justify="right")
         table.add_column(f"{name} success", justify="right")
         table.add_column("gain", justify="right")
-    phases = {"random commands": list(random_rows), "cold start": _rows(out / "cold", "evaluate")}
+    phases = {
+        "random commands": list(random_rows),
+        "cold start": metric_rows(out / "cold", "evaluate"),
+    }
     arms = {f"after {title}": out / name for title, name in _ARMS.items()}
     for title, run in arms.items():
         last = recipe.rl.iterations
-        phases[title] = [row for row in _rows(run, "evaluate") if row["step"] == last]
+        phases[title] = [row for row in metric_rows(run, "evaluate") if row["step"] == last]
     start = {row["set"]: row for row in phases["cold start"]}
     for title, rows in phases.items():
         by_set = {row["set"]: row for row in rows}

@@ -56,6 +56,18 @@ def test_gains_are_paired_by_instance() -> None:
         success_gain(before, other)
 
 
+def test_repeated_actions_are_counted_by_hand() -> None:
+    """Doing the same in another state is no repeat; what came of it does not matter."""
+    moves = [("a", "go"), ("b", "GO"), ("a", "go"), ("a", "look"), ("a", "Look"), ("a", "go")]
+    steps = [make_step(t, state=state, command=said) for t, (state, said) in enumerate(moves)]
+    garbled = [make_step(6 + t, state="a", command=None, invalid="no command") for t in range(2)]
+    episodes = (make_episode(0.0, [*steps, *garbled]), make_episode(0.0, steps[:2], id="e1"))
+    found = summarise([Group(REF, episodes)], INFO)
+    assert found["repeated_rate"] == pytest.approx(4 / 10)  # go, Look, go, the garbled text
+    assert found["invalid_rate"] == pytest.approx(2 / 10)
+    assert found["episode_length"] == pytest.approx(5)
+
+
 def test_an_empty_set_is_refused_before_it_is_played() -> None:
     env = EnvConfig(name="rooms", held_out_tasks=[])
     assert len(evaluation_refs(env, "L1", 6)) == 6

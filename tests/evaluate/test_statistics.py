@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from untwine.evaluate.statistics import (
     bootstrap_interval,
     iqm,
-    mean,
-    stratified_bootstrap_interval,
+    student_interval,
+    student_quantile,
     wilson_interval,
 )
 
@@ -119,38 +119,56 @@ def test_bootstrap_covers_the_mean() -> None:
     assert 0.88 <= hits / 400 <= 0.98  # a percentile bootstrap of a skewed sample is a bit short
 
 
-def test_strata_keep_their_mix() -> None:
-    """Tasks that are constant leave no spread, however different they are from each other."""
-    strata = {"easy": [1.0] * 10, "hard": [0.0] * 30}
-    assert stratified_bootstrap_interval(strata, mean) == pytest.approx((0.25, 0.25))
-    low, high = bootstrap_interval([1.0] * 10 + [0.0] * 30)
-    assert low < 0.2 < 0.3 < high
+# Table of Student's t, two-sided 95 %, as printed in textbooks.
+@pytest.mark.parametrize(
+    ("freedom", "expected"), [(1, 12.706), (2, 4.303), (4, 2.776), (7, 2.365), (15, 2.131)]
+)
+def test_student_quantiles_are_those_of_the_table(freedom: int, expected: float) -> None:
+    assert student_quantile(0.95, freedom) == pytest.approx(expected, abs=6e-4)
 
 
-def test_stratified_covers_the_iqm() -> None:
-    rng = np.random.default_rng(5)
-    truth = iqm(np.concatenate([rng.normal(m, 1, 200_000) for m in (0.0, 2.0)]))
-    hits = 0
-    for trial in range(150):
-        strata = [rng.normal(m, 1, 25) for m in (0.0, 2.0)]
-        low, high = stratified_bootstrap_interval(strata, iqm, resamples=200, seed=trial)
-        hits += low <= truth <= high
-    assert hits / 150 >= 0.87
+@given(st.integers(1, 60), st.floats(0.05, 0.995))
+def test_student_quantiles_bound_the_mass_found_by_integration(
+    freedom: int, confidence: float
+) -> None:
+    """The density of Student's distribution, summed over a fine grid of u = atan(t / sqrt(n)):
+    it is proportional to cos(u)^(n - 1)."""
+    end = math.atan(student_quantile(confidence, freedom) / math.sqrt(freedom))
+
+    def mass(limit: float) -> float:
+        grid = (np.arange(20_000) + 0.5) / 20_000 * limit
+        return float(np.sum(np.cos(grid) ** (freedom - 1)) * limit)
+
+    assert mass(end) / mass(math.pi / 2) == pytest.approx(confidence, abs=1e-6)
 
 
-def test_stratified_agrees_with_plain_for_one_stratum() -> None:
-    values = np.random.default_rng(2).uniform(size=80)
-    plain = bootstrap_interval(values, resamples=4000)
-    assert stratified_bootstrap_interval([values], mean, resamples=4000) == pytest.approx(
-        plain, abs=0.01
-    )
+def test_student_quantiles_agree_with_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    for freedom in range(1, 40):
+        for confidence in (0.5, 0.9, 0.95, 0.999):
+            expected = stats.t.ppf(0.5 + confidence / 2, freedom)
+            assert student_quantile(confidence, freedom) == pytest.approx(expected, rel=1e-9)
+
+
+def test_student_interval_worked_by_hand() -> None:
+    # mean 3, sum of squares 10, variance 2.5, standard error sqrt(2.5 / 5) = .7071, t = 2.7764
+    low, high = student_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (low, high) == pytest.approx((3 - 1.96324, 3 + 1.96324), abs=1e-4)
+    with pytest.raises(ValueError, match="at least two"):
+        student_interval([1.0])
+
+
+def test_iqm_agrees_with_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    rng = np.random.default_rng(3)
+    for n in range(1, 30):
+        values = rng.normal(size=n)
+        assert iqm(values) == pytest.approx(float(stats.trim_mean(values, 0.25)), abs=1e-12)
 
 
 def test_empty_and_broken_values_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         bootstrap_interval([])
-    with pytest.raises(ValueError, match="at least one"):
-        stratified_bootstrap_interval({"a": []})
     with pytest.raises(ValueError, match="finite"):
         iqm([1.0, math.nan])
     assert bootstrap_interval([0.5]) == (0.5, 0.5)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import json
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -13,12 +17,15 @@ from untwine.config import LoRAConfig, Recipe
 from untwine.envs.protocol import EnvInfo
 from untwine.envs.registry import get_catalogue
 from untwine.errors import CheckpointError, EnvError
+from untwine.evaluate.identity import model_digest, set_identity
 from untwine.evaluate.protocol import evaluate, evaluation_refs, summarise
 from untwine.evaluate.random_agent import play_random
 from untwine.policy.loading import load_policy
 from untwine.progress import Display
 from untwine.records import Group
 from untwine.workshop import make_collector, open_pool
+
+RECORDED = "evaluations.jsonl"
 
 
 def evaluate_run(
@@ -29,10 +36,11 @@ def evaluate_run(
     display: Display,
     *,
     model: str = "",
-    greedy: bool = False,
+    decodings: Sequence[str] = ("sampled",),
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """One row of numbers per set; see `summarise` for the keys."""
+    """One row of numbers per set and decoding (`sampled`, `greedy`); see `summarise` for the keys.
+    Rows of the run's own policy are added to RUN/evaluations.jsonl."""
     if model == "random":
         return evaluate_random(recipe, sets, episodes, display, seed)
     folder = model or str(run / "model")
@@ -45,9 +53,35 @@ def evaluate_run(
         collector = make_collector(policy, pool, recipe)
         for name in sets:
             refs = evaluation_refs(recipe.env, name, episodes)
-            with display.bar(f"evaluate {name}", len(refs), "episode") as bar:
-                groups = evaluate(collector, refs, seed, greedy=greedy, on_turn=bar.update)
-            rows.append(_row(name, folder, groups, collector.info))
+            for decoding in decodings:
+                greedy = decoding == "greedy"
+                with display.bar(f"evaluate {name}, {decoding}", len(refs), "episode") as bar:
+                    groups = evaluate(collector, refs, seed, greedy=greedy, on_turn=bar.update)
+                identity = set_identity(recipe.env, name, refs, greedy=greedy, seed=seed)
+                rows.append(_row(folder, groups, collector.info, identity))
+                if not model:
+                    record_evaluation(run, rows[-1])
+    return rows
+
+
+def record_evaluation(run: Path, row: Mapping[str, Any]) -> None:
+    """Add a row to RUN/evaluations.jsonl, with the digest of the weights that were evaluated."""
+    entry = {"time": round(time.time(), 3), "weights": model_digest(run / "model"), **row}
+    with (run / RECORDED).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(entry) + "\n")
+
+
+def recorded_evaluations(run: Path) -> list[dict[str, Any]]:
+    """The rows of RUN/evaluations.jsonl that are about the policy the run ends with, oldest first;
+    those of a policy that was trained further since are left out."""
+    file = run / RECORDED
+    rows = []
+    weights = model_digest(run / "model") if file.exists() else None
+    for line in file.read_text(encoding="utf-8").splitlines() if weights else []:
+        with contextlib.suppress(ValueError):  # a kill may leave half a line
+            row = json.loads(line)
+            if isinstance(row, dict) and row.get("weights") == weights:
+                rows.append(row)
     return rows
 
 
@@ -65,24 +99,31 @@ def evaluate_random(
             refs = evaluation_refs(env, name, episodes)
             with display.bar(f"random on {name}", len(refs), "episode") as bar:
                 groups = play_random(pool, refs, env.max_steps, seed, bar.update)
-            rows.append(_row(name, "random", groups, info))
+            identity = set_identity(env, name, refs, greedy=False, seed=seed)
+            rows.append(_row("random", groups, info, identity))
     return rows
 
 
-def _row(name: str, policy: str, groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
-    head = {"environment": info.title, "set": name, "policy": policy}
-    return {**head, **summarise(groups, info)}
+def _row(
+    policy: str, groups: Sequence[Group], info: EnvInfo, identity: Mapping[str, Any]
+) -> dict[str, Any]:
+    head = {"environment": info.title, "set": identity["set"], "policy": policy}
+    decoding = {"decoding": identity["decoding"]}
+    return {**head, **decoding, **summarise(groups, info), "identity": identity}
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """The rows as a table on the terminal, under the name of the environment; intervals in
     brackets."""
-    table = Table(title=", ".join(dict.fromkeys(row["environment"] for row in rows)))
-    for column in ("set", "policy", "episodes", "score", "success", "length", "flawed", "invalid"):
-        table.add_column(column, justify="left" if column in ("set", "policy") else "right")
+    title = ", ".join(dict.fromkeys(row["environment"] for row in rows))
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("set", no_wrap=True)
+    table.add_column("policy", overflow="fold", min_width=10)
+    for column in ("episodes", "score", "success", "length", "flawed", "invalid", "repeated"):
+        table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
-            row["set"],
+            row["set"] if row["decoding"] == "sampled" else f"{row['set']}, greedy",
             Path(row["policy"]).as_posix(),
             str(row["episodes"]),
             with_interval(row["outcome_mean"], row["outcome_interval"]),
@@ -90,6 +131,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['episode_length']:.1f}",
             f"{100 * row['flawed_rate']:.0f} %",
             f"{100 * row['invalid_rate']:.0f} %",
+            f"{100 * row['repeated_rate']:.0f} %",
         )
     Console().print(table)
 

@@ -15,7 +15,7 @@ from untwine.envs.protocol import EnvInfo
 from untwine.envs.splits import load_splits
 from untwine.errors import EnvError
 from untwine.evaluate.statistics import Interval, bootstrap_interval, mean, wilson_interval
-from untwine.gcd.labels import label_group
+from untwine.gcd.labels import action_key, label_group
 from untwine.records import Episode, Group, TaskRef
 from untwine.rollout import Collector
 
@@ -62,7 +62,7 @@ def evaluate(
 def summarise(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
     """Means with 95 % intervals: percentile bootstrap for the outcome, Wilson for success. Both
     take the task instances as the sample, so playing one twice does not pass for two. Rates of
-    flawed and invalid steps are per step."""
+    flawed, invalid and repeated steps are per step."""
     episodes = [episode for group in groups for episode in group.episodes]
     by_task: dict[str, list[Episode]] = defaultdict(list)
     for episode in episodes:
@@ -113,8 +113,9 @@ def success_gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[f
 
 
 def step_measures(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
-    """Length, and shares of steps that are invalid or flawed by rule, with the kinds; whatever
-    labels the training uses."""
+    """Length, and shares of steps that are invalid, repeated (the same action as before in the same
+    state, whatever came of it) or flawed by rule, with the kinds; whatever labels the training
+    uses."""
     labelled = [label_group(group, ["rule"], info) for group in groups]
     episodes = [episode for group in labelled for episode in group.episodes]
     steps = [step for episode in episodes for step in episode.steps]
@@ -127,6 +128,13 @@ def step_measures(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
     return {
         "episode_length": len(steps) / max(len(episodes), 1),
         "invalid_rate": sum(s.invalid is not None for s in steps) / n,
+        "repeated_rate": sum(repeats(episode) for episode in episodes) / n,
         "flawed_rate": sum(kinds.values()) / n,
         "flawed_kinds": {kind: count / n for kind, count in sorted(kinds.items())},
     }
+
+
+def repeats(episode: Episode) -> int:
+    """Steps that do again what the episode has done before in the same state."""
+    done = {(step.state_key, action_key(step)) for step in episode.steps}
+    return episode.length - len(done)

@@ -1,10 +1,9 @@
 """Intervals and robust means for evaluation results.
 
-Success rates come from a few dozen episodes, so a number without an interval misleads. Here are
-the four things untwine reports: a percentile bootstrap of the mean, the interquartile mean with a
-bootstrap stratified by task (as rliable does: every task keeps its number of episodes in every
-resample), and the Wilson interval for a share of successes, which stays honest at 0 of n and n of
-n where a bootstrap collapses to a point.
+Success rates come from a few dozen episodes, so a number without an interval misleads. Here are a
+percentile bootstrap of the mean, the interquartile mean, the Wilson interval for a share of
+successes, which stays honest at 0 of n and n of n where a bootstrap collapses to a point, and
+Student's interval for the mean of a few differences. `aggregate.py` has what is taken over runs.
 
 Every bootstrap is seeded, so the same episodes always give the same interval.
 """
@@ -12,7 +11,7 @@ Every bootstrap is seeded, so the same episodes always give the same interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -58,37 +57,6 @@ def bootstrap_interval(
     return _percentiles(means_R, confidence)
 
 
-def stratified_bootstrap_interval(
-    values_by_stratum: Mapping[str, Values] | Sequence[Values],
-    statistic: Callable[[NDArray[np.float64]], float] = iqm,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Percentile bootstrap interval of `statistic` over the pooled values of all strata.
-
-    Each resample draws with replacement inside every stratum (a task, for example) and keeps its
-    size, so the mix of tasks never varies; then `statistic` (`iqm`, `mean` or any function of a
-    one-dimensional array) is taken over all values together. Strata without values are left out.
-    """
-    _check(confidence, resamples)
-    strata = (
-        list(values_by_stratum.values())
-        if isinstance(values_by_stratum, Mapping)
-        else list(values_by_stratum)
-    )
-    arrays = [_finite(values) for values in strata if len(values)]
-    if not arrays:
-        raise ValueError("a bootstrap interval needs at least one value")
-    rng = np.random.default_rng(seed)
-    statistics_R = np.empty(resamples)
-    for index in range(resamples):
-        draws = [values_N[rng.integers(len(values_N), size=len(values_N))] for values_N in arrays]
-        statistics_R[index] = statistic(np.concatenate(draws))
-    return _percentiles(statistics_R, confidence)
-
-
 def wilson_interval(successes: float, n: int, *, confidence: float = 0.95) -> Interval:
     """Wilson score interval of a success rate; `(0, 1)` when there were no trials."""
     _check(confidence, 1)
@@ -104,6 +72,44 @@ def wilson_interval(successes: float, n: int, *, confidence: float = 0.95) -> In
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == n else min(1.0, centre + half)
     return low, high
+
+
+def student_interval(values: Values, *, confidence: float = 0.95) -> Interval:
+    """Student's t interval of the mean of at least two values."""
+    values_N = _finite(values)
+    _check(confidence, 1)
+    n = len(values_N)
+    if n < 2:
+        raise ValueError("Student's interval needs at least two values")
+    centre = float(values_N.mean())
+    error = float(values_N.std(ddof=1)) / math.sqrt(n)
+    half = student_quantile(confidence, n - 1) * error
+    return centre - half, centre + half
+
+
+def student_quantile(confidence: float, freedom: int) -> float:
+    """The t > 0 with P(|T| < t) = confidence, T of Student's distribution with `freedom` (a whole
+    number) degrees of freedom. Bisection on the angle atan(t / sqrt(freedom))."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        if _student_mass(middle, freedom) < confidence:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(freedom) * math.tan((low + high) / 2)
+
+
+def _student_mass(angle: float, freedom: int) -> float:
+    """P(|T| < sqrt(freedom) tan(angle)): the finite series of Abramowitz and Stegun, 26.7.3 for odd
+    and 26.7.4 for even degrees of freedom."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
+    for k in range(freedom // 2):
+        total += term
+        term *= cosine * cosine * (2 * k + 1 + odd) / (2 * k + 2 + odd)
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
 def _finite(values: Values) -> NDArray[np.float64]:

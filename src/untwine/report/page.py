@@ -68,7 +68,11 @@ def build_report(run_dirs: Sequence[Path], out: Path) -> Path:
             f"the report of {len(runs)} runs does not fit into {MAX_BYTES / 1e6:.0f} MB even with "
             "most of it left out; give fewer runs, or take the numbers from --json"
         )
-    out = Path(out)
+    return write_page(html, Path(out))
+
+
+def write_page(html: str, out: Path) -> Path:
+    """Write a page whole, or leave the old one."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -98,25 +102,28 @@ def render(runs: Sequence[RunData], limits: Limits = LIMITS) -> str:
     for table in numbers["tasks"]:
         table["left"] = max(0, len(table["rows"]) - limits.rows)
         table["rows"] = table["rows"][: limits.rows]
-    style = _source("page.css")
     script = "\n".join(["(() => {", '"use strict";', *map(_source, SCRIPTS), "})();"])
+    return fill_template(
+        "page.html.j2",
+        title=" · ".join(labels),
+        numbers=numbers,
+        runs=numbers["runs"],
+        offenders=[compared_offenders(m["coupling"], limits) for m in found],
+        recipes=[_cut(run.recipe, limits.text) for run in runs],
+        trimmed=limits != LIMITS,
+        data=embed_json(data),
+        script=Markup(script),
+        script_hash=_hash(script),
+    )
+
+
+def fill_template(name: str, **values: Any) -> str:
+    """A page from a template of this folder, with the common style."""
+    style = _source("page.css")
     html = (
         _environment()
-        .get_template("page.html.j2")
-        .render(
-            title=" · ".join(labels),
-            version=__version__,
-            numbers=numbers,
-            runs=numbers["runs"],
-            offenders=[compared_offenders(m["coupling"], limits) for m in found],
-            recipes=[_cut(run.recipe, limits.text) for run in runs],
-            trimmed=limits != LIMITS,
-            data=embed_json(data),
-            style=Markup(style),
-            script=Markup(script),
-            style_hash=_hash(style),
-            script_hash=_hash(script),
-        )
+        .get_template(name)
+        .render(version=__version__, style=Markup(style), style_hash=_hash(style), **values)
     )
     return html.encode("utf-8", "replace").decode()
 

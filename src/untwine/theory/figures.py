@@ -1,47 +1,19 @@
-"""The figures of the theory lab, drawn without a display. The same numbers give the same file."""
+"""The figures of the theory lab."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from untwine.errors import ConfigError
+from untwine.drawing import COLOURS, drawing
 from untwine.theory import calibration, horizon, regions, squeezing
 from untwine.theory.advantage import NORMALISERS, Array, as_normaliser, slope
 
 Format = Literal["svg", "png"]
-_STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "untwine",
-    "svg.fonttype": "path",
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9.5,
-}
-_COLOURS = ("#1b6ca8", "#d1495b", "#e8a33d", "#3b8a5a", "#7a5195")
-
-
-@contextmanager
-def _drawing(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure that is saved to `path` when the block ends; its folder is made."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        yield figure
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            no_date: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {}
-            figure.savefig(path, dpi=110, metadata=no_date)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write {path}: {error.strerror}; choose another --out"
-            ) from None
 
 
 def draw_calibration(
@@ -49,10 +21,10 @@ def draw_calibration(
 ) -> None:
     """Closed form and samples; what the standard deviation does to the size; several steps."""
     rng = np.random.default_rng(seed)
-    with _drawing(path, (11, 3.4)) as figure:
+    with drawing(path, (11, 3.4)) as figure:
         left, middle, right = figure.subplots(1, 3)
         q = np.linspace(0, 1, 101)
-        for colour, size in zip(_COLOURS, group_sizes, strict=False):
+        for colour, size in zip(COLOURS, group_sizes, strict=False):
             for normaliser, line, mark in (("none", "-", "o"), ("std", "--", "s")):
                 chosen = as_normaliser(normaliser)
                 exact = slope(0.6 - 0.3 * q, size, chosen) * 0.3 * q * (q - 1)
@@ -71,7 +43,7 @@ def draw_calibration(
             ylabel="q · E[Â | flawed]",
         )
         value = np.linspace(0.01, 0.99, 99)
-        for colour, size in zip(_COLOURS, group_sizes, strict=False):
+        for colour, size in zip(COLOURS, group_sizes, strict=False):
             ratio = slope(value, size, "std") * np.sqrt(value * (1 - value))
             middle.plot(value, ratio, color=colour, label=f"G = {size}")
         middle.set(
@@ -85,7 +57,7 @@ def draw_calibration(
 
 
 def _draw_horizon(axes: Axes, tasks: horizon.Tasks) -> None:
-    for colour, unit in zip(_COLOURS, horizon.UNITS, strict=False):
+    for colour, unit in zip(COLOURS, horizon.UNITS, strict=False):
         judgement = horizon.judge(tasks, 8, "none", unit)
         for kind, style in (("flawed", "-"), ("good", ":")):
             sign = -1 if kind == "flawed" else 1
@@ -111,7 +83,7 @@ def _corner(pi_NA: Array) -> tuple[Array, Array]:
 
 def draw_squeezing(path: Path, gram_AA: Array, ratios: Sequence[float], seed: int) -> None:
     """Where the flawed mass rises on the simplex; one flow; sampled GRPO beside its flow."""
-    with _drawing(path, (11, 3.6)) as figure:
+    with drawing(path, (11, 3.6)) as figure:
         left, middle, right = figure.subplots(1, 3)
         ratio = min(ratios)
         risks = np.array([0.0, 1.0, ratio])
@@ -119,7 +91,7 @@ def draw_squeezing(path: Path, gram_AA: Array, ratios: Sequence[float], seed: in
         rises = squeezing.velocity(starts, risks, gram_AA)[:, 0] < -squeezing.RISES
         x, y = _corner(starts)
         left.scatter(x[~rises], y[~rises], s=2, color="#c9d6df", rasterized=True)
-        left.scatter(x[rises], y[rises], s=2, color=_COLOURS[1], rasterized=True)
+        left.scatter(x[rises], y[rises], s=2, color=COLOURS[1], rasterized=True)
         times = np.r_[0.0, np.geomspace(0.1, 3000, 200)]
         for corner in ([0.1, 0.35, 0.55], [0.05, 0.6, 0.35], [0.3, 0.6, 0.1], [0.02, 0.1, 0.88]):
             flow = squeezing.flow(np.array([corner]), risks, gram_AA, times)[:, 0]
@@ -137,7 +109,7 @@ def draw_squeezing(path: Path, gram_AA: Array, ratios: Sequence[float], seed: in
         start = np.array(squeezing.SAMPLED_START)
         flow = squeezing.flow(start[None], risks, gram_AA, times)[:, 0]
         for colour, name, values in zip(
-            (_COLOURS[3], _COLOURS[1], _COLOURS[2]), ("good", "worst", "mild"), flow.T, strict=True
+            (COLOURS[3], COLOURS[1], COLOURS[2]), ("good", "worst", "mild"), flow.T, strict=True
         ):
             middle.plot(times[1:], values[1:], color=colour, label=name)
         middle.plot(times[1:], 1 - flow[1:, 0], "k--", label="both flawed")
@@ -154,7 +126,7 @@ def _draw_sampled(axes: Axes, gram_AA: Array, seed: int) -> None:
     start, risks = np.array(squeezing.SAMPLED_START), np.array(squeezing.SAMPLED_RISKS)
     success, size, rate, steps = squeezing.SAMPLED_SUCCESS, squeezing.SAMPLED_GROUP_SIZE, 0.2, 1500
     times = np.arange(steps + 1) * rate
-    for colour, normaliser in zip(_COLOURS, NORMALISERS, strict=False):
+    for colour, normaliser in zip(COLOURS, NORMALISERS, strict=False):
         rng = np.random.default_rng(seed)
         path = squeezing.sampled(
             start, risks, gram_AA, success, size, normaliser, rate, steps, 200, rng
@@ -180,7 +152,7 @@ def draw_regions(
     points: Sequence[regions.Point] = (),
 ) -> None:
     """Field, boundary and flows over (q, q'); push against correction; the time near q = 1."""
-    with _drawing(path, (11.5, 3.6)) as figure:
+    with drawing(path, (11.5, 3.6)) as figure:
         left, middle, right = figure.subplots(1, 3)
         _draw_plane(left, model, horizon_time, points)
         _draw_push(middle, model, points)
@@ -206,10 +178,10 @@ def _draw_plane(
     inside = np.isfinite(low)
     safe_low = np.where(inside, low, 0.5)
     safe_high = np.where(inside, high, 0.5)
-    axes.fill_betweenx(other, safe_high, 1, color=_COLOURS[1], alpha=0.18, lw=0)
-    axes.fill_betweenx(other, 0, safe_low, color=_COLOURS[2], alpha=0.18, lw=0)
-    axes.plot(low, other, color=_COLOURS[2], lw=1)
-    axes.plot(high, other, color=_COLOURS[1], lw=1)
+    axes.fill_betweenx(other, safe_high, 1, color=COLOURS[1], alpha=0.18, lw=0)
+    axes.fill_betweenx(other, 0, safe_low, color=COLOURS[2], alpha=0.18, lw=0)
+    axes.plot(low, other, color=COLOURS[2], lw=1)
+    axes.plot(high, other, color=COLOURS[1], lw=1)
     grid = regions.square_grid(11)
     q, q_other = grid.T
     speed = model.logit_velocity(regions.logit(grid)) * grid * (1 - grid)
@@ -222,7 +194,7 @@ def _draw_plane(
         axes.plot(*flow[0], "o", color="black", ms=3)
     placed = [p for p in points if p.q_other is not None]
     if placed:
-        axes.plot([p.q for p in placed], [p.q_other or 0.0 for p in placed], "x", color=_COLOURS[0])
+        axes.plot([p.q for p in placed], [p.q_other or 0.0 for p in placed], "x", color=COLOURS[0])
     axes.set(
         xlim=(0, 1), ylim=(0, 1), xlabel="q (flawed here)", ylabel="q' (good there)",
         title=f"coloured: q is lifted (κ = {model.overlap:g}, "
@@ -234,14 +206,14 @@ def _draw_push(axes: Axes, model: regions.TwoStates, points: Sequence[regions.Po
     q = np.linspace(0, 1, 201)
     correction = model.correction(q)
     top = max([model.risk / 3, *(1.1 * p.push for p in points)])
-    axes.fill_between(q, correction, top, color=_COLOURS[1], alpha=0.12, lw=0)
-    axes.plot(q, correction, color=_COLOURS[3], label="correction r q (1 − q)")
+    axes.fill_between(q, correction, top, color=COLOURS[1], alpha=0.12, lw=0)
+    axes.plot(q, correction, color=COLOURS[3], label="correction r q (1 − q)")
     strongest = float(model.push(0.5))
-    axes.axhline(strongest, ls="--", color=_COLOURS[1], label="strongest push, κ r' / 4")
+    axes.axhline(strongest, ls="--", color=COLOURS[1], label="strongest push, κ r' / 4")
     kinds = list(dict.fromkeys(p.label for p in points))
-    for index, colour in zip(range(len(kinds)), _COLOURS, strict=False):
+    for index, colour in zip(range(len(kinds)), COLOURS, strict=False):
         # kinds beyond the colours share the last one
-        last = index == len(_COLOURS) - 1
+        last = index == len(COLOURS) - 1
         shown = kinds[index:] if last else kinds[index : index + 1]
         chosen = [p for p in points if p.label in shown]
         name = "others" if len(shown) > 1 else shown[0] or "measured"

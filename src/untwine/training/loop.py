@@ -26,6 +26,7 @@ from untwine.credit import credit_method
 from untwine.diagnose.online import Findings, OnlineDiagnosis
 from untwine.envs.protocol import EnvInfo
 from untwine.errors import Interrupted
+from untwine.evaluate.identity import set_identity
 from untwine.evaluate.protocol import evaluate, evaluation_refs, step_measures, summarise
 from untwine.gcd.labels import agreed_verdict, label_group
 from untwine.gcd.verdicts import VerdictWords, verdict_samples
@@ -41,7 +42,7 @@ from untwine.training.checkpoint import (
     save_checkpoint,
 )
 from untwine.training.cold_start import ColdStart
-from untwine.training.run_dir import RunDir, replace_folder
+from untwine.training.run_dir import RunDir, finish_replacing, replace_folder
 from untwine.training.signals import StopRequest
 from untwine.training.update import Measures, Updater
 from untwine.workshop import TaskCursor, Workshop, training_refs
@@ -76,6 +77,8 @@ class _Training:
         self.start = read_position(self.checkpoint) if self.checkpoint else None
         if self.checkpoint is None:
             self.run_dir = RunDir.create(path, recipe)
+        for name in ("model", "initial"):
+            finish_replacing(_partial(path, name), path / name)
         try:
             # `initial` holds the policy as the iterations began: also the reference of the KL term
             begun = self.start is not None and self.start.stage == "rl"
@@ -301,7 +304,12 @@ class _Training:
                     on_turn=on_turn,
                 )
             numbers = summarise(groups, self.workshop.info)
-            self.run_dir.log("evaluate", step, set=set_name, phase=phase, **numbers)
+            identity = set_identity(
+                self.recipe.env, set_name, refs, greedy=config.greedy, seed=self.recipe.seed
+            )
+            self.run_dir.log(
+                "evaluate", step, set=set_name, phase=phase, **numbers, identity=identity
+            )
             low, high = numbers["success_interval"]
             self.display.line(
                 f"{phase} on {set_name}: score {100 * numbers['outcome_mean']:.1f}, success "
@@ -353,9 +361,13 @@ class _Training:
         return self.start.step
 
     def _save_model(self, name: str = "model") -> None:
-        scratch = self.path / f".{name}-partial"
+        scratch = _partial(self.path, name)
         self.policy.save(scratch)
         replace_folder(scratch, self.path / name)
+
+
+def _partial(run: Path, name: str) -> Path:
+    return run / f".{name}-partial"
 
 
 def _rollout_measures(

@@ -7,6 +7,7 @@ RUN/
   tensorboard/    the same numbers
   episodes/       every episode of every iteration (episodes.py)
   diagnose/       what `untwine diagnose`, and training itself, found (diagnose/)
+  evaluations.jsonl  what `untwine evaluate` found
   checkpoints/    state to continue from (checkpoint.py)
   initial/        the policy as the iterations began, an ordinary Hugging Face folder
   model/          the policy at the end, the same
@@ -33,6 +34,8 @@ from untwine.config import Recipe, load_recipe
 from untwine.episodes import write_groups
 from untwine.errors import CheckpointError
 from untwine.records import Group
+
+_NO_NUMBERS = {"stage", "step", "time", "set", "identity"}
 
 
 class RunDir:
@@ -93,9 +96,8 @@ class RunDir:
 
     def describe(self, **values: Any) -> None:
         """Merge values into run.json."""
-        file = self.path / "run.json"
-        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        _replace_text(file, json.dumps(known | values, indent=2))
+        known = run_info(self.path)
+        _replace_text(self.path / "run.json", json.dumps(known | values, indent=2))
 
     def log(self, stage: str, step: int, **values: Any) -> None:
         """Append one line of metrics."""
@@ -108,7 +110,7 @@ class RunDir:
     def _draw(self, record: dict[str, Any]) -> None:
         """Put one line of metrics into the TensorBoard file."""
         tag = f"{record['stage']}/{record['set']}" if "set" in record else record["stage"]
-        values = {k: v for k, v in record.items() if k not in {"stage", "step", "time", "set"}}
+        values = {k: v for k, v in record.items() if k not in _NO_NUMBERS}
         for name, value in _scalars(values):
             self._board.add_scalar(f"{tag}/{name}", value, record["step"], record["time"])
 
@@ -138,6 +140,32 @@ def replace_folder(new: Path, target: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(target)
     new.replace(target)
+
+
+def finish_replacing(new: Path, target: Path) -> None:
+    """Do what a kill in the middle of `replace_folder` left undone: the old folder is gone, and the
+    new one, which was finished before, is not there yet."""
+    if new.is_dir() and not target.exists():
+        new.replace(target)
+
+
+def metric_rows(run: Path, stage: str) -> list[dict[str, Any]]:
+    """Rows of one stage of a run, in order; one that is still under way may end in half a line."""
+    file = run / "metrics.jsonl"
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if row["stage"] == stage:
+                rows.append(row)
+    return rows
+
+
+def run_info(run: Path) -> dict[str, Any]:
+    """run.json, or {} when there is none."""
+    file = run / "run.json"
+    info: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return info
 
 
 def _replace_text(file: Path, text: str) -> None:

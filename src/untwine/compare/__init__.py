@@ -1,0 +1,1 @@
+"""Comparisons over seeds: which arm does better, and how sure one can be of it."""

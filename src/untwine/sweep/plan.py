@@ -1,0 +1,199 @@
+"""What a sweep consists of: arms, seeds, and cold starts that arms share.
+
+OUT/sweep.json               the planned runs: folder, arm, seed
+OUT/cold/KIND/seed-0/        a run directory: the cold start of one seed
+OUT/arms/ARM/seed-0/         a run directory; beside it seed-0.yaml, seed-0.log, seed-0.lock
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from untwine.compare.runs import COLD_ARM, SWEEP_FILE, read_sweep
+from untwine.config import Recipe, load_recipe, make_recipe
+from untwine.errors import ConfigError
+from untwine.sweep.crew import Job
+from untwine.training.run_dir import run_recipe
+
+FORMAT = "untwine-sweep-1"
+LOCK = "sweep.lock"
+AFTER_COLD_START = (
+    *("rl", "credit", "loss", "gcd", "evaluate"),
+    *("diagnose", "checkpoint", "name"),
+)
+"""Sections of a recipe that do not touch its cold start: arms that differ in nothing else share
+one."""
+
+_LONGEST_NAME = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to train: a name, and `section.key=value` overrides of the recipe."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        """The overrides that change the cold start."""
+        return tuple(o for o in self.overrides if _section(o) not in AFTER_COLD_START)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A job with its place in the comparison."""
+
+    job: Job
+    arm: str
+    seed: int
+
+
+def vary(options: Sequence[str]) -> list[Arm]:
+    """Arms from options `key=a,b`: every combination of their values, the last option fastest.
+    Commas within brackets or quotes do not separate."""
+    choices: list[list[str]] = []
+    for option in options:
+        key, equals, text = option.partition("=")
+        values = _split(text)
+        if not equals or not key.strip() or not all(values):
+            raise ConfigError(f"--vary {option!r} is not of the form section.key=value,value")
+        if key.strip() == "seed":
+            raise ConfigError("--vary seed=... would make arms of seeds; say how many with --seeds")
+        if len(set(values)) < len(values):
+            raise ConfigError(f"--vary {option!r} names a value twice")
+        choices.append([f"{key.strip()}={value}" for value in values])
+    if len({option.partition("=")[0].strip() for option in options}) < len(options):
+        raise ConfigError("--vary names a key twice; put all its values into one option")
+    return [Arm(", ".join(combination), combination) for combination in itertools.product(*choices)]
+
+
+def plan_sweep(
+    recipe_path: Path,
+    overrides: Sequence[str],
+    arms: Sequence[Arm],
+    seeds: int,
+    out: Path,
+    *,
+    pair: bool = True,
+) -> list[Planned]:
+    """The runs in the order in which they are begun: all arms of the first seed, then the next, so
+    that pairs are complete early. Seeds count from the recipe's.
+
+    pair  make the cold start of each seed once, and begin every arm that differs only in keys after
+          the cold start with its policy; without, every run does its own
+    """
+    base = load_recipe(recipe_path, overrides)
+    recipes = {arm: load_recipe(recipe_path, [*overrides, *arm.overrides]) for arm in arms}
+    planned: dict[Path, Planned] = {}
+    for seed in range(base.seed, base.seed + seeds):
+        for arm, recipe in recipes.items():
+            name = arm.name or base.name
+            own = _changed(recipe, f"{name}, seed {seed}", seed)
+            start = None
+            if pair and recipe.cold_start.episodes and recipe.rl.iterations:
+                kind = ", ".join(arm.before)
+                start = out / "cold" / (folder_name(kind) or "base") / f"seed-{seed}"
+                title = f"{COLD_ARM} ({kind})" if kind else COLD_ARM
+                before = load_recipe(recipe_path, [*overrides, *arm.before, "rl.iterations=0"])
+                cold = _changed(before, f"{title}, seed {seed}", seed)
+                planned.setdefault(start, Planned(Job(cold.name, cold, start), title, seed))
+                own = make_recipe(
+                    {
+                        **own.model_dump(),
+                        "policy": {**own.policy.model_dump(), "model": str(start / "model")},
+                        "cold_start": {**own.cold_start.model_dump(), "episodes": 0},
+                    }
+                )
+            run = out / "arms" / (folder_name(name) or "base") / f"seed-{seed}"
+            planned[run] = Planned(Job(own.name, own, run, start), name, seed)
+    return list(planned.values())
+
+
+def check_folder(out: Path) -> None:
+    """ConfigError when `out` holds something, and that is no sweep."""
+    if out.is_file():
+        raise ConfigError(f"{out} is a file; choose another --out")
+    names = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    if names - {LOCK} and SWEEP_FILE not in names:
+        raise ConfigError(f"{out} holds something else than a sweep; choose another --out")
+
+
+def write_plan(out: Path, planned: Sequence[Planned]) -> None:
+    """Write OUT/sweep.json, runs of earlier plans included. ConfigError when a run that is already
+    there is not the planned one."""
+    for one in planned:
+        if (one.job.run / "recipe.yaml").is_file():
+            _check_same(one.job)
+    file = out / SWEEP_FILE
+    new = {one.job.run.relative_to(out).as_posix(): one for one in planned}
+    runs = [{"folder": f, "arm": one.arm, "seed": one.seed} for f, one in new.items()]
+    if file.exists():
+        runs += [entry for entry in read_sweep(out) if entry["folder"] not in new]
+    out.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".partial")
+    scratch.write_text(json.dumps({"format": FORMAT, "runs": runs}, indent=1), encoding="utf-8")
+    scratch.replace(file)
+
+
+def _check_same(job: Job) -> None:
+    try:
+        known = run_recipe(job.run)
+    except ConfigError:
+        return  # killed while it was written; the run begins anew
+    if _comparable(known, job.after) != _comparable(job.recipe, job.after):
+        raise ConfigError(
+            f"{job.run} was begun with another recipe; choose another --out, or take back what "
+            "was changed"
+        )
+
+
+def _comparable(recipe: Recipe, start: Path | None) -> str:
+    """The recipe as text; the shared cold start by its place in the sweep, which may be moved."""
+    tree = recipe.model_dump(mode="json")
+    if start is not None:
+        tree["policy"]["model"] = "/".join(Path(recipe.policy.model).parts[-4:])
+    return json.dumps(tree, sort_keys=True)
+
+
+def _changed(recipe: Recipe, name: str, seed: int) -> Recipe:
+    policy = recipe.policy.model_copy(update={"threads": 1})
+    return recipe.model_copy(update={"name": name, "seed": seed, "policy": policy})
+
+
+def folder_name(text: str) -> str:
+    """A name for a folder, readable, and different for different texts."""
+    plain = re.sub(r"[^A-Za-z0-9._=+-]+", "-", text).strip("-.")
+    if plain == text and len(plain) <= _LONGEST_NAME:
+        return plain
+    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+    return f"{plain[:_LONGEST_NAME]}-{digest}" if text else ""
+
+
+def _section(override: str) -> str:
+    return override.partition("=")[0].strip().split(".")[0]
+
+
+def _split(text: str) -> list[str]:
+    """`a,[b,c],"d,e"` into three values."""
+    values, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        elif character in "[{":
+            depth += 1
+        elif character in "]}":
+            depth -= 1
+        elif character == "," and depth == 0:
+            values.append("")
+            continue
+        values[-1] += character
+    return [value.strip() for value in values]

@@ -1,0 +1,148 @@
+"""What a sweep consists of: combinations, shared cold starts, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from untwine.compare.runs import read_sweep
+from untwine.errors import ConfigError
+from untwine.sweep.plan import Arm, check_folder, folder_name, plan_sweep, vary, write_plan
+
+RECIPE = {
+    "name": "base",
+    "seed": 4,
+    "env": {"name": "rooms"},
+    "cold_start": {"episodes": 8, "steps": 3},
+    "rl": {"iterations": 2},
+}
+NONE, CE = "gcd.objective=none", "gcd.objective=generative/ce"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(RECIPE))
+    return file
+
+
+def test_every_combination_is_an_arm() -> None:
+    arms = vary(["rl.epochs=1,2", "env.tasks=[fetch, tidy],[unlock]"])
+    assert [arm.overrides for arm in arms] == [
+        ("rl.epochs=1", "env.tasks=[fetch, tidy]"),
+        ("rl.epochs=1", "env.tasks=[unlock]"),
+        ("rl.epochs=2", "env.tasks=[fetch, tidy]"),
+        ("rl.epochs=2", "env.tasks=[unlock]"),
+    ]
+    assert arms[0].name == "rl.epochs=1, env.tasks=[fetch, tidy]"
+    assert vary([]) == [Arm("", ())]
+    assert [a.overrides[0] for a in vary(['name="a,b",c'])] == ['name="a,b"', "name=c"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["rl.epochs"], "not of the form"),
+        (["rl.epochs=1,"], "not of the form"),
+        (["=1,2"], "not of the form"),
+        (["seed=1,2"], "--seeds"),
+        (["rl.epochs=1,1"], "names a value twice"),
+        (["rl.epochs=1,2", "rl.epochs=3,4"], "names a key twice"),
+    ],
+)
+def test_senseless_variation_is_refused(options: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        vary(options)
+
+
+def test_arms_share_the_cold_start_of_a_seed(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    planned = plan_sweep(recipe, ["loss.kl=0.1"], vary([f"{NONE},generative/ce"]), 2, out)
+    titles = [one.job.title for one in planned]
+    assert titles == [
+        *("cold start, seed 4", f"{NONE}, seed 4", f"{CE}, seed 4"),
+        *("cold start, seed 5", f"{NONE}, seed 5", f"{CE}, seed 5"),
+    ]
+    cold, plain, gcd = (one.job for one in planned[:3])
+    assert (plain.after, gcd.after, cold.after) == (cold.run, cold.run, None)
+    assert (cold.recipe.rl.iterations, cold.recipe.cold_start.episodes) == (0, 8)
+    assert (gcd.recipe.rl.iterations, gcd.recipe.cold_start.episodes) == (2, 0)
+    assert Path(gcd.recipe.policy.model) == cold.run / "model"
+    assert gcd.recipe.gcd.objective == "generative/ce"
+    assert {one.job.recipe.policy.threads for one in planned} == {1}
+    assert {one.job.recipe.loss.kl for one in planned} == {0.1}
+    assert len({one.job.run for one in planned}) == 6
+
+
+def test_arms_that_differ_before_have_cold_starts_of_their_own(
+    recipe: Path, tmp_path: Path
+) -> None:
+    arms = vary(["cold_start.steps=3,5", "rl.epochs=1,2"])
+    planned = plan_sweep(recipe, [], arms, 1, tmp_path / "out")
+    colds = {one.job.run: one for one in planned if one.job.after is None}
+    assert [one.arm for one in colds.values()] == [
+        "cold start (cold_start.steps=3)",
+        "cold start (cold_start.steps=5)",
+    ]
+    for one in planned:
+        if one.job.after:
+            steps = colds[one.job.after].job.recipe.cold_start.steps
+            assert f"cold_start.steps={steps}" in one.arm
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pair"),
+    [([], False), (["cold_start.episodes=0"], True), (["rl.iterations=0"], True)],
+)
+def test_runs_are_whole_where_nothing_is_shared(
+    recipe: Path, tmp_path: Path, overrides: list[str], pair: bool
+) -> None:
+    planned = plan_sweep(recipe, overrides, vary([]), 2, tmp_path / "out", pair=pair)
+    assert [(one.arm, one.seed, one.job.after) for one in planned] == [
+        ("base", 4, None),
+        ("base", 5, None),
+    ]
+    assert planned[0].job.recipe.policy.model == "tiny"
+
+
+def test_folder_names_are_plain_and_differ() -> None:
+    assert folder_name(NONE) == NONE
+    slashed = folder_name(CE)
+    assert "/" not in slashed
+    assert slashed != folder_name("gcd.objective=generative-ce")
+    assert len(folder_name("x" * 500)) < 100
+    assert folder_name("../../etc").startswith("etc")
+    assert folder_name("") == ""
+
+
+def test_a_plan_grows_and_what_was_begun_stays(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = plan_sweep(recipe, [], vary([f"{NONE},generative/ce"]), 1, out)
+    write_plan(out, first)
+    run = first[1].job.run
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(first[1].job.recipe.to_yaml())
+    check_folder(out)
+    write_plan(out, plan_sweep(recipe, [], vary([f"{NONE},generative/ce"]), 3, out))
+    assert len(read_sweep(out)) == 9
+    write_plan(out, first)
+    assert sorted(e["seed"] for e in read_sweep(out)) == [4, 4, 4, 5, 5, 5, 6, 6, 6]
+    changed = plan_sweep(recipe, ["rl.groups=3"], vary([f"{NONE},generative/ce"]), 1, out)
+    with pytest.raises(ConfigError, match="was begun with another recipe; choose another --out"):
+        write_plan(out, changed)
+    moved = tmp_path / "moved"
+    out.rename(moved)
+    write_plan(moved, plan_sweep(recipe, [], vary([f"{NONE},generative/ce"]), 1, moved))
+
+
+def test_other_folders_are_left_alone(recipe: Path, tmp_path: Path) -> None:
+    check_folder(tmp_path / "new")
+    with pytest.raises(ConfigError, match="holds something else than a sweep"):
+        check_folder(tmp_path)
+    with pytest.raises(ConfigError, match="is a file"):
+        check_folder(recipe)
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": []}))
+    check_folder(tmp_path)
