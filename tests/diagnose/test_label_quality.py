@@ -15,6 +15,7 @@ from tests.diagnose.test_truth_commands import RECIPE
 from untwine.cli import main
 from untwine.config import make_recipe
 from untwine.diagnose.label_quality import Compared, find_label_quality, quality
+from untwine.diagnose.truth_file import TruthRow, read_truth, truth_path
 from untwine.envs import registry
 from untwine.errors import ConfigError
 from untwine.evaluate.statistics import wilson_interval
@@ -65,12 +66,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     gcd = {
         "objective": "generative/ce",
         "labels": ["rule", "branch"],
-        "branch": {"steps": 40, "branches": 64},
+        "branch": {"steps": 24, "branches": 32},
     }
     train(make_recipe({**RECIPE, "gcd": gcd}), path, Display(quiet=True))
     yield path
     registry._FAMILIES.clear()
     registry._FAMILIES.update(before)
+
+
+def episodes(run: Path, iteration: int) -> Path:
+    return run / "episodes" / f"iter-{iteration:06d}.jsonl.gz"
+
+
+def weight(rows: list[TruthRow]) -> float:
+    return sum(row.weight for row in rows)
 
 
 def test_command(
@@ -85,8 +94,13 @@ def test_command(
     assert json.loads((run / "diagnose" / "labels.json").read_text()) == numbers
     assert numbers["iterations"] == [0, 1]
     assert set(numbers["sources"]) == {"rule", "group", "expert"}
-    # left of the start the walk is lost, and the rules say so: no clear mistake is possible
-    assert numbers["sources"]["rule"]["accuracy"]["value"] == 1.0
+    truth = [row for k in (0, 1) for row in read_truth(truth_path(run, k), episodes(run, k)).rows]
+    ruled = [row for row in truth if row.kind != "other"]  # the kind is that of the rule, if any
+    flawed = [row for row in ruled if row.kind != "progress"]
+    rule = numbers["sources"]["rule"]
+    assert rule["coverage"]["value"] == pytest.approx(weight(ruled) / weight(truth))
+    right = weight([row for row in flawed if row.label == "flawed"])
+    assert rule["flawed"]["precision"]["value"] == pytest.approx(right / weight(flawed))
     assert numbers["sources"]["expert"]["coverage"]["value"] > 0.3
     for source in numbers["sources"].values():
         counts = source["counts"]
@@ -99,7 +113,7 @@ def test_what_is_lacking_is_said(run: Path, tmp_path: Path) -> None:
         find_label_quality(run, recipe, display, sources=["branch"])
     bare = Path(shutil.copytree(run, tmp_path / "run"))
     shutil.rmtree(bare / "diagnose")
-    with pytest.raises(ConfigError, match="train with branch in gcd.labels"):
+    with pytest.raises(ConfigError, match="train with branch in"):
         find_label_quality(bare, recipe, display)
 
 

@@ -100,10 +100,10 @@ def test_the_budget_is_kept_and_the_draw_can_be_repeated(
 def test_stored_truth_labels_equal_actions(
     collector: Collector, groups: list[Group], tmp_path: Path
 ) -> None:
-    made = source(collector, tmp_path, steps=1000, branches=64)
+    made = source(collector, tmp_path, steps=12, branches=32)
     tables, _ = made.label(groups, 0)
+    recorded(tmp_path, groups, 0)
     with pytest.raises(ConfigError, match="which holds no truth files"):
-        recorded(tmp_path, groups, 0)
         source(collector, tmp_path, steps=0, runs=[str(tmp_path)])
     made.recorded(0, tmp_path / "episodes/iter-000000.jsonl.gz")
     again, counts = source(collector, tmp_path, steps=0, runs=[str(tmp_path)]).label(groups, 7)

@@ -24,6 +24,7 @@ def recipe(iterations: int, **changes: Any) -> Recipe:
     tree["evaluate"] = {"episodes": 2, "sets": ["L0"]}
     tree["rl"] |= {"iterations": iterations, "groups": 2, "epochs": 1}
     tree["loss"] = {}
+    tree["sampling"] = {"constrained": True}
     for key, value in changes.items():
         tree[key] = {**tree.get(key, {}), **value}
     return make_recipe(tree)
@@ -53,16 +54,21 @@ WAYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS)
+QUICK = ("head, held ratio, expert", "rl, own step")
+
+
+@pytest.mark.parametrize(
+    "way", [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
+)
 def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path, way: str) -> None:
     gcd = {"token_budget": 2048, **WAYS[way]}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(recipe(3, gcd=gcd), whole, Display(quiet=True))
-    train(recipe(2, gcd=gcd), parts, Display(quiet=True))
-    train(recipe(3, gcd=gcd), parts, Display(quiet=True), resume=True)
+    train(recipe(2, gcd=gcd), whole, Display(quiet=True))
+    train(recipe(1, gcd=gcd), parts, Display(quiet=True))
+    train(recipe(2, gcd=gcd), parts, Display(quiet=True), resume=True)
     ours, theirs = (load_file(r / "model" / "model.safetensors") for r in (parts, whole))
     assert all(ours[n].tobytes() == theirs[n].tobytes() for n in theirs)
-    files = [r / "checkpoints" / "rl-000003" for r in (parts, whole)]
+    files = [r / "checkpoints" / "rl-000002" for r in (parts, whole)]
     assert [f.name for f in sorted(files[0].iterdir())] == [
         f.name for f in sorted(files[1].iterdir())
     ]
@@ -76,7 +82,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path, way: str) -> None:
     assert sum(r["verdicts"] for r in rows(whole)) > 0
     assert mine["cost_tokens"]["gcd"] == sum(r.get("gcd_tokens", 0) for r in rows(whole))
     if "branch" in gcd.get("labels", []):
-        for name in ("truth-iter-000000.jsonl", "truth-iter-000002.jsonl"):
+        for name in ("truth-iter-000000.jsonl", "truth-iter-000001.jsonl"):
             texts = [(r / "diagnose" / name).read_bytes() for r in (parts, whole)]
             assert texts[0] == texts[1]
 
@@ -85,7 +91,7 @@ def judged(run: Path, url: str, **judge: Any) -> list[dict[str, Any]]:
     gcd = {
         "objective": "generative/ce",
         "labels": ["rule", "judge"],
-        "judge": {"url": url, "model": "m", "timeout_s": 0.2, "retries": 0, **judge},
+        "judge": {"url": url, "model": "m", "timeout_s": 5.0, "retries": 0, **judge},
     }
     train(recipe(2, gcd=gcd), run, Display(quiet=True))
     return rows(run)
@@ -111,7 +117,7 @@ def test_a_judge_labels_and_is_paid_for(tmp_path: Path) -> None:
         handler.say("good" if "Action: go" in text else "bad")
 
     with serving(moody) as server:
-        found = judged(tmp_path / "run", server.url, questions=20, timeout_s=5.0)
+        found = judged(tmp_path / "run", server.url, questions=20)
     assert all(row["labels_judge"] > 0 for row in found)
     assert sum(r["label_tokens"] for r in found) == 10 * sum(r["judge_answered"] for r in found)
     assert all(r["judge_answered"] + r["judge_kept"] <= 20 for r in found)
@@ -123,7 +129,10 @@ def test_labels_of_one_class_are_said_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # without partial scores an untrained policy never progresses
-    changes = {"env": {"options": {"partial_scores": False}}, "cold_start": {"episodes": 0}}
+    changes: dict[str, Any] = {
+        "env": {"options": {"partial_scores": False}, "max_steps": 3},
+        "cold_start": {"episodes": 0},
+    }
     train(
         recipe(2, gcd={"objective": "generative/ce", "labels": ["rule"]}, **changes),
         tmp_path / "run",
@@ -164,11 +173,11 @@ def test_free_labels_only_without_an_objective(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("share", "objective"), [(0.25, "generative/ce"), (1.0, "pairwise")])
 def test_cold_start_holds_the_stated_ratio(tmp_path: Path, share: float, objective: str) -> None:
     cold = {
-        "episodes": 12, "steps": 8, "batch_tokens": 1024, "verdict_weight": 0.3,
+        "episodes": 12, "steps": 3, "batch_tokens": 4096, "verdict_weight": 0.3,
         "verdict_share": share, "objective": objective,
     }  # fmt: skip
     train(recipe(0, cold_start=cold), tmp_path / "run", Display(quiet=True))
     found = rows(tmp_path / "run", "cold_start")
     imitation = sum(row["imitation_tokens"] for row in found)
     verdicts = sum(row["gcd_tokens"] for row in found)
-    assert verdicts / imitation == pytest.approx(share, rel=0.35)  # rows are whole
+    assert verdicts / imitation == pytest.approx(share, rel=0.2)  # rows are whole
