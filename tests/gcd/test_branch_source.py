@@ -59,7 +59,7 @@ def recorded(run: Path, groups: list[Group], iteration: int) -> Path:
 def test_labels_on_line_and_the_truth_they_leave(
     collector: Collector, groups: list[Group], tmp_path: Path
 ) -> None:
-    made = source(collector, tmp_path, steps=1000, branches=64)
+    made = source(collector, tmp_path, steps=1000, branches=32)
     tables, counts = made.label(groups, 3)
     flawed = good = 0
     for group, table in zip(groups, tables, strict=True):
