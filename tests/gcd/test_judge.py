@@ -102,6 +102,21 @@ def test_a_failure_that_stays_is_not(tmp_path: Path) -> None:
         assert (found.how, found.reason, len(server.requests)) == ("failed", "status 401", 1)
 
 
+def test_the_key_follows_no_redirect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with serving(good_north) as other:
+
+        def elsewhere(handler: Handler, body: dict[str, Any]) -> None:
+            handler.send_response(302)
+            handler.send_header("Location", f"{other.url}/chat/completions")
+            handler.end_headers()
+
+        with serving(elsewhere) as server:
+            (found,) = ask(server, tmp_path, TEXTS[:1])
+        assert (found.how, found.reason) == ("failed", "status 302")
+        assert other.requests == []
+
+
 @pytest.mark.parametrize("behaviour", [mute, trickle])
 def test_slow_endpoint(tmp_path: Path, behaviour: Any) -> None:
     with serving(behaviour) as server:

@@ -68,7 +68,9 @@ class Endpoint:
             self._headers["Authorization"] = f"Bearer {key}"
         # a server on this machine is never behind a proxy
         proxies: dict[str, str] | None = {} if parts.hostname in _LOOPBACK else None
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
+        self._opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler(proxies), _NoRedirects()
+        )
 
     def ask(self, messages: Sequence[Message]) -> Completion:
         """The answer to a chat. EndpointError when there is none after all tries."""
@@ -114,6 +116,13 @@ class Endpoint:
             if isinstance(reason, TimeoutError):
                 raise _PassingError(f"no answer within {limit:g} seconds") from None
             raise _PassingError(f"not reachable ({reason or type(error).__name__})") from None
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """The key goes to the address in the recipe and to no other."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 class _PassingError(Exception):
