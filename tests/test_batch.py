@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 
 from tests.builders import REF, make_episode, make_step
 from untwine.batch import LossMean, completion_row, microbatches, policy_rows
-from untwine.config import LossConfig, OptimizerConfig, PromptConfig
+from untwine.config import LossConfig, OptimizerConfig
 from untwine.credit.grpo import grpo
-from untwine.gcd.verdicts import VerdictWords
 from untwine.policy.loading import Policy
-from untwine.prompting.prompter import Prompter
 from untwine.records import Episode, Group, Step
 from untwine.scoring import score
 from untwine.training.update import Updater
@@ -99,11 +97,10 @@ def updater_gradient(
         policy,
         OptimizerConfig(lr=1e-12, grad_clip=1e9),
         LossConfig(mean=mean),
-        VerdictWords(Prompter(policy.chat, PromptConfig())),
         temperature=1.0,
         microbatch_tokens=budget,
     )
-    updater.step(policy_rows(groups, mean), [], 0.0)
+    updater.step(policy_rows(groups, mean))
     return {name: p.grad.double() for name, p in policy.model.named_parameters()}
 
 

@@ -17,7 +17,6 @@ from tests.builders import REF, make_episode, make_step
 from untwine.batch import policy_rows
 from untwine.config import LossConfig, OptimizerConfig, PromptConfig
 from untwine.credit import credit_method
-from untwine.gcd.verdicts import VerdictWords
 from untwine.policy.loading import Policy
 from untwine.prompting.prompter import SYSTEM, Prompter
 from untwine.records import Group
@@ -254,11 +253,10 @@ def test_padded_arm_and_ours_have_the_same_gradients(policy: Policy) -> None:
         policy,
         OptimizerConfig(lr=1e-9),
         LossConfig(),
-        VerdictWords(Prompter(policy.chat, PromptConfig())),
         temperature=1.0,
         microbatch_tokens=10_000,
     )
-    updater.step(policy_rows([credit_method("grpo", {})(_group(games))], "token"), [], 0.0)
+    updater.step(policy_rows([credit_method("grpo", {})(_group(games))], "token"))
     for their, parameter in zip(theirs, policy.model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, their, atol=1e-6, rtol=1e-4)
     assert max(float(grad.abs().max()) for grad in theirs) > 1e-3

@@ -12,7 +12,6 @@ from untwine.batch import policy_rows
 from untwine.credit import credit_method
 from untwine.envs.pool import EnvPool
 from untwine.envs.registry import register_family
-from untwine.gcd.verdicts import VerdictWords
 from untwine.policy.loading import load_policy
 from untwine.training.update import Updater
 from untwine.workshop import make_collector
@@ -30,7 +29,6 @@ def run(setting: Setting, model: Path, turn: Turn) -> None:
             policy,
             recipe.rl.optimizer,
             recipe.loss,
-            VerdictWords(collector.prompter),
             temperature=recipe.sampling.temperature,
             microbatch_tokens=recipe.rl.microbatch_tokens,
         )
@@ -40,7 +38,7 @@ def run(setting: Setting, model: Path, turn: Turn) -> None:
             groups, _ = collector.collect(refs, setting.group_size, generator)
             rolled = now()
             groups = [credit(group) for group in groups]
-            updater.step(policy_rows(groups, recipe.loss.mean), [], 0.0)
+            updater.step(policy_rows(groups, recipe.loss.mean))
             ended = now()
             episodes = [episode for group in groups for episode in group.episodes]
             steps = [step for episode in episodes for step in episode.steps]

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 
 pytest.importorskip("peft", reason="needs the lora extra")
 
+
+from tests.exercises import plain_exercise
 from untwine.batch import completion_row
-from untwine.config import LoRAConfig, LossConfig, OptimizerConfig, PolicyConfig, PromptConfig
+from untwine.config import LoRAConfig, LossConfig, OptimizerConfig, PolicyConfig
 from untwine.errors import ModelError
-from untwine.gcd.verdicts import VerdictWords
 from untwine.policy.loading import Policy, load_policy
 from untwine.policy.lora import has_lora, without_lora
-from untwine.prompting.prompter import Prompter
 from untwine.training.checkpoint import Position, load_optimizer, load_weights, save_checkpoint
 from untwine.training.update import Updater
 
@@ -30,17 +30,14 @@ def adapted(folder: Path, seed: int = 0) -> Policy:
 
 
 def trainer(policy: Policy) -> Updater:
-    words = VerdictWords(Prompter(policy.chat, PromptConfig()))
     config = OptimizerConfig(lr=1e-2)
-    return Updater(
-        policy, config, LossConfig(kl=0.1), words, temperature=1.0, microbatch_tokens=999
-    )
+    return Updater(policy, config, LossConfig(kl=0.1), temperature=1.0, microbatch_tokens=999)
 
 
 def train(updater: Updater, steps: int) -> None:
     row = completion_row([5, 9], [30, 17, 8], 1.0)
     for _ in range(steps):
-        updater.step([row], [row], 1.0)
+        updater.step([row], plain_exercise(updater.policy, [row]), 1.0)
 
 
 @torch.no_grad()

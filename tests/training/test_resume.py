@@ -90,7 +90,7 @@ def board(run: Path, tag: str) -> list[tuple[int, float]]:
 
 def steady(found: list[dict[str, object]]) -> list[dict[str, object]]:
     """Metrics without those that tell how long something took."""
-    timed = ("time", "seconds", "diagnose_share")
+    timed = ("time", "seconds", "cost_seconds", "diagnose_share")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in found]
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests import exercises
+from tests.exercises import plain_exercise
 from untwine.batch import Row, completion_row, distinct_tokens
-from untwine.config import LossConfig, OptimizerConfig, PromptConfig
+from untwine.config import LossConfig, OptimizerConfig
 from untwine.errors import UntwineError
-from untwine.gcd.verdicts import VerdictWords
 from untwine.policy.loading import Policy
-from untwine.prompting.prompter import Prompter
 from untwine.scoring import Targets
 from untwine.scoring import score as real_score
 from untwine.training import update
@@ -24,7 +24,6 @@ def updater(policy: Policy, budget: int) -> Updater:
         policy,
         OptimizerConfig(lr=1e-12, grad_clip=1e9),
         LossConfig(kl=0.1, entropy=0.05),
-        VerdictWords(Prompter(policy.chat, PromptConfig())),
         temperature=1.0,
         microbatch_tokens=budget,
     )
@@ -45,7 +44,7 @@ def verdict_batch() -> list[Row]:
 
 def run(policy: Policy, budget: int) -> tuple[Measures, list[torch.Tensor], Updater]:
     worker = updater(policy, budget)
-    measures = worker.step(policy_batch(), verdict_batch(), 0.7)
+    measures = worker.step(policy_batch(), plain_exercise(policy, verdict_batch()), 0.7)
     return measures, [p.grad.clone() for p in policy.model.parameters()], worker
 
 
@@ -87,6 +86,7 @@ def test_gradients_and_measures_are_those_of_enough_memory(
     expected, gradients, _ = run(policy, 10_000)
     scarce = ScarceMemory(40, in_backward)
     monkeypatch.setattr(update, "score", scarce)
+    monkeypatch.setattr(exercises, "score", scarce)
     with pytest.warns(UserWarning, match="out of memory with .* tokens at once"):
         measures, found, worker = run(policy, 10_000)
     assert worker.microbatch_tokens <= 40
@@ -117,7 +117,7 @@ def test_micro_batches_that_were_done_are_not_done_again(
     worker.reference = None
     monkeypatch.setattr(update, "score", score)
     with pytest.warns(UserWarning, match="out of memory"):
-        worker.step(policy_batch(), [], 0.0)
+        worker.step(policy_batch())
     assert [fails for _, fails in calls[:2]] == [False, True]
     assert sum(n for n, fails in calls if not fails) == len(policy_batch())
 
@@ -130,4 +130,4 @@ def test_one_sequence_that_does_not_fit_is_said(
         pytest.warns(UserWarning, match="out of memory"),
         pytest.raises(UntwineError, match="one sequence of 12 tokens does not fit"),
     ):
-        updater(policy, 10_000).step(policy_batch(), [], 0.0)
+        updater(policy, 10_000).step(policy_batch())

@@ -118,6 +118,38 @@ def calibration(
 
 
 @app.command()
+def labels(
+    run: RunArgument,
+    overrides: Overrides = None,
+    iteration: Iteration = None,
+    sources: Annotated[
+        str,
+        typer.Option(help="Sources to ask, separated by commas; expert and judge work here too."),
+    ] = "rule,group",
+    as_json: AsJson = False,
+) -> None:
+    """Measure label sources against the truth: coverage, precision, recall.
+
+    untwine diagnose labels runs/smoke
+
+    untwine diagnose labels runs/smoke --sources rule,group,expert
+
+    Other labels that are on record are measured too. All of it is written to
+    RUN/diagnose/labels.json. Needs truth files: `untwine diagnose truth` makes them.
+    """
+    from untwine.diagnose.label_quality import find_label_quality
+    from untwine.diagnose.tables import print_label_quality
+    from untwine.progress import Display
+    from untwine.training.run_dir import run_recipe
+
+    recipe = run_recipe(run, list(overrides or []))
+    names = [name.strip() for name in sources.split(",") if name.strip()]
+    with Display() as display:
+        numbers = find_label_quality(run, recipe, display, iteration=iteration, sources=names)
+    _show(run, "labels", numbers, print_label_quality, as_json)
+
+
+@app.command()
 def coupling(
     run: RunArgument,
     overrides: Overrides = None,

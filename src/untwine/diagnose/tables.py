@@ -104,6 +104,33 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
+def print_label_quality(numbers: dict[str, Any]) -> None:
+    """One line for each source."""
+    console = Console()
+    table = Table(
+        title=f"label sources against the truth of {numbers['steps']} steps",
+        caption="in percent, with 95 % intervals; labels on neutral steps count against precision",
+    )
+    table.add_column("source")
+    for column in ("coverage", "accuracy", "precision flawed", "recall flawed"):
+        table.add_column(column, justify="right")
+    for column in ("precision good", "recall good"):
+        table.add_column(column, justify="right")
+    for name, found in numbers["sources"].items():
+        shares = [found["coverage"], found["accuracy"]]
+        for verdict in ("flawed", "good"):
+            shares += [found[verdict]["precision"], found[verdict]["recall"]]
+        table.add_row(escape(name), *map(_share, shares))
+    console.print(table)
+
+
+def _share(share: dict[str, Any]) -> str:
+    if share["value"] is None:
+        return "–"
+    low, high = share["interval"]
+    return f"{100 * share['value']:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
 def print_calibration(result: dict[str, Any]) -> None:
     """The methods side by side, then each by kind and position, then the lemma."""
     console = Console()

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,11 @@ from untwine.diagnose.population import (
 from untwine.diagnose.recorded import episode_file, load_recorded_policy, read_recorded
 from untwine.diagnose.restoring import Mismatch, restore_points
 from untwine.diagnose.truth_file import Truth, TruthRow, checksum, truth_path, write_truth
-from untwine.envs.pool import EnvPool
 from untwine.gcd.labels import action_key
-from untwine.policy.loading import Policy
 from untwine.policy.sampler import Sample
 from untwine.progress import Display
 from untwine.records import Episode
-from untwine.rollout import Start
+from untwine.rollout import Collector, Start
 from untwine.workshop import make_collector, open_pool
 
 Question = list[RecordedStep]  # steps with the same action in the same state, judged as one
@@ -70,21 +68,35 @@ def find_truth(
     with open_pool(recipe.env, list_commands=recipe.lists_commands) as pool:
         population = recorded_steps(read_recorded(file, recipe), pool.info)
         drawn = draw_steps(population, draw.steps, random.Random(settings.seed), draw.stratified)
-        judge = _Judge(recipe, policy, pool, settings, display)
-        rows = judge.rows(drawn, _questions(population, drawn, draw.pooled))
-    header = {
-        "iteration": iteration,
-        "episodes_sha256": checksum(file),
-        "checkpoint": checkpoint,
-        "settings": dataclasses.asdict(settings),
-        "draw": dataclasses.asdict(draw),
-        "population": len(population),
-        **judge.report(),
-        **summary(rows, settings.error),
-    }
+        finder = TruthFinder(recipe, make_collector(policy, pool, recipe), settings, display)
+        rows = finder.rows(drawn, questions(population, drawn, draw.pooled))
+    header = truth_header(iteration, file, settings, draw, len(population), finder, rows)
+    header["checkpoint"] = checkpoint
     truth = Truth(header, tuple(rows))
     write_truth(truth_path(run, iteration), truth)
     return truth
+
+
+def truth_header(
+    iteration: int,
+    file: Path,
+    settings: Settings,
+    draw: Draw,
+    population: int,
+    finder: TruthFinder,
+    rows: Sequence[TruthRow],
+) -> dict[str, Any]:
+    """The first line of a truth file about the episodes in `file`."""
+    return {
+        "iteration": iteration,
+        "episodes_sha256": checksum(file),
+        "checkpoint": "",
+        "settings": dataclasses.asdict(settings),
+        "draw": dataclasses.asdict(draw),
+        "population": population,
+        **finder.report(),
+        **summary(rows, settings.error),
+    }
 
 
 def summary(rows: Sequence[TruthRow], error: float) -> dict[str, Any]:
@@ -106,11 +118,12 @@ def summary(rows: Sequence[TruthRow], error: float) -> dict[str, Any]:
     }
 
 
-def _questions(
+def questions(
     population: Sequence[RecordedStep],
     drawn: Sequence[tuple[RecordedStep, float]],
     pooled: bool,
 ) -> list[Question]:
+    """The drawn steps, each alone or (`pooled`) with all equal ones of the population."""
     if not pooled:
         return [[step] for step, _ in drawn]
     alike: dict[Any, Question] = defaultdict(list)
@@ -119,23 +132,24 @@ def _questions(
     return [alike[pair] for pair in dict.fromkeys(step.pair for step, _ in drawn)]
 
 
-class _Judge:
+class TruthFinder:
     """Restores, branches, and puts the answers into rows."""
 
     def __init__(
         self,
         recipe: Recipe,
-        policy: Policy,
-        pool: EnvPool,
+        collector: Collector,
         settings: Settings,
         display: Display,
+        on_progress: Callable[[], None] | None = None,
     ) -> None:
+        """collector: plays on; nothing else may use its pool meanwhile.
+        on_progress: called now and then; may raise to stop."""
         self.recipe = recipe
-        self.policy = policy
-        self.pool = pool
         self.settings = settings
         self.display = display
-        self.collector = make_collector(policy, pool, recipe)
+        self.collector = collector
+        self.on_progress = on_progress
         self.brancher = Brancher(self.collector, settings)
         self.mismatches: list[Mismatch] = []
         self.replayed = 0
@@ -153,7 +167,13 @@ class _Judge:
             if (found := [occurrences[at] for s in question if (at := _at(s)) in occurrences])
         ]
         with self.display.bar("branching", len(open_questions), "action") as bar:
-            answers = self.brancher.estimate([found for _, found in open_questions], bar.update)
+
+            def on_progress(done: int, total: int) -> None:
+                bar.update(done, total)
+                if self.on_progress:
+                    self.on_progress()
+
+            answers = self.brancher.estimate([found for _, found in open_questions], on_progress)
         estimates: dict[tuple[str, int], tuple[Estimate, int]] = {}
         for (question, found), answer in zip(open_questions, answers, strict=True):
             if answer is not None:
@@ -185,11 +205,11 @@ class _Judge:
         for step in steps:
             by_episode.setdefault(step.episode.id, (step.episode, []))[1].append(step.t)
         starts, self.mismatches = restore_points(
-            self.pool, self.collector.prompter, list(by_episode.values())
+            self.collector.pool, self.collector.prompter, list(by_episode.values())
         )
         self.replayed = len(by_episode)
         logprobs = action_logprobs(
-            self.policy,
+            self.collector.policy,
             [step.step for step in steps],
             self.recipe.sampling.temperature,
             self.recipe.rl.microbatch_tokens,

@@ -114,7 +114,7 @@ def branch_labels(rows: Sequence[TruthRow]) -> LabelSource:
         ref = str(group.ref)
         return [
             [
-                _label(
+                branch_label(
                     by_step.get((episode.id, step.index))
                     or by_pair.get((ref, step.state_key, action_key(step)))
                 )
@@ -126,7 +126,8 @@ def branch_labels(rows: Sequence[TruthRow]) -> LabelSource:
     return source
 
 
-def _label(row: TruthRow | None) -> Label | None:
+def branch_label(row: TruthRow | None) -> Label | None:
+    """The label that a row amounts to; None for neutral ones."""
     if row is None or row.label == "neutral" or not row.confidence:
         return None
     return Label("branch", row.label, "advantage", row.confidence)

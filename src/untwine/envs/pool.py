@@ -21,10 +21,12 @@ from types import TracebackType
 from typing import Any
 
 from untwine.envs import registry
+from untwine.envs.guiding import Advice
 from untwine.envs.protocol import EnvInfo, Reset
 from untwine.envs.wandering import Command
 from untwine.envs.worker import (
     SPARE,
+    AdviceRequest,
     Answer,
     Beginning,
     Broken,
@@ -38,6 +40,7 @@ from untwine.envs.worker import (
     Sessions,
     Snapshot,
     SnapshotRequest,
+    SpareRequest,
     StepRequest,
     Worker,
     describe,
@@ -46,12 +49,13 @@ from untwine.errors import EnvError
 from untwine.records import Observation
 
 __all__ = [
-    "ATTEMPTS", "EXPERT_FACTOR", "Beginning", "EnvPool", "EpisodeRequest", "Lost", "ReplayRequest",
-    "ResetRequest", "RestoreRequest", "Snapshot", "SnapshotRequest", "StepRequest",
+    "ATTEMPTS", "EXPERT_FACTOR", "AdviceRequest", "Beginning", "EnvPool", "EpisodeRequest", "Lost",
+    "ReplayRequest", "ResetRequest", "RestoreRequest", "Snapshot", "SnapshotRequest", "StepRequest",
 ]  # fmt: skip
 
 EpisodeRequest = Beginning | StepRequest | SnapshotRequest
 EpisodeAnswer = Reset | Observation | Snapshot | Lost
+SpareAnswer = tuple[Command, ...] | tuple[Advice, ...] | None
 
 EXPERT_FACTOR = 5.0  # an expert may search this many times as long as a step may take
 ATTEMPTS = 3  # failed starts of a worker in a row, or failed searches of one expert
@@ -231,7 +235,7 @@ class EnvPool:
         Runs in environments of its own, so live episodes go on undisturbed (unless a worker dies).
         EnvError when the same instance fails `ATTEMPTS` times, or is unknown.
         """
-        plans = self._search([ExpertRequest(*ref) for ref in refs])
+        plans = self._plans([ExpertRequest(*ref) for ref in refs])
         return [None if plan is None else tuple(command.text for command in plan) for plan in plans]
 
     def wandering_experts(
@@ -247,11 +251,24 @@ class EnvPool:
         """The same with experts that err (wandering.py), only where `EnvInfo.replans`. Where the
         erring one does not reach the goal in time, the plan is the faultless one; where a
         `searching` one does not, there is none."""
-        return self._search(
+        return self._plans(
             [ExpertRequest(*ref, noise, max_steps, seed, valid_only, searching) for ref in refs]
         )
 
-    def _search(self, requests: Sequence[ExpertRequest]) -> list[tuple[Command, ...] | None]:
+    def advice(self, requests: Sequence[AdviceRequest]) -> list[tuple[Advice, ...]]:
+        """What the expert thinks of the states on each way, only where `EnvInfo.replans`. Like
+        `experts`, in environments of its own."""
+        return [
+            tuple(a for a in way or () if isinstance(a, Advice)) for way in self._search(requests)
+        ]
+
+    def _plans(self, requests: Sequence[ExpertRequest]) -> list[tuple[Command, ...] | None]:
+        return [
+            None if plan is None else tuple(c for c in plan if isinstance(c, Command))
+            for plan in self._search(requests)
+        ]
+
+    def _search(self, requests: Sequence[SpareRequest]) -> list[SpareAnswer]:
         if not self.slots:
             raise ValueError("the pool is closed")
         try:
@@ -260,8 +277,8 @@ class EnvPool:
             for worker in self._workers:
                 worker.awaited.pop(SPARE, None)
 
-    def _searched(self, requests: Sequence[ExpertRequest]) -> list[tuple[Command, ...] | None]:
-        found: dict[int, tuple[Command, ...] | None] = {}
+    def _searched(self, requests: Sequence[SpareRequest]) -> list[SpareAnswer]:
+        found: dict[int, SpareAnswer] = {}
         failed = [0] * len(requests)
         todo = deque(range(len(requests)))
         busy: dict[int, int] = {}  # worker -> index of the instance it searches
@@ -290,7 +307,7 @@ class EnvPool:
         return [found[index] for index in range(len(requests))]
 
     def _hear_experts(
-        self, busy: Mapping[int, int], requests: Sequence[ExpertRequest]
+        self, busy: Mapping[int, int], requests: Sequence[SpareRequest]
     ) -> list[tuple[int, Answer | Lost]]:
         if not self._workers:
             return [(0, self._answer_here([(SPARE, requests[busy[0]])])[SPARE])]

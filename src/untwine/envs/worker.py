@@ -23,12 +23,14 @@ from multiprocessing import connection
 from typing import Any
 
 from untwine.envs import registry
+from untwine.envs.guiding import Advice, advice_along
 from untwine.envs.protocol import Env, Planner, Reset, Searcher
 from untwine.envs.wandering import Command, wandering_plan
 from untwine.errors import EnvError, UntwineError
 from untwine.records import Observation
 
 STARTUP_S = 60.0  # allowed on top of timeout_s until a new worker has answered once
+KEPT_PLANS = 50_000  # plans from the states of episodes that a process remembers
 SPARE = -1  # the slot of the environment in which experts search
 
 
@@ -97,6 +99,17 @@ class ExpertRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class AdviceRequest:
+    """What the expert thinks of every state on the way of these commands (guiding.py)."""
+
+    task: str
+    variation: int
+    commands: tuple[str, ...]
+    searching: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Fault:
     """An UntwineError on its way to the parent."""
 
@@ -117,8 +130,9 @@ class Broken:
 
 
 Beginning = ResetRequest | RestoreRequest | ReplayRequest  # needs no episode in the slot
-Request = Beginning | StepRequest | SnapshotRequest | ExpertRequest
-Answer = Reset | Observation | Snapshot | Fault | tuple[Command, ...] | None
+SpareRequest = ExpertRequest | AdviceRequest
+Request = Beginning | StepRequest | SnapshotRequest | SpareRequest
+Answer = Reset | Observation | Snapshot | Fault | tuple[Command, ...] | tuple[Advice, ...] | None
 
 
 class Sessions:
@@ -128,6 +142,7 @@ class Sessions:
         self._name = name
         self._options = options
         self._envs: dict[int, Env] = {}
+        self._plans: dict[tuple[str, int, str], tuple[str, ...] | None] = {}
 
     def answer(self, slot: int, request: Request) -> Answer:
         """Anything but an UntwineError passes through: the process is then to be replaced."""
@@ -145,9 +160,28 @@ class Sessions:
                 return env.restore(request.snapshot.value)
             if isinstance(request, ReplayRequest):
                 return _replay(env, request)
+            if isinstance(request, AdviceRequest):
+                return self._advice(env, request)
             return _expert(env, request)
         except UntwineError as error:
             return Fault(type(error), str(error))
+
+    def _advice(self, env: Env, request: AdviceRequest) -> tuple[Advice, ...]:
+        if not isinstance(env, Planner):
+            raise EnvError("this environment has no expert that can start anywhere")
+        if request.searching and not isinstance(env, Searcher):
+            raise EnvError("this environment has no searching expert; set gcd.expert: oracle")
+        if len(self._plans) > KEPT_PLANS:
+            self._plans.clear()
+        return advice_along(
+            env,
+            request.task,
+            request.variation,
+            request.commands,
+            self._plans,
+            searching=request.searching,
+            seed=request.seed,
+        )
 
     def close(self) -> None:
         for env in self._envs.values():

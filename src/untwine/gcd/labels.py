@@ -58,9 +58,15 @@ _SOURCES: dict[str, LabelSource] = {"rule": rule_labels, "group": group_labels}
 
 
 def register_labels(name: str, source: LabelSource) -> None:
-    """Add a source of your own, or one that needs more than a group, such as `branch`
-    (diagnose/truth_file.py)."""
+    """Add a source of your own. One that needs more than a group is a `Source` (gcd/sources)."""
     _SOURCES[name] = source
+
+
+def plain_source(name: str) -> LabelSource:
+    """The source of this name. ConfigError when there is none."""
+    if name not in _SOURCES:
+        raise ConfigError(f"unknown label source {name!r}.{nearest(name, _SOURCES)}")
+    return _SOURCES[name]
 
 
 def label_sources() -> tuple[str, ...]:
@@ -71,10 +77,7 @@ def label_group(
     group: Group, sources: Sequence[str], info: EnvInfo, min_confidence: float = 0.0
 ) -> Group:
     """A copy of the group with the labels of all `sources` that are confident enough."""
-    for source in sources:
-        if source not in _SOURCES:
-            raise ConfigError(f"unknown label source {source!r}.{nearest(source, _SOURCES)}")
-    tables = [_SOURCES[source](group, info) for source in sources]
+    tables = [plain_source(source)(group, info) for source in sources]
     return group.with_labels(
         [
             [

@@ -17,7 +17,8 @@ from untwine.errors import ModelError
 
 
 def add_lora(model: Any, config: LoRAConfig, seed: int) -> None:
-    """Freeze `model` and put adapters beside the linear layers whose name ends as asked.
+    """Put adapters beside the linear layers whose name ends as asked, and freeze the rest of
+    `model` if asked to.
 
     ModelError when peft is missing or no layer has such a name.
     """
@@ -44,7 +45,7 @@ def add_lora(model: Any, config: LoRAConfig, seed: int) -> None:
         inject_adapter_in_model(adapters, model)
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        parameter.requires_grad_("lora_" in name or not config.freeze)
     model.eval()
 
 

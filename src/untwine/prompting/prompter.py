@@ -26,7 +26,12 @@ JUDGE_SYSTEM = (
     "You judge actions in a text environment. Say whether the action helps to solve the task: "
     "good or bad."
 )
+COMPARE_SYSTEM = (
+    "You compare two actions in a text environment. Say which one helps more to solve the task: "
+    "A or B."
+)
 VERDICT_WORDS = {"good": "good", "flawed": "bad"}
+PAIR_WORDS = {"first": "A", "second": "B"}
 
 
 class Prompter:
@@ -66,12 +71,13 @@ class Prompter:
 
         command   the action in question; by default the one that was taken
         """
-        step = episode.steps[t]
-        first = max(0, t - self.config.history)
-        past = [(s.observation, action_as_shown(s.command, s.text)) for s in episode.steps[first:t]]
-        candidate = command if command is not None else action_as_shown(step.command, step.text)
-        user = _state_text(episode.goal, past, step.observation)
-        return self.chat.opening(JUDGE_SYSTEM, f"{user}\n\nAction: {candidate}\nGood or bad?")
+        user = verdict_text(episode, t, self.config.history, command)
+        return self.chat.opening(JUDGE_SYSTEM, user)
+
+    def pair_ids(self, episode: Episode, t: int, first: str, second: str) -> tuple[int, ...]:
+        """Prompt that asks which of two actions in the state before step `t` is better."""
+        past = past_text(episode, t, self.config.history)
+        return self.chat.opening(COMPARE_SYSTEM, f"{past}\n\nA: {first}\nB: {second}\nA or B?")
 
     def _seen(self, goal: str, observation: str, admissible: Sequence[str] | None) -> str:
         parts = [observation]
@@ -124,6 +130,25 @@ class Conversation:
         else:
             past = self._past[-prompter.config.history :] if prompter.config.history else []
             self.prompt_ids = prompter.opening_ids(self._goal, past, observation, admissible)
+
+
+def verdict_text(episode: Episode, t: int, history: int, command: str | None = None) -> str:
+    """The question whether an action of step `t` is good, after the last `history` pairs.
+
+    command   the action in question; by default the one that was taken
+    """
+    step = episode.steps[t]
+    candidate = command if command is not None else action_as_shown(step.command, step.text)
+    return f"{past_text(episode, t, history)}\n\nAction: {candidate}\nGood or bad?"
+
+
+def past_text(episode: Episode, t: int, history: int) -> str:
+    """Task, the last `history` (observation, action) pairs before step `t`, its observation."""
+    past = [
+        (s.observation, action_as_shown(s.command, s.text))
+        for s in episode.steps[max(0, t - history) : t]
+    ]
+    return _state_text(episode.goal, past, episode.steps[t].observation)
 
 
 def _state_text(goal: str, past: Sequence[tuple[str, str]], now: str) -> str:

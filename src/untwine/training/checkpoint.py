@@ -3,6 +3,7 @@
     checkpoints/rl-000012/
       model.safetensors      weights (tied tensors once)
       optimizer.safetensors  moments and step counts, by parameter number
+      gcd_*.safetensors      what the objective trains or steps with of its own, if anything
       state.json             stage, step, generators, cursor, size of the metrics file, checksums
 
 A checkpoint is written beside its final place and renamed, so a kill at any moment leaves the
@@ -18,6 +19,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,15 +55,25 @@ class Position:
 
 
 def save_checkpoint(
-    folder: Path, model: Any, optimizer: torch.optim.Optimizer, position: Position, keep: int
+    folder: Path,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    position: Position,
+    keep: int,
+    extra: Mapping[str, dict[str, torch.Tensor]] | None = None,
 ) -> Path:
-    """Write a checkpoint under `folder` and drop all but the newest `keep`."""
+    """Write a checkpoint under `folder` and drop all but the newest `keep`.
+
+    extra   further tensors, each entry a file of its own
+    """
     target = folder / f"{position.stage}-{position.step:06d}"
     scratch = folder / f".partial-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     save_model(model, str(scratch / "model.safetensors"))
-    save_file(_optimizer_tensors(optimizer), scratch / "optimizer.safetensors")
+    save_file(optimizer_tensors(optimizer), scratch / "optimizer.safetensors")
+    for name, tensors in (extra or {}).items():
+        save_file(tensors, scratch / f"{name}.safetensors")
     state = {
         "format": FORMAT,
         "stage": position.stage,
@@ -137,7 +149,17 @@ def load_weights(checkpoint: Path, model: Any) -> None:
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Read the optimizer state of a checkpoint into `optimizer`."""
-    tensors = load_file(checkpoint / "optimizer.safetensors")
+    fill_optimizer(optimizer, load_file(checkpoint / "optimizer.safetensors"))
+
+
+def load_extra(checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The further tensors of a checkpoint, by name."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    return {f.stem: load_file(f) for f in files if f.stem not in ("model", "optimizer")}
+
+
+def fill_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put what `optimizer_tensors` gave into an optimizer."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")
@@ -150,7 +172,8 @@ def choices_state(rng: random.Random) -> tuple[Any, ...]:
     return rng.getstate()
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Moments and step counts, by parameter number."""
     state = optimizer.state_dict()["state"]
     return {
         f"{number}.{key}": torch.as_tensor(value).clone().contiguous()

@@ -1,4 +1,5 @@
-"""Cold start: imitation of expert episodes, mixed with verdict data from the same episodes."""
+"""Cold start: imitation of expert episodes, mixed with verdict data from the same episodes at a
+stated ratio of tokens."""
 
 from __future__ import annotations
 
@@ -11,11 +12,16 @@ from untwine.config import Recipe
 from untwine.demonstrations import Transcript, demonstration
 from untwine.envs.protocol import EnvInfo
 from untwine.gcd.labels import label_group
-from untwine.gcd.verdicts import VerdictWords, verdict_samples
-from untwine.policy.choices import CommandChoices
-from untwine.prompting.prompter import Prompter
+from untwine.gcd.objectives.cross_entropy import CrossEntropy
+from untwine.gcd.objectives.protocol import Means
+from untwine.gcd.questions import PAIRS, VERDICTS
+from untwine.policy.loading import Policy
 from untwine.records import Episode, Group
-from untwine.training.update import Measures, Updater
+from untwine.rollout import Collector
+from untwine.training.measures import Measures
+from untwine.training.update import Updater
+
+_QUIZZES = {"generative/ce": VERDICTS, "pairwise": PAIRS}
 
 
 class ColdStart:
@@ -26,13 +32,13 @@ class ColdStart:
         recipe: Recipe,
         info: EnvInfo,
         transcripts: Sequence[Transcript],
-        prompter: Prompter,
-        words: VerdictWords,
-        choices: CommandChoices | None,
+        policy: Policy,
+        collector: Collector,
         rng: random.Random,
     ) -> None:
         self._config = recipe.cold_start
         self._rng = rng
+        prompter, choices = collector.prompter, collector.choices
         noisy = self._config.imitate_noise
         episodes = [
             demonstration(t, prompter, imitate_noise=noisy, choices=choices) for t in transcripts
@@ -41,17 +47,23 @@ class ColdStart:
             row for e in episodes for row in imitation_rows(e, self._config.text_weight)
         ]
         self.verdicts: list[Row] = []
-        if self._config.verdict_weight > 0:
+        self._objective: CrossEntropy | None = None
+        if self._config.verdict_weight > 0 and self._config.verdict_share > 0:
+            means = Means(policy, prompter, recipe.gcd)
+            self._objective = CrossEntropy(means, _QUIZZES[self._config.objective])
             judged = [_judged(e, info) for e in episodes]
-            samples = verdict_samples(judged, prompter, 10**12, random.Random(recipe.seed))
-            self.verdicts = words.rows(samples) if samples else []
+            self.verdicts = self._objective.rows(judged, 10**12, random.Random(recipe.seed))
 
     def step(self, updater: Updater) -> Measures:
         """One optimizer step on freshly drawn rows."""
-        rows = _draw(self.rows, self._config.batch_tokens, self._rng)
-        verdicts = _draw(self.verdicts, self._config.batch_tokens // 4, self._rng)
-        scale = len(self.verdicts) / len(verdicts) if verdicts else 0.0
-        return updater.imitate(rows, _rescaled(verdicts, scale), self._config.verdict_weight)
+        config = self._config
+        rows = _draw(self.rows, config.batch_tokens, self._rng)
+        drawn = _draw(self.verdicts, int(config.batch_tokens * config.verdict_share), self._rng)
+        exercise = None
+        if drawn and self._objective is not None:
+            scale = len(self.verdicts) / len(drawn)
+            exercise = self._objective.drawn(_rescaled(drawn, scale))
+        return updater.imitate(rows, exercise, config.verdict_weight)
 
 
 def _judged(episode: Episode, info: EnvInfo) -> Episode:

@@ -1,9 +1,9 @@
 """The training loop: cold start, then iterations of rollout, credit, labels and update.
 
     groups  = collect(policy, tasks)          rollout.py
-    groups  = credit(label(groups))           credit/, gcd/labels.py
+    groups  = credit(label(groups))           credit/, gcd/sources
     rows    = policy_rows(groups)             batch.py
-    update  = L_policy + lambda * L_gcd       training/update.py
+    update  = L_policy + lambda * L_gcd       training/update.py, gcd/objectives
 
 The loop knows no method by name: credit, labels and objective are looked up in their registries.
 """
@@ -13,38 +13,42 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from untwine.batch import Row, policy_rows
-from untwine.config import OptimizerConfig, Recipe
+from untwine.batch import policy_rows
+from untwine.config import GCDConfig, OptimizerConfig, Recipe
 from untwine.credit import credit_method
 from untwine.diagnose.online import Findings, OnlineDiagnosis
 from untwine.envs.protocol import EnvInfo
 from untwine.errors import Interrupted
 from untwine.evaluate.identity import set_identity
 from untwine.evaluate.protocol import evaluate, evaluation_refs, step_measures, summarise
-from untwine.gcd.labels import agreed_verdict, label_group
-from untwine.gcd.verdicts import VerdictWords, verdict_samples
+from untwine.gcd.labels import agreed_verdict
+from untwine.gcd.objectives import Exercise, Means, Objective, check_objective, make_objective
+from untwine.gcd.questions import judged_steps
+from untwine.gcd.sources import Bench, Labeller, check_sources, costly
 from untwine.progress import Display
-from untwine.records import Group
+from untwine.records import Episode, Group
 from untwine.rollout import RolloutStats
 from untwine.training.checkpoint import (
     Position,
     latest_checkpoint,
+    load_extra,
     load_optimizer,
     load_weights,
     read_position,
     save_checkpoint,
 )
 from untwine.training.cold_start import ColdStart
+from untwine.training.measures import Measures
 from untwine.training.run_dir import RunDir, finish_replacing, replace_folder
 from untwine.training.signals import StopRequest
-from untwine.training.update import Measures, Updater
+from untwine.training.update import Updater
 from untwine.workshop import TaskCursor, Workshop, training_refs
 
 
@@ -69,6 +73,8 @@ class _Training:
         self.display = display
         self.stop = stop
         self.credit = credit_method(recipe.credit.name, recipe.credit.options)
+        check_objective(recipe.gcd.objective)
+        check_sources(recipe.gcd.labels)
         for name in recipe.evaluate.sets:  # a wrong name is said before any work is done
             evaluation_refs(recipe.env, name, recipe.evaluate.episodes)
         self.choices = random.Random(recipe.seed + 1)
@@ -90,7 +96,8 @@ class _Training:
             raise
         self.policy = self.workshop.policy
         self.collector = self.workshop.collector
-        self.words = VerdictWords(self.collector.prompter)
+        self.objective: Objective | None = None
+        self.one_class_said = False
         refs = training_refs(recipe.env, self.workshop.splits, recipe.rl.variations)
         self.cursor = TaskCursor(refs, recipe.seed)
         if self.start:
@@ -108,6 +115,7 @@ class _Training:
         status = "failed"
         try:
             with self.workshop:
+                self.objective, self.labeller = self._method()
                 if self.start is None or self.start.stage == "cold_start":
                     self._cold_start()
                 self._iterate()
@@ -119,6 +127,22 @@ class _Training:
         finally:
             self.run_dir.close(status)
         return self.path / "model"
+
+    def _method(self) -> tuple[Objective | None, Labeller]:
+        """What GCD needs; without an objective, labels are only those that cost nothing."""
+        recipe, gcd = self.recipe, self.recipe.gcd
+        means = Means(
+            self.policy,
+            self.collector.prompter,
+            gcd,
+            recipe.sampling.temperature,
+        )
+        objective = make_objective(gcd.objective, means)
+        names = [name for name in gcd.labels if objective is not None or not costly(name)]
+        bench = Bench(
+            recipe, self.workshop.pool, self.collector, self.path, self.display, self.stop.check
+        )
+        return objective, Labeller(names, bench, gcd.min_confidence)
 
     # Cold start
 
@@ -132,9 +156,8 @@ class _Training:
                 self.recipe,
                 self.workshop.info,
                 self.workshop.transcripts,
-                self.collector.prompter,
-                self.words,
-                self.collector.choices,
+                self.policy,
+                self.collector,
                 self.choices,
             )
             self.display.line(
@@ -163,9 +186,8 @@ class _Training:
 
     def _iterate(self) -> None:
         config = self.recipe.rl
-        updater = self._updater(
-            config.optimizer, config.iterations * config.epochs * config.minibatches
-        )
+        steps = config.iterations * config.epochs * config.minibatches
+        updater = self._updater(config.optimizer, steps, self.recipe.gcd)
         first = self._restore(updater, "rl")
         diagnosis = OnlineDiagnosis(self.recipe, self.path, self.collector)
         if config.iterations and (self.start is None or self.start.stage != "rl"):
@@ -196,17 +218,20 @@ class _Training:
         started = time.perf_counter()
         refs = self.cursor.take(recipe.rl.groups)
         groups, stats = self._collect(refs, iteration)
-        groups = [self._judge(group) for group in groups]
         rolled = time.perf_counter()
+        groups, label_counts = self.labeller.label(groups, iteration)
+        groups = [self._credit(group) for group in groups]
+        labelled = time.perf_counter()
         found = Findings()
         if diagnosis.due(iteration):
             budget = updater.microbatch_tokens
             found = diagnosis.measure(groups, iteration, budget, self.stop.check)
         diagnosed = time.perf_counter()
         measures, counts = self._update(updater, groups, iteration)
-        self.run_dir.save_groups(iteration, groups)
+        self.labeller.recorded(iteration, self.run_dir.save_groups(iteration, groups))
         values = {
             **_rollout_measures(groups, stats, self.workshop.info),
+            **label_counts,
             **measures,
             **counts,
             **found.values,
@@ -215,7 +240,7 @@ class _Training:
         }
         seconds = time.perf_counter() - started
         if found.values:
-            values["diagnose_share"] = (diagnosed - rolled) / seconds
+            values["diagnose_share"] = (diagnosed - labelled) / seconds
         self.run_dir.log("rl", iteration, **values)
         line = (
             f"outcome {values['outcome_mean']:.2f}  success {values['success_rate']:.2f}  "
@@ -234,46 +259,61 @@ class _Training:
                 self.stop.check()
                 bar.update(done, total)
 
-            return self.collector.collect(
+            groups, stats = self.collector.collect(
                 refs, size, self.sampling, prefix=f"{iteration:06d}-", on_turn=on_turn
             )
+        returns = self.recipe.rl.returns
+        return [dataclasses.replace(group, returns=returns) for group in groups], stats
 
-    def _judge(self, group: Group) -> Group:
-        gcd = self.recipe.gcd
-        group = dataclasses.replace(group, returns=self.recipe.rl.returns)
-        labelled = label_group(group, gcd.labels, self.workshop.info, gcd.min_confidence)
+    def _credit(self, group: Group) -> Group:
         if self.recipe.rl.drop_constant_groups and len(set(group.returns_G)) == 1:
-            return labelled.with_advantages([[None] * e.length for e in group.episodes])
-        return self.credit(labelled)
+            return group.with_advantages([[None] * e.length for e in group.episodes])
+        return self.credit(group)
 
     def _update(
         self, updater: Updater, groups: Sequence[Group], iteration: int
     ) -> tuple[dict[str, float], dict[str, float]]:
         rl, gcd = self.recipe.rl, self.recipe.gcd
         weight = 0.0
-        verdicts: list[Row] = []
-        if gcd.objective != "none":
-            progress = iteration / max(rl.iterations - 1, 1)
-            weight = gcd.weight * gcd.schedule.at(progress)
+        exercise: Exercise | None = None
+        if self.objective is not None:
+            weight = gcd.weight * gcd.schedule.at(iteration / max(rl.iterations - 1, 1))
             episodes = [episode for group in groups for episode in group.episodes]
-            samples = verdict_samples(
-                episodes, self.collector.prompter, gcd.token_budget, self.choices
-            )
-            verdicts = self.words.rows(samples) if samples else []
+            exercise = self.objective.exercise(episodes, self.choices, self.sampling)
+            if exercise is None:
+                self._explain_none(episodes, iteration)
         taken: list[Measures] = []
         tokens = 0
         for _ in range(rl.epochs):
             for part in self._minibatches(groups):
                 rows = policy_rows(part, self.recipe.loss.mean)
                 tokens += sum(row.length for row in rows)
-                if rows or verdicts:
-                    taken.append(updater.step(rows, verdicts, weight))
+                if rows or exercise:
+                    taken.append(updater.step(rows, exercise, weight))
         return _averaged(taken), {
             "policy_tokens": tokens,
-            "verdicts": len(verdicts),
+            "verdicts": 0,
+            **(exercise.counts if exercise else {}),
             "gcd_weight": weight,
             "optimizer_steps": updater.steps,
         }
+
+    def _explain_none(self, episodes: Sequence[Episode], iteration: int) -> None:
+        """Say once why there is nothing to learn from labels."""
+        if self.one_class_said:
+            return
+        self.one_class_said = True
+        verdicts = Counter(j.verdict for j in judged_steps(episodes))
+        good, flawed = verdicts["good"], verdicts["flawed"]
+        why = (
+            "both kinds are needed: add a source to gcd.labels or lower gcd.min_confidence"
+            if not (good and flawed)
+            else "no state has both kinds, or gcd.token_budget is too small for one question"
+        )
+        self.display.line(
+            f"[yellow]gcd:[/yellow] nothing to learn from the labels of iteration {iteration + 1}: "
+            f"{good} distinct actions are labelled good, {flawed} flawed; {why}"
+        )
 
     def _minibatches(self, groups: Sequence[Group]) -> list[list[Group]]:
         """The groups in `rl.minibatches` random parts of about equal size."""
@@ -303,7 +343,7 @@ class _Training:
                     greedy=config.greedy,
                     on_turn=on_turn,
                 )
-            numbers = summarise(groups, self.workshop.info)
+            numbers = summarise(groups, self.workshop.info) | self.run_dir.cost()
             identity = set_identity(
                 self.recipe.env, set_name, refs, greedy=config.greedy, seed=self.recipe.seed
             )
@@ -317,15 +357,18 @@ class _Training:
                 f"({numbers['episodes']} episodes)"
             )
 
-    def _updater(self, optimizer: OptimizerConfig, total_steps: int) -> Updater:
+    def _updater(
+        self, optimizer: OptimizerConfig, total_steps: int, gcd: GCDConfig | None = None
+    ) -> Updater:
         return Updater(
             self.policy,
             optimizer,
             self.recipe.loss,
-            self.words,
             temperature=self.recipe.sampling.temperature,
             microbatch_tokens=self.recipe.rl.microbatch_tokens,
             total_steps=total_steps,
+            gcd=gcd,
+            module=self.objective.module if gcd and self.objective else None,
         )
 
     def _position(self, stage: Any, step: int, updater: Updater) -> Position:
@@ -346,6 +389,7 @@ class _Training:
             updater.optimizer,
             position,
             self.recipe.checkpoint.keep,
+            updater.extra_state(),
         )
 
     def _restore(self, updater: Updater, stage: str) -> int:
@@ -354,6 +398,7 @@ class _Training:
             return 0
         load_weights(self.checkpoint, self.policy.model)
         load_optimizer(self.checkpoint, updater.optimizer)
+        updater.load_extra_state(load_extra(self.checkpoint))
         updater.steps = self.start.optimizer_steps
         self.cursor.position = self.start.cursor
         self.sampling.set_state(self.start.sampling)

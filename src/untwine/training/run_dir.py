@@ -8,6 +8,7 @@ RUN/
   episodes/       every episode of every iteration (episodes.py)
   diagnose/       what `untwine diagnose`, and training itself, found (diagnose/)
   evaluations.jsonl  what `untwine evaluate` found
+  judge.jsonl     answers of a judge (gcd/sources/judge.py)
   checkpoints/    state to continue from (checkpoint.py)
   initial/        the policy as the iterations began, an ordinary Hugging Face folder
   model/          the policy at the end, the same
@@ -22,6 +23,7 @@ import platform
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +38,21 @@ from untwine.errors import CheckpointError
 from untwine.records import Group
 
 _NO_NUMBERS = {"stage", "step", "time", "set", "identity"}
+# what each result is shown with: name there -> name in the lines of both stages
+_TOKENS = {
+    "imitation": "imitation_tokens",
+    "policy": "policy_tokens",
+    "sampled": "sampled_tokens",
+    "gcd": "gcd_tokens",
+    "gcd_sampled": "gcd_sampled_tokens",
+    "labels": "label_tokens",
+}
+_SECONDS = {
+    "rollout": "seconds_rollout",
+    "labels": "seconds_labels",
+    "update": "seconds_update",
+    "gcd": "seconds_gcd",
+}
 
 
 class RunDir:
@@ -44,6 +61,7 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lines = _count_lines(path / "metrics.jsonl")
+        self._totals: Counter[str] = Counter()
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter
 
@@ -86,7 +104,7 @@ class RunDir:
         shutil.rmtree(path / "tensorboard", ignore_errors=True)
         run = cls(path)
         for line in lines[:metric_lines]:
-            run._draw(json.loads(line))
+            run._take(json.loads(line))
         run.describe(status="running")
         return run
 
@@ -105,6 +123,20 @@ class RunDir:
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
         self._lines += 1
+        self._take(record)
+
+    def cost(self) -> dict[str, dict[str, float]]:
+        """Tokens and seconds spent so far, by purpose, over both stages and all parts of a resumed
+        run. What is not used is left out."""
+        return {
+            name: {k: self._totals[key] for k, key in keys.items() if self._totals[key]}
+            for name, keys in (("cost_tokens", _TOKENS), ("cost_seconds", _SECONDS))
+        }
+
+    def _take(self, record: dict[str, Any]) -> None:
+        """Add up what a line of metrics cost, and draw it."""
+        for key in (*_TOKENS.values(), *_SECONDS.values()):
+            self._totals[key] += record.get(key) or 0
         self._draw(record)
 
     def _draw(self, record: dict[str, Any]) -> None:
@@ -114,8 +146,11 @@ class RunDir:
         for name, value in _scalars(values):
             self._board.add_scalar(f"{tag}/{name}", value, record["step"], record["time"])
 
-    def save_groups(self, iteration: int, groups: Sequence[Group]) -> None:
-        write_groups(self.path / "episodes" / f"iter-{iteration:06d}.jsonl.gz", groups)
+    def save_groups(self, iteration: int, groups: Sequence[Group]) -> Path:
+        """Write the episodes of an iteration; the path of the file."""
+        path = self.path / "episodes" / f"iter-{iteration:06d}.jsonl.gz"
+        write_groups(path, groups)
+        return path
 
     def close(self, status: str) -> None:
         self.describe(status=status)

@@ -1,6 +1,8 @@
 """One optimizer step: L = L_policy + lambda * L_gcd, summed over micro-batches.
 
-The loop, the cold start and the tests all go through `Updater`."""
+The loop, the cold start and the tests all go through `Updater`. How the two losses are joined
+(lambda fixed, held to a ratio of gradient norms, or a step of its own for L_gcd) is in mixing.py.
+"""
 
 from __future__ import annotations
 
@@ -8,44 +10,22 @@ import contextlib
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from untwine.batch import Row, distinct_tokens, microbatches
-from untwine.config import LossConfig, OptimizerConfig
+from untwine.config import GCDConfig, LossConfig, OptimizerConfig
 from untwine.errors import UntwineError
-from untwine.gcd.verdicts import VerdictWords, verdict_loss
+from untwine.gcd.entering import closed, closed_parameters
+from untwine.gcd.objectives import Exercise
 from untwine.losses.policy import policy_loss
 from untwine.policy.loading import Policy
 from untwine.policy.lora import without_lora
 from untwine.scoring import score
-
-
-@dataclass(slots=True)
-class Measures:
-    """Sums and maxima over micro-batches; weights already make the sums means over the batch."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    maxima: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def values(self) -> dict[str, float]:
-        return {**self.sums, **self.maxima}
-
-    def add(self, **new: float | torch.Tensor) -> None:
-        for name, value in new.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
-
-    def top(self, **new: float | torch.Tensor) -> None:
-        for name, value in new.items():
-            self.maxima[name] = max(self.maxima.get(name, float("-inf")), float(value))
-
-    def join(self, other: Measures) -> None:
-        self.add(**other.sums)
-        self.top(**other.maxima)
-
+from untwine.training.checkpoint import fill_optimizer, optimizer_tensors
+from untwine.training.measures import Measures
+from untwine.training.mixing import Mixing, make_mixing
 
 Loss = Callable[[Sequence[Row], Measures], torch.Tensor]
 
@@ -55,36 +35,47 @@ class _Again(Exception):
 
 
 class Updater:
-    """Holds the optimizer and, when a KL penalty is asked for, the reference model."""
+    """Holds the optimizers and, when a KL penalty is asked for, the reference model.
+
+    parameters  all that is trained: the policy's, and those of the objective
+    own         the optimizer of the verdict loss, when it takes steps of its own
+    """
 
     def __init__(
         self,
         policy: Policy,
         optimizer: OptimizerConfig,
         loss: LossConfig,
-        words: VerdictWords,
         *,
         temperature: float,
         microbatch_tokens: int,
         total_steps: int = 0,
+        gcd: GCDConfig | None = None,
+        module: torch.nn.Module | None = None,
     ) -> None:
         """microbatch_tokens: distinct tokens per forward pass; halved when CUDA runs out of memory.
-        total_steps: optimizer steps of the whole stage, for the decay of the learning rate."""
+        total_steps: optimizer steps of the whole stage, for the decay of the learning rate.
+        gcd: how the verdict loss is joined; by default with a fixed weight, into all weights.
+        module: weights of the objective itself."""
         self.policy = policy
         self.loss = loss
-        self.words = words
         self.temperature = temperature
         self.microbatch_tokens = microbatch_tokens
         self.config = optimizer
         self.total_steps = total_steps
         self.steps = 0
-        self._parameters = [p for p in policy.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self._parameters,
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            weight_decay=optimizer.weight_decay,
-        )
+        gcd = gcd or GCDConfig()
+        self.module = module
+        self._closed = closed_parameters(policy, gcd.gradient, gcd.from_layer)
+        shut = set(map(id, self._closed))
+        trained = [p for p in policy.model.parameters() if p.requires_grad]
+        extra = [] if module is None else list(module.parameters())
+        self.parameters = [*trained, *extra]
+        self.optimizer = self._adam(trained if gcd.step == "own" else self.parameters)
+        self.own: torch.optim.Optimizer | None = None
+        if gcd.step == "own":
+            self.own = self._adam([p for p in self.parameters if id(p) not in shut])
+        self._mixing: Mixing = make_mixing(gcd)
         self._halvings = 0
         self.reference: Policy | None = None
         if loss.kl > 0:
@@ -92,21 +83,67 @@ class Updater:
             self.reference = dataclasses.replace(policy, model=frozen)
 
     def step(
-        self, policy_rows: Sequence[Row], verdict_rows: Sequence[Row], verdict_weight: float
+        self,
+        policy_rows: Sequence[Row],
+        exercise: Exercise | None = None,
+        verdict_weight: float = 0.0,
     ) -> Measures:
-        """Accumulate both losses and take one optimizer step. Rows of either kind may be empty."""
+        """Take the optimizer step (or steps) of both losses. Either may have no rows."""
+        measures = self._mixing(self, policy_rows, exercise, verdict_weight)
+        self.steps += 1
+        return measures
 
-        def accumulate(measures: Measures) -> None:
-            started = time.perf_counter()
-            self._backward(policy_rows, self._policy_loss, measures)
-            middle = time.perf_counter()
-            self._verdicts(verdict_rows, verdict_weight, measures)
-            measures.add(seconds_policy=middle - started, seconds_gcd=time.perf_counter() - middle)
+    def add_policy(self, rows: Sequence[Row], measures: Measures) -> None:
+        """Add the gradient of the policy loss."""
+        started = time.perf_counter()
+        self._backward(rows, self._policy_loss, measures)
+        measures.add(seconds_policy=time.perf_counter() - started)
 
-        return self._apply(accumulate)
+    def add_verdicts(self, exercise: Exercise | None, weight: float, measures: Measures) -> None:
+        """Add `weight` times the gradient of the verdict loss, where it may enter. With weight 0
+        the loss is only measured."""
+        started = time.perf_counter()
+
+        def loss(batch: Sequence[Row], measures: Measures) -> torch.Tensor:
+            assert exercise is not None
+            with torch.set_grad_enabled(weight > 0):
+                value, found = exercise.loss(batch)
+            measures.add(
+                gcd_loss=value.detach(),
+                gcd_tokens=sum(row.length for row in batch),
+                gcd_update_tokens=distinct_tokens(batch),
+                **found,
+            )
+            return weight * value
+
+        with closed(self._closed):
+            self._backward(exercise.rows if exercise else [], loss, measures)
+        measures.add(seconds_gcd=time.perf_counter() - started)
+
+    def extra_state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What a checkpoint must hold beside policy and main optimizer, by name."""
+        extra = {}
+        if self.own is not None:
+            extra["gcd_optimizer"] = optimizer_tensors(self.own)
+        if self.module is not None:
+            extra["gcd_module"] = {k: v.contiguous() for k, v in self.module.state_dict().items()}
+        return extra
+
+    def load_extra_state(self, extra: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Take up what `extra_state` gave; what is missing starts anew."""
+        if self.own is not None and "gcd_optimizer" in extra:
+            fill_optimizer(self.own, extra["gcd_optimizer"])
+        if self.module is not None and "gcd_module" in extra:
+            self.module.load_state_dict(extra["gcd_module"])
+
+    def _adam(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        config = self.config
+        return torch.optim.AdamW(
+            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        )
 
     def imitate(
-        self, rows: Sequence[Row], verdict_rows: Sequence[Row], verdict_weight: float
+        self, rows: Sequence[Row], exercise: Exercise | None, verdict_weight: float
     ) -> Measures:
         """One step of imitation: mean cross-entropy per token, plus the verdict loss.
 
@@ -126,14 +163,18 @@ class Updater:
                 loss=loss.detach(),
                 text_loss=text_loss.detach(),
                 token_accuracy=(right_N & acted_N).sum() / tokens,
+                imitation_tokens=sum(row.length for row in batch),
             )
             return loss + text_loss
 
         def accumulate(measures: Measures) -> None:
             self._backward(rows, imitation, measures)
-            self._verdicts(verdict_rows, verdict_weight, measures)
+            if exercise is not None:
+                self.add_verdicts(exercise, verdict_weight, measures)
 
-        return self._apply(accumulate)
+        measures = self.apply(accumulate)
+        self.steps += 1
+        return measures
 
     def _policy_loss(self, rows: Sequence[Row], measures: Measures) -> torch.Tensor:
         reference_N = None
@@ -162,20 +203,6 @@ class Updater:
         )
         measures.top(ratio_max=result.ratio_max)
         return result.loss
-
-    def _verdicts(self, rows: Sequence[Row], weight: float, measures: Measures) -> None:
-        def loss(batch: Sequence[Row], measures: Measures) -> torch.Tensor:
-            with torch.set_grad_enabled(weight > 0):
-                targets = score(self.policy, batch)
-                loss = verdict_loss(targets)
-            measures.add(
-                gcd_loss=loss.detach(),
-                gcd_tokens=sum(row.length for row in batch),
-                verdict_accuracy=self.words.correct(batch, targets) / len(rows),
-            )
-            return weight * loss
-
-        self._backward(rows, loss, measures)
 
     def _backward(self, rows: Sequence[Row], loss: Loss, measures: Measures) -> None:
         """Add the gradient of `loss` over all rows, one micro-batch after the other. When CUDA runs
@@ -227,27 +254,34 @@ class Updater:
         progress = min(1.0, self.steps / self.total_steps) if self.total_steps else 0.0
         return config.lr * warm * (1.0 - (1.0 - config.final) * progress)
 
-    def _apply(self, accumulate: Callable[[Measures], None]) -> Measures:
-        """Gather gradients and take the step."""
+    def apply(
+        self,
+        accumulate: Callable[[Measures], None],
+        optimizer: torch.optim.Optimizer | None = None,
+        scale: float = 1.0,
+    ) -> Measures:
+        """Gather gradients and take a step, with `scale` times the learning rate. The main
+        optimizer takes it unless another one is given."""
         before = self._halvings
         while True:
             measures = Measures()
-            self.optimizer.zero_grad(set_to_none=True)
+            for p in self.parameters:
+                p.grad = None
             try:
                 accumulate(measures)
                 break
             except _Again:
                 continue
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         if not torch.isfinite(norm):
             raise UntwineError(
                 f"the gradient is not finite after {self.steps} optimizer steps; lower the "
                 "learning rate or use policy.dtype=float32 (the last checkpoint is intact)"
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
-        self.optimizer.step()
-        self.steps += 1
+        optimizer = optimizer or self.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = scale * self._learning_rate()
+        optimizer.step()
         measures.add(grad_norm=norm)
         if self._halvings > before:
             measures.add(out_of_memory=self._halvings - before)

@@ -9,7 +9,15 @@ import torch
 
 from tests.builders import make_episode, make_step
 from untwine.config import PromptConfig
-from untwine.gcd.verdicts import VerdictWords, verdict_loss, verdict_samples
+from untwine.gcd.questions import (
+    PAIRS,
+    VERDICTS,
+    Question,
+    answer_loss,
+    judged_steps,
+    pair_questions,
+    verdict_questions,
+)
 from untwine.policy.loading import Policy
 from untwine.prompting.prompter import Prompter
 from untwine.records import Episode, Label
@@ -30,11 +38,15 @@ def labelled(*pairs: tuple[str, str, Label]) -> Episode:
     )
 
 
-def take(
+def ask(
     episodes: list[Episode], prompter: Prompter, budget: int = 10**6, seed: int = 0
-) -> list[str]:
-    samples = verdict_samples(episodes, prompter, budget, random.Random(seed))
-    return [s.verdict for s in samples]
+) -> list[Question]:
+    judged = judged_steps(episodes)
+    return verdict_questions(judged, prompter, budget, lambda n: n + 1, random.Random(seed))
+
+
+def take(episodes: list[Episode], prompter: Prompter) -> list[str]:
+    return [q.answer for q in ask(episodes, prompter)]
 
 
 def test_classes_are_balanced(prompter: Prompter) -> None:
@@ -58,9 +70,9 @@ def test_one_class_gives_nothing(prompter: Prompter) -> None:
 
 def test_budget_is_kept(prompter: Prompter) -> None:
     episode = labelled(*[(f"s{i}", "go", GOOD if i % 2 else BAD) for i in range(20)])
-    every = verdict_samples([episode], prompter, 10**6, random.Random(0))
+    every = ask([episode], prompter)
     budget = sum(len(s.prompt_ids) + 1 for s in every) // 2
-    some = verdict_samples([episode], prompter, budget, random.Random(0))
+    some = ask([episode], prompter, budget)
     assert 0 < len(some) < len(every)
     assert sum(len(s.prompt_ids) + 1 for s in some) <= budget
 
@@ -76,22 +88,62 @@ def test_prompt_shows_task_state_and_action(prompter: Prompter) -> None:
 def test_loss_is_the_mean_cross_entropy_of_the_right_word(
     policy: Policy, prompter: Prompter
 ) -> None:
-    words = VerdictWords(prompter)
+    words = VERDICTS.words(prompter)
     episode = labelled(("a", "go", GOOD), ("b", "eat", BAD))
-    samples = verdict_samples([episode], prompter, 10**6, random.Random(0))
+    samples = ask([episode], prompter)
     rows = words.rows(samples)
     with torch.no_grad():
         targets = score(policy, rows)
-        loss = float(verdict_loss(targets))
+        loss = float(answer_loss(targets))
         expected, right = 0.0, 0
         for sample in samples:
-            ids = list(sample.prompt_ids + words.ids[sample.verdict])
+            ids = list(sample.prompt_ids + words.ids[sample.answer])
             logits = policy.model(input_ids=torch.tensor([ids])).logits[0].double()
-            n = len(words.ids[sample.verdict])
+            n = len(words.ids[sample.answer])
             logp = logits[-n - 1 : -1].log_softmax(-1)
             expected -= float(logp.gather(-1, torch.tensor(ids[-n:])[:, None]).mean())
             first = logits[len(sample.prompt_ids) - 1]
-            other = words.ids["good" if sample.verdict == "flawed" else "flawed"][0]
-            right += int(first[words.ids[sample.verdict][0]] > first[other])
+            other = words.ids["good" if sample.answer == "flawed" else "flawed"][0]
+            right += int(first[words.ids[sample.answer][0]] > first[other])
     assert loss == pytest.approx(expected / len(samples), rel=1e-5)
     assert words.correct(rows, targets) == right
+
+
+def pairs(episodes: list[Episode], prompter: Prompter, budget: int = 10**6) -> list[Question]:
+    judged = judged_steps(episodes)
+    return pair_questions(judged, prompter, budget, lambda n: n + 1, random.Random(3))
+
+
+def test_pairs_are_of_one_state_and_the_better_one_is_first_every_other_time(
+    prompter: Prompter,
+) -> None:
+    episode = labelled(
+        ("a", "go", GOOD), ("a", "eat", BAD), ("a", "sit", BAD), ("b", "run", GOOD),
+        ("c", "fly", GOOD), ("c", "swim", BAD), ("d", "hop", BAD), ("c", "sing", GOOD),
+    )  # fmt: skip
+    found = pairs([episode], prompter)
+    asked = set()
+    for question in found:
+        text = prompter.chat.tokenizer.decode(question.prompt_ids)
+        first = text.partition("\nA: ")[2].partition("\n")[0]
+        second = text.partition("\nB: ")[2].partition("\n")[0]
+        better, worse = (first, second) if question.answer == "first" else (second, first)
+        asked.add((better, worse))
+    assert asked == {("go", "eat"), ("go", "sit"), ("fly", "swim"), ("sing", "swim")}
+    answers = [question.answer for question in found]
+    assert sorted(answers) == ["first", "first", "second", "second"]
+    assert answers[0] != answers[1] != answers[2] != answers[3]
+    assert pairs([labelled(("a", "go", GOOD), ("b", "eat", BAD))], prompter) == []
+    assert len(pairs([episode], prompter, len(found[0].prompt_ids) + 1)) == 1
+
+
+def test_pair_words_are_apart(prompter: Prompter) -> None:
+    ids = PAIRS.words(prompter).ids
+    assert ids["first"][0] != ids["second"][0]
+
+
+def test_a_step_in_doubt_spoils_its_equals() -> None:
+    doubt = make_step(1, state="a", command="Go", labels=(GOOD, BAD))
+    sure = make_step(0, state="a", command="go", labels=(GOOD,))
+    assert judged_steps([make_episode(0.0, [sure, doubt])]) == []
+    assert len(judged_steps([make_episode(0.0, [sure])])) == 1

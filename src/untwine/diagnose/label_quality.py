@@ -1,0 +1,166 @@
+"""`untwine diagnose labels`: what each label source says, against branching truth.
+
+Truth is three-valued: flawed, good, or neutral, which is also said of steps with too few branches.
+With w the number of steps that a judged step stands for, and sums over judged steps:
+
+    coverage            sum of w over labelled steps / sum of w over all
+    precision(verdict)  sum of w where label and truth say `verdict` / where the label does
+    recall(verdict)     the same sum / where the truth does
+    accuracy            sum of w where they agree / where the step is labelled and not neutral
+
+A label on a neutral step counts against precision; `decided` precision leaves neutral steps out.
+Intervals are Wilson's at the effective sample size (sum w)^2 / sum w^2 (Kish, 1965).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from untwine.config import Recipe
+from untwine.diagnose.branching import Verdict3
+from untwine.diagnose.output import results_folder, to_json, write_text
+from untwine.diagnose.recorded import episode_file, iteration_files, read_recorded
+from untwine.diagnose.truth_file import TruthRow, read_truth, truth_path
+from untwine.errors import ConfigError
+from untwine.evaluate.statistics import wilson_interval
+from untwine.gcd.sources import Bench, Labeller, check_sources
+from untwine.progress import Display
+from untwine.records import Group, Verdict
+from untwine.workshop import open_pool
+
+_FREE = ("rule", "group")
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One judged step: what branching found, how many steps it stands for, and what a source says
+    of it (None: nothing)."""
+
+    truth: Verdict3
+    weight: float
+    said: Verdict | None
+
+
+def find_label_quality(
+    run: Path,
+    recipe: Recipe,
+    display: Display,
+    *,
+    iteration: int | None = None,
+    sources: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Quality of label sources on the judged steps of a run; also written to diagnose/labels.json.
+
+    iteration  by default all that have a truth file
+    sources    asked anew; by default `rule` and `group`. Other sources whose labels are on record
+               are measured as they are
+    """
+    names = list(dict.fromkeys(sources or _FREE))
+    check_sources(names)
+    if "branch" in names:
+        raise ConfigError("branch is what the others are compared with; leave it out")
+    compared: dict[str, list[Compared]] = defaultdict(list)
+    iterations = _with_truth(run, iteration)
+    costs: dict[str, float] = defaultdict(float)
+    with open_pool(recipe.env, list_commands=recipe.lists_commands) as pool:
+        labeller = Labeller(names, Bench(recipe, pool, None, run, display))
+        for k, file in iterations.items():
+            rows = read_truth(truth_path(run, k), file).rows
+            groups = read_recorded(file, recipe)
+            asked, counts = labeller.label(groups, k)
+            for name, value in counts.items():
+                costs[name] += value
+            on_record = _labels(groups)
+            anew = _labels(asked)
+            for name in sorted({*names, *on_record} - {"branch"}):
+                found = anew.get(name, {}) if name in names else on_record[name]
+                compared[name] += compare(rows, found)
+    numbers = {
+        "iterations": sorted(iterations),
+        "steps": len(next(iter(compared.values()))),
+        "asked": names,
+        "sources": {name: quality(steps) for name, steps in compared.items()},
+        "cost": dict(costs),
+    }
+    write_text(results_folder(run) / "labels.json", to_json(numbers))
+    return numbers
+
+
+def compare(rows: Sequence[TruthRow], labels: Mapping[tuple[str, int], Verdict]) -> list[Compared]:
+    """The judged steps beside the labels of one source, by (episode, step)."""
+    return [Compared(r.label, r.weight, labels.get((r.episode, r.step))) for r in rows]
+
+
+def quality(steps: Sequence[Compared]) -> dict[str, Any]:
+    """Coverage, precision, recall and accuracy of one source, and the table of counts they are
+    from. A share of nothing is None."""
+    labelled = [s for s in steps if s.said is not None]
+    clear = [s for s in labelled if s.truth != "neutral"]
+    counts = {
+        truth: {
+            said: sum(s.truth == truth and (s.said or "none") == said for s in steps)
+            for said in ("good", "flawed", "none")
+        }
+        for truth in ("good", "flawed", "neutral")
+    }
+    return {
+        "coverage": share(steps, [s.said is not None for s in steps]),
+        "accuracy": share(clear, [s.said == s.truth for s in clear]),
+        **{verdict: _class(steps, verdict) for verdict in ("good", "flawed")},
+        "counts": counts,
+    }
+
+
+def share(steps: Sequence[Compared], hits: Sequence[bool]) -> dict[str, Any]:
+    """Weighted share of the steps that are hits, with its interval and the number of steps."""
+    total = math.fsum(s.weight for s in steps)
+    if not total:
+        return {"value": None, "interval": None, "steps": 0}
+    value = math.fsum(s.weight for s, hit in zip(steps, hits, strict=True) if hit) / total
+    size = total**2 / math.fsum(s.weight**2 for s in steps)
+    n = max(1, round(size))
+    return {
+        "value": value,
+        "interval": list(wilson_interval(min(value, 1.0) * n, n)),
+        "steps": len(steps),
+    }
+
+
+def _class(steps: Sequence[Compared], verdict: str) -> dict[str, Any]:
+    said = [s for s in steps if s.said == verdict]
+    true = [s for s in steps if s.truth == verdict]
+    decided = [s for s in said if s.truth != "neutral"]
+    return {
+        "precision": share(said, [s.truth == verdict for s in said]),
+        "precision_decided": share(decided, [s.truth == verdict for s in decided]),
+        "recall": share(true, [s.said == verdict for s in true]),
+    }
+
+
+def _with_truth(run: Path, iteration: int | None) -> dict[int, Path]:
+    files = iteration_files(run)
+    if iteration is not None:
+        files = dict([episode_file(run, iteration)])
+    files = {k: file for k, file in files.items() if truth_path(run, k).is_file()}
+    if not files:
+        raise ConfigError(
+            f"{run} holds no truth about these episodes; run `untwine diagnose truth {run}`, or "
+            "train with branch in gcd.labels"
+        )
+    return files
+
+
+def _labels(groups: Sequence[Group]) -> dict[str, dict[tuple[str, int], Verdict]]:
+    """Verdicts by source, then by (episode, step)."""
+    found: dict[str, dict[tuple[str, int], Verdict]] = defaultdict(dict)
+    for group in groups:
+        for episode in group.episodes:
+            for step in episode.steps:
+                for label in step.labels:
+                    found[label.source][episode.id, step.index] = label.verdict
+    return found

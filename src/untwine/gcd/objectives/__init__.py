@@ -1,0 +1,51 @@
+"""Objectives: what the actor learns from labelled steps beside acting. One file per kind.
+
+An objective turns the labelled episodes of an iteration into an `Exercise`: rows, and the loss on
+any micro-batch of them. The update (training/update.py) knows nothing else of it.
+"""
+
+from __future__ import annotations
+
+from untwine.errors import ConfigError, nearest
+from untwine.gcd.objectives.cross_entropy import CrossEntropy
+from untwine.gcd.objectives.head import VerdictHead
+from untwine.gcd.objectives.protocol import Exercise, Means, Objective, ObjectiveMaker
+from untwine.gcd.objectives.reinforced import Reinforced
+from untwine.gcd.questions import PAIRS, VERDICTS
+
+__all__ = [
+    "Exercise", "Means", "Objective", "check_objective", "make_objective", "objective_names",
+    "register_objective",
+]  # fmt: skip
+
+_MAKERS: dict[str, ObjectiveMaker] = {
+    "generative/ce": lambda means: CrossEntropy(means, VERDICTS),
+    "generative/rl": lambda means: Reinforced(means, VERDICTS),
+    "pairwise": lambda means: CrossEntropy(means, PAIRS),
+    "pairwise/rl": lambda means: Reinforced(means, PAIRS),
+    "head": VerdictHead,
+}
+
+
+def register_objective(name: str, maker: ObjectiveMaker) -> None:
+    """Add an objective of your own."""
+    _MAKERS[name] = maker
+
+
+def objective_names() -> tuple[str, ...]:
+    return tuple(sorted(_MAKERS))
+
+
+def check_objective(name: str) -> None:
+    """ConfigError when there is no such objective."""
+    if name != "none" and name not in _MAKERS:
+        known = ", ".join(["none", *objective_names()])
+        raise ConfigError(
+            f"unknown gcd.objective {name!r}; known are {known}.{nearest(name, _MAKERS)}"
+        )
+
+
+def make_objective(name: str, means: Means) -> Objective | None:
+    """The objective `name`; None for `none`. ConfigError when there is no such objective."""
+    check_objective(name)
+    return None if name == "none" else _MAKERS[name](means)

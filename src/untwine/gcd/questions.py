@@ -1,0 +1,198 @@
+"""Verdict data: questions about labelled actions, balanced, deduplicated and within a budget.
+
+verdict_questions   is this action good or bad?        answers good, bad
+pair_questions      which of these two is better?      answers A, B
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from untwine.batch import Row, completion_row
+from untwine.errors import ModelError
+from untwine.gcd.labels import action_key, agreed_verdict
+from untwine.prompting.prompter import PAIR_WORDS, VERDICT_WORDS, Prompter, action_as_shown
+from untwine.records import Episode, Verdict
+from untwine.scoring import Targets
+
+Cost = Callable[[int], int]  # tokens that are computed for a question whose prompt is this long
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt and its right answer.
+
+    prompt_ids  ids of the question
+    answer      key of the right word: good or flawed, or first or second
+    kind        kind of the first label of the action asked about (of a pair: of the flawed one)
+    """
+
+    prompt_ids: tuple[int, ...]
+    answer: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A step whose labels agree, standing for all equal ones."""
+
+    episode: Episode
+    t: int
+    verdict: Verdict
+
+    @property
+    def kind(self) -> str:
+        return self.episode.steps[self.t].labels[0].kind
+
+
+Draw = Callable[[Sequence[Judged], Prompter, int, Cost, random.Random], list[Question]]
+
+
+def judged_steps(episodes: Iterable[Episode]) -> list[Judged]:
+    """One step for each task instance, state and action with a verdict, in order of appearance.
+
+    Steps without a label are left out, and so are those whose labels disagree, in one step or
+    between equal ones.
+    """
+    first_seen: dict[tuple[str, str, str], tuple[Episode, int]] = {}
+    verdicts: dict[tuple[str, str, str], set[Verdict]] = defaultdict(set)
+    for episode in episodes:
+        for t, step in enumerate(episode.steps):
+            if labels := {label.verdict for label in step.labels}:
+                key = (str(episode.ref), step.state_key, action_key(step))
+                if agreed_verdict(step):
+                    first_seen.setdefault(key, (episode, t))
+                verdicts[key] |= labels
+    return [
+        Judged(*first_seen[key], next(iter(found)))
+        for key, found in verdicts.items()
+        if len(found) == 1
+    ]
+
+
+def verdict_questions(
+    judged: Sequence[Judged], prompter: Prompter, budget: int, cost: Cost, rng: random.Random
+) -> list[Question]:
+    """Whether actions are good: as many good ones as flawed ones, drawn at random, until `budget`
+    tokens are used. Returns [] when one class is empty."""
+    drawn = balanced(judged, rng)
+    pairs = (
+        [Question(prompter.verdict_ids(j.episode, j.t), j.verdict, j.kind) for j in (good, flawed)]
+        for good, flawed in drawn
+    )
+    return within(budget, pairs, cost)
+
+
+def pair_questions(
+    judged: Sequence[Judged], prompter: Prompter, budget: int, cost: Cost, rng: random.Random
+) -> list[Question]:
+    """Which of two actions in one state is better: every good one against every flawed one of the
+    state, drawn at random, until `budget` tokens are used. The better one comes first in every
+    other question. Returns [] when no state has both kinds."""
+    states: dict[tuple[str, str], dict[Verdict, list[Judged]]] = {}
+    for j in judged:
+        step = j.episode.steps[j.t]
+        kinds = states.setdefault((str(j.episode.ref), step.state_key), {"good": [], "flawed": []})
+        kinds[j.verdict].append(j)
+    pairs = [
+        (good, flawed)
+        for kinds in states.values()
+        for good in kinds["good"]
+        for flawed in kinds["flawed"]
+    ]
+    rng.shuffle(pairs)
+    first = rng.random() < 0.5
+
+    def questions() -> Iterator[list[Question]]:
+        for number, (good, flawed) in enumerate(pairs):
+            good_first = first == (number % 2 == 0)
+            shown = [good, flawed] if good_first else [flawed, good]
+            ids = prompter.pair_ids(good.episode, good.t, *(_action(j) for j in shown))
+            yield [Question(ids, "first" if good_first else "second", flawed.kind)]
+
+    return within(budget, questions(), cost)
+
+
+def balanced(judged: Sequence[Judged], rng: random.Random) -> list[tuple[Judged, Judged]]:
+    """(good, flawed) steps paired at random, as many as the rarer class has."""
+    classes: dict[Verdict, list[Judged]] = {"good": [], "flawed": []}
+    for j in judged:
+        classes[j.verdict].append(j)
+    for steps in classes.values():
+        rng.shuffle(steps)
+    return list(zip(classes["good"], classes["flawed"], strict=False))
+
+
+def within(budget: int, parts: Iterable[list[Question]], cost: Cost) -> list[Question]:
+    """Whole parts, in order, until the next one would exceed `budget` tokens."""
+    taken: list[Question] = []
+    used = 0
+    for part in parts:
+        used += sum(cost(len(q.prompt_ids)) for q in part)
+        if used > budget:
+            break
+        taken += part
+    return taken
+
+
+class Words:
+    """The two answers to a kind of question as token ids, for one tokenizer."""
+
+    def __init__(self, prompter: Prompter, words: Mapping[str, str] = VERDICT_WORDS) -> None:
+        self.ids = {answer: prompter.chat.word_ids(word) for answer, word in words.items()}
+        self.texts = dict(words)
+        one, other = (ids[0] for ids in self.ids.values())
+        if one == other:
+            shown = " and ".join(words.values())
+            raise ModelError(f"this tokenizer begins the answers {shown} with the same token")
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.ids.values()))
+
+    def rows(self, questions: Sequence[Question]) -> list[Row]:
+        """Rows whose cross-entropy is a mean over the questions."""
+        return [
+            completion_row(q.prompt_ids, self.ids[q.answer], 1.0 / len(questions))
+            for q in questions
+        ]
+
+    def correct(self, rows: Sequence[Row], targets: Targets) -> int:
+        """How many rows of `rows` put more weight on the right word than on the wrong one."""
+        one, other = (ids[0] for ids in self.ids.values())
+        firsts = np.cumsum([0, *(len(row.targets) for row in rows[:-1])])
+        logits_nV = targets.logits(firsts.tolist())
+        says_one = (logits_nV[:, one] > logits_nV[:, other]).tolist()
+        wanted = [int(row.ids[row.targets[0]]) == one for row in rows]
+        return sum(x == y for x, y in zip(says_one, wanted, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Quiz:
+    """A kind of question: how it is drawn, and its answers."""
+
+    draw: Draw
+    answers: Mapping[str, str]
+
+    def words(self, prompter: Prompter) -> Words:
+        return Words(prompter, self.answers)
+
+
+VERDICTS = Quiz(verdict_questions, VERDICT_WORDS)
+PAIRS = Quiz(pair_questions, PAIR_WORDS)
+
+
+def answer_loss(targets: Targets) -> torch.Tensor:
+    """Cross-entropy on the answers' tokens, weighted (form `ce` of docs/methods/gcd.md)."""
+    return -(targets.weights_N * targets.logprobs_N).sum()
+
+
+def _action(judged: Judged) -> str:
+    step = judged.episode.steps[judged.t]
+    return action_as_shown(step.command, step.text)

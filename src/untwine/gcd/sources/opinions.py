@@ -1,0 +1,165 @@
+"""Judges: a model behind an endpoint, or a local one. Texts in, opinions out."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, Protocol
+
+import torch
+
+from untwine.batch import Row, completion_row, microbatches
+from untwine.config import JudgeConfig, PolicyConfig
+from untwine.gcd.sources.answers import AnswerFile, question_key
+from untwine.gcd.sources.endpoint import Completion, Endpoint, EndpointError
+from untwine.policy.loading import Policy, load_policy
+from untwine.prompting.prompter import JUDGE_SYSTEM, VERDICT_WORDS
+from untwine.records import Verdict
+from untwine.scoring import score
+
+PATIENCE = 3  # failures in a row after which an endpoint is left alone
+SYSTEM = (
+    "You judge actions in a text environment. Say whether the action helps to solve the task. "
+    "Answer with one word: good, bad or unsure."
+)
+How = Literal["answered", "kept", "unsure", "nonsense", "failed", "skipped"]
+_FIRST_WORD = re.compile(r"\W*(good|bad|unsure)\b")
+_VERDICTS: Mapping[str, Verdict] = {"good": "good", "bad": "flawed"}
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What came of one question.
+
+    how      answered, or kept from earlier: these may have a verdict; unsure, nonsense, failed (no
+             answer) or skipped (not asked)
+    tokens   that were spent now
+    reason   why it failed
+    """
+
+    how: How
+    verdict: Verdict | None = None
+    confidence: float = 0.0
+    tokens: int = 0
+    reason: str = ""
+
+
+class Judge(Protocol):
+    def ask(self, texts: Sequence[str], on_progress: Callable[[], None]) -> list[Opinion]:
+        """An opinion on each question."""
+
+
+class RemoteJudge:
+    """A model behind an endpoint."""
+
+    def __init__(self, config: JudgeConfig, answers: AnswerFile) -> None:
+        self._config = config
+        self._endpoint = Endpoint(config)
+        self._answers = answers
+
+    def ask(self, texts: Sequence[str], on_progress: Callable[[], None]) -> list[Opinion]:
+        """Kept answers first; the others are asked `at_once` at a time, in order."""
+        config = self._config
+        chats = [_chat(text) for text in texts]
+        keys = [question_key(config.model, chat, config.logprobs) for chat in chats]
+        found: dict[int, Opinion] = {
+            i: read(kept, config.confidence, kept=True)
+            for i, key in enumerate(keys)
+            if (kept := self._answers.get(key))
+        }
+        new = [i for i in range(len(texts)) if i not in found]
+        failures = 0
+        with ThreadPoolExecutor(config.at_once) as threads:
+            for part in _parts(new, config.at_once):
+                on_progress()
+                if failures >= PATIENCE or self._answers.spent >= config.token_budget:
+                    found |= dict.fromkeys(part, Opinion("skipped"))
+                    continue
+                replies = list(threads.map(self._try, [chats[i] for i in part]))
+                for i, reply in zip(part, replies, strict=True):
+                    if isinstance(reply, Completion):
+                        failures = 0
+                        self._answers.put(keys[i], reply)
+                        found[i] = read(reply, config.confidence)
+                    else:
+                        failures += 1
+                        found[i] = Opinion("failed", reason=reply)
+        return [found[i] for i in range(len(texts))]
+
+    def _try(self, chat: Sequence[Mapping[str, str]]) -> Completion | str:
+        try:
+            return self._endpoint.ask(chat)
+        except EndpointError as error:
+            return str(error)
+
+
+class LocalJudge:
+    """A Hugging Face model in this process, asked for the probabilities of the two words."""
+
+    def __init__(self, config: JudgeConfig, policy: PolicyConfig, budget: int) -> None:
+        """policy: device and computation type are taken from it. budget: tokens per forward pass.
+        ModelError when there is no such model."""
+        choice = PolicyConfig(model=config.model, device=policy.device, dtype=policy.dtype)
+        self._model: Policy = load_policy(choice, tuple)
+        self._model.model.requires_grad_(False)
+        self._budget = budget
+        self._words = {a: self._model.chat.word_ids(w) for a, w in VERDICT_WORDS.items()}
+
+    @torch.no_grad()
+    def ask(self, texts: Sequence[str], on_progress: Callable[[], None]) -> list[Opinion]:
+        """P(good) against P(bad) as the whole reply to the verdict prompt, word by word."""
+        rows: list[Row] = []
+        for text in texts:
+            prompt = self._model.chat.opening(JUDGE_SYSTEM, text)
+            rows += [completion_row(prompt, ids, 1.0) for ids in self._words.values()]
+        numbers = {id(row): i for i, row in enumerate(rows)}
+        logprobs = [0.0] * len(rows)
+        for batch in microbatches(rows, self._budget):
+            on_progress()
+            found_N = score(self._model, batch).logprobs_N.double().tolist()
+            ends = [0]
+            for row in batch:
+                ends.append(ends[-1] + len(row.targets))
+            for row, (a, b) in zip(batch, pairwise(ends), strict=True):
+                logprobs[numbers[id(row)]] = math.fsum(found_N[a:b])
+        opinions = []
+        for i, (good, flawed) in enumerate(zip(logprobs[::2], logprobs[1::2], strict=True)):
+            tokens = rows[2 * i].length + len(self._words["flawed"])
+            opinions.append(_balance("answered", good, flawed, tokens))
+        return opinions
+
+
+def read(answer: Completion, confidence: float, *, kept: bool = False) -> Opinion:
+    """The opinion in an answer: its first word, after whatever the model thought aloud."""
+    tokens = 0 if kept else answer.tokens
+    said = _FIRST_WORD.match(answer.text.rpartition("</think>")[2].lower())
+    if said is None:
+        return Opinion("nonsense", tokens=tokens)
+    if said[1] == "unsure":
+        return Opinion("unsure", tokens=tokens)
+    how: How = "kept" if kept else "answered"
+    good, bad = (answer.words.get(word) for word in ("good", "bad"))
+    if good is not None and bad is not None:
+        return _balance(how, good, bad, tokens)
+    return Opinion(how, _VERDICTS[said[1]], confidence, tokens)
+
+
+def _balance(how: How, good: float, flawed: float, tokens: int) -> Opinion:
+    """From two log-probabilities: |P(good) - P(flawed)| given one of them is tanh(|gap| / 2)."""
+    sure = abs(math.tanh((good - flawed) / 2))
+    if not sure > 0:
+        return Opinion("unsure", tokens=tokens)
+    return Opinion(how, "good" if good > flawed else "flawed", sure, tokens)
+
+
+def _chat(text: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+
+
+def _parts(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]

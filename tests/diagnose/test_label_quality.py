@@ -1,0 +1,127 @@
+"""Precision, recall and coverage, worked out by hand; and the command on a real run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.diagnose.test_truth_commands import RECIPE
+from untwine.cli import main
+from untwine.config import make_recipe
+from untwine.diagnose.label_quality import Compared, find_label_quality, quality
+from untwine.diagnose.truth_file import TruthRow, read_truth, truth_path
+from untwine.envs import registry
+from untwine.errors import ConfigError
+from untwine.evaluate.statistics import wilson_interval
+from untwine.progress import Display
+from untwine.training.loop import train
+
+STEPS = [
+    Compared("flawed", 4.0, "flawed"),
+    Compared("flawed", 2.0, "good"),
+    Compared("flawed", 2.0, None),
+    Compared("good", 1.0, "good"),
+    Compared("good", 3.0, None),
+    Compared("neutral", 4.0, "flawed"),
+    Compared("neutral", 4.0, None),
+]
+
+
+def test_by_hand() -> None:
+    found = quality(STEPS)
+    assert found["coverage"]["value"] == pytest.approx(11 / 20)
+    assert found["accuracy"]["value"] == pytest.approx(5 / 7)
+    flawed, good = found["flawed"], found["good"]
+    assert flawed["precision"]["value"] == pytest.approx(4 / 8)
+    assert flawed["precision_decided"]["value"] == pytest.approx(1.0)
+    assert flawed["recall"]["value"] == pytest.approx(4 / 8)
+    assert good["precision"]["value"] == pytest.approx(1 / 3)
+    assert good["recall"]["value"] == pytest.approx(1 / 4)
+    assert found["counts"]["flawed"] == {"good": 1, "flawed": 1, "none": 1}
+    assert found["counts"]["neutral"] == {"good": 0, "flawed": 1, "none": 1}
+    # effective number of the two steps that are said to be flawed: 8^2 / (16 + 16) = 2
+    assert flawed["precision"]["interval"] == pytest.approx(list(wilson_interval(1.0, 2)))
+
+
+def test_a_source_that_says_nothing() -> None:
+    found = quality([Compared("good", 1.0, None)])
+    assert found["coverage"]["value"] == 0.0
+    assert found["accuracy"] == {"value": None, "interval": None, "steps": 0}
+    assert found["flawed"]["precision"]["value"] is None
+    assert found["good"]["recall"]["value"] == 0.0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run that made its own truth by training with branch labels."""
+    before = dict(registry._FAMILIES)
+    registry.register_family("chain", "tests.diagnose.untwine_chain_env:FAMILY")
+    path = tmp_path_factory.mktemp("quality") / "run"
+    gcd = {
+        "objective": "generative/ce",
+        "labels": ["rule", "branch"],
+        "branch": {"steps": 24, "branches": 32},
+    }
+    train(make_recipe({**RECIPE, "gcd": gcd}), path, Display(quiet=True))
+    yield path
+    registry._FAMILIES.clear()
+    registry._FAMILIES.update(before)
+
+
+def episodes(run: Path, iteration: int) -> Path:
+    return run / "episodes" / f"iter-{iteration:06d}.jsonl.gz"
+
+
+def weight(rows: list[TruthRow]) -> float:
+    return sum(row.weight for row in rows)
+
+
+def test_command(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["labels", run, "--sources", "rule,group,expert", "--json"]
+    monkeypatch.setattr(sys, "argv", ["untwine", "diagnose", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert not exit_info.value.code
+    numbers = json.loads(capsys.readouterr().out)
+    assert json.loads((run / "diagnose" / "labels.json").read_text()) == numbers
+    assert numbers["iterations"] == [0, 1]
+    assert set(numbers["sources"]) == {"rule", "group", "expert"}
+    truth = [row for k in (0, 1) for row in read_truth(truth_path(run, k), episodes(run, k)).rows]
+    ruled = [row for row in truth if row.kind != "other"]  # the kind is that of the rule, if any
+    flawed = [row for row in ruled if row.kind != "progress"]
+    rule = numbers["sources"]["rule"]
+    assert rule["coverage"]["value"] == pytest.approx(weight(ruled) / weight(truth))
+    right = weight([row for row in flawed if row.label == "flawed"])
+    assert rule["flawed"]["precision"]["value"] == pytest.approx(right / weight(flawed))
+    assert numbers["sources"]["expert"]["coverage"]["value"] > 0.3
+    for source in numbers["sources"].values():
+        counts = source["counts"]
+        assert sum(sum(row.values()) for row in counts.values()) == numbers["steps"]
+
+
+def test_what_is_lacking_is_said(run: Path, tmp_path: Path) -> None:
+    recipe, display = make_recipe(RECIPE), Display(quiet=True)
+    with pytest.raises(ConfigError, match="leave it out"):
+        find_label_quality(run, recipe, display, sources=["branch"])
+    bare = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(bare / "diagnose")
+    with pytest.raises(ConfigError, match="train with branch in"):
+        find_label_quality(bare, recipe, display)
+
+
+def test_table(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["untwine", "diagnose", "labels", str(run)])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main()
+    shown = capsys.readouterr().out
+    assert "precision flawed" in shown
+    assert "rule" in shown

@@ -1,0 +1,183 @@
+"""Whole small runs: every objective resumes bit for bit, and a broken judge does not stop one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from tests.gcd.judge_server import Handler, serving
+from tests.gcd.test_judge import closed_port
+from tests.training.test_resume import RECIPE
+from untwine.config import Recipe, make_recipe
+from untwine.errors import ConfigError
+from untwine.progress import Display
+from untwine.training.loop import train
+
+
+def recipe(iterations: int, **changes: Any) -> Recipe:
+    tree = json.loads(json.dumps(RECIPE))
+    tree["cold_start"] = {"episodes": 6, "steps": 4, "batch_tokens": 256, "noise": 0.5}
+    tree["evaluate"] = {"episodes": 2, "sets": ["L0"]}
+    tree["rl"] |= {"iterations": iterations, "groups": 2, "epochs": 1}
+    tree["loss"] = {}
+    tree["sampling"] = {"constrained": True}
+    for key, value in changes.items():
+        tree[key] = {**tree.get(key, {}), **value}
+    return make_recipe(tree)
+
+
+def rows(run: Path, stage: str = "rl") -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row for line in lines if (row := json.loads(line))["stage"] == stage]
+
+
+def steady(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if "seconds" not in k and k != "time"}
+
+
+WAYS = {
+    "head, held ratio, expert": {
+        "objective": "head", "weight_of": "gradient", "labels": ["rule", "expert"],
+        "min_confidence": 0.0,
+    },
+    "rl, own step": {"objective": "generative/rl", "step": "own", "replies": 4},
+    "pairwise, branch": {
+        "objective": "pairwise", "labels": ["rule", "branch"],
+        "branch": {"steps": 6, "branches": 16},
+    },
+    "head, own step": {"objective": "head", "step": "own"},
+    "pairwise rl, layers": {"objective": "pairwise/rl", "gradient": "layers"},
+}  # fmt: skip
+
+
+QUICK = ("head, held ratio, expert", "rl, own step")
+
+
+@pytest.mark.parametrize(
+    "way", [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
+)
+def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path, way: str) -> None:
+    gcd = {"token_budget": 2048, **WAYS[way]}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(recipe(2, gcd=gcd), whole, Display(quiet=True))
+    train(recipe(1, gcd=gcd), parts, Display(quiet=True))
+    train(recipe(2, gcd=gcd), parts, Display(quiet=True), resume=True)
+    ours, theirs = (load_file(r / "model" / "model.safetensors") for r in (parts, whole))
+    assert all(ours[n].tobytes() == theirs[n].tobytes() for n in theirs)
+    files = [r / "checkpoints" / "rl-000002" for r in (parts, whole)]
+    assert [f.name for f in sorted(files[0].iterdir())] == [
+        f.name for f in sorted(files[1].iterdir())
+    ]
+    for file in files[1].glob("*.safetensors"):
+        mine = load_file(files[0] / file.name)
+        for name, value in load_file(file).items():
+            assert mine[name].tobytes() == value.tobytes(), (file.name, name)
+    assert [steady(r) for r in rows(parts)] == [steady(r) for r in rows(whole)]
+    mine, other = rows(parts, "evaluate")[-1], rows(whole, "evaluate")[-1]
+    assert steady(mine) == steady(other)
+    assert sum(r["verdicts"] for r in rows(whole)) > 0
+    assert mine["cost_tokens"]["gcd"] == sum(r.get("gcd_tokens", 0) for r in rows(whole))
+    if "branch" in gcd.get("labels", []):
+        for name in ("truth-iter-000000.jsonl", "truth-iter-000001.jsonl"):
+            texts = [(r / "diagnose" / name).read_bytes() for r in (parts, whole)]
+            assert texts[0] == texts[1]
+
+
+def judged(run: Path, url: str, **judge: Any) -> list[dict[str, Any]]:
+    gcd = {
+        "objective": "generative/ce",
+        "labels": ["rule", "judge"],
+        "judge": {"url": url, "model": "m", "timeout_s": 5.0, "retries": 0, **judge},
+    }
+    train(recipe(2, gcd=gcd), run, Display(quiet=True))
+    return rows(run)
+
+
+def test_training_goes_on_without_its_judge(tmp_path: Path) -> None:
+    found = judged(tmp_path / "down", closed_port())
+    assert len(found) == 2
+    for row in found:
+        assert row["labels_judge"] == row["judge_answered"] == 0
+        assert row["judge_failed"] >= 3
+        assert row["judge_skipped"] > 0
+        assert row["labels_rule"] > 0
+    with serving(lambda handler, _: handler.say("As a language model, I like trains.")) as server:
+        found = judged(tmp_path / "nonsense", server.url, questions=10)
+        assert [r["judge_nonsense"] + r["judge_kept"] for r in found] == [10, 10]
+        assert all(r["labels_judge"] == 0 for r in found)
+
+
+def test_a_judge_labels_and_is_paid_for(tmp_path: Path) -> None:
+    def moody(handler: Handler, body: dict[str, Any]) -> None:
+        text = str(body["messages"][-1]["content"])
+        handler.say("good" if "Action: go" in text else "bad")
+
+    with serving(moody) as server:
+        found = judged(tmp_path / "run", server.url, questions=20)
+    assert all(row["labels_judge"] > 0 for row in found)
+    assert sum(r["label_tokens"] for r in found) == 10 * sum(r["judge_answered"] for r in found)
+    assert all(r["judge_answered"] + r["judge_kept"] <= 20 for r in found)
+    last = rows(tmp_path / "run", "evaluate")[-1]
+    assert last["cost_tokens"]["labels"] == sum(r["label_tokens"] for r in found)
+
+
+def test_labels_of_one_class_are_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # without partial scores an untrained policy never progresses
+    changes: dict[str, Any] = {
+        "env": {"options": {"partial_scores": False}, "max_steps": 3},
+        "cold_start": {"episodes": 0},
+    }
+    train(
+        recipe(2, gcd={"objective": "generative/ce", "labels": ["rule"]}, **changes),
+        tmp_path / "run",
+        Display(),
+    )
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.count("nothing to learn from the labels of iteration 1: 0 distinct actions") == 1
+    assert "both kinds are needed" in shown
+    assert [row["verdicts"] for row in rows(tmp_path / "run")] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("gcd", "message"),
+    [
+        ({"objective": "generativ/ce"}, "Did you mean 'generative/ce'"),
+        ({"objective": "head", "labels": ["rulez"]}, "Did you mean 'rule'"),
+        ({"objective": "head", "labels": []}, "needs labels"),
+        ({"objective": "head", "labels": ["rule", "rule"]}, "names a source twice"),
+        ({"weight": float("inf")}, "finite number"),
+        ({"weight": float("nan")}, "gcd.weight"),
+        ({"objective": "head", "labels": ["judge"]}, "there is none; set gcd.judge.url"),
+        ({"objective": "head", "gradient": "lora"}, "needs adapters"),
+    ],
+)
+def test_bad_settings_are_said(tmp_path: Path, gcd: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(recipe(1, gcd=gcd), tmp_path / "run", Display(quiet=True))
+
+
+def test_free_labels_only_without_an_objective(tmp_path: Path) -> None:
+    gcd = {"objective": "none", "labels": ["rule", "branch"]}
+    train(recipe(1, gcd=gcd), tmp_path / "run", Display(quiet=True))
+    (row,) = rows(tmp_path / "run")
+    assert "labels_rule" in row
+    assert "labels_branch" not in row
+
+
+@pytest.mark.parametrize(("share", "objective"), [(0.25, "generative/ce"), (1.0, "pairwise")])
+def test_cold_start_holds_the_stated_ratio(tmp_path: Path, share: float, objective: str) -> None:
+    cold = {
+        "episodes": 12, "steps": 3, "batch_tokens": 4096, "verdict_weight": 0.3,
+        "verdict_share": share, "objective": objective,
+    }  # fmt: skip
+    train(recipe(0, cold_start=cold), tmp_path / "run", Display(quiet=True))
+    found = rows(tmp_path / "run", "cold_start")
+    imitation = sum(row["imitation_tokens"] for row in found)
+    verdicts = sum(row["gcd_tokens"] for row in found)
+    assert verdicts / imitation == pytest.approx(share, rel=0.2)  # rows are whole
