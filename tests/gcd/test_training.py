@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from tests.gcd.judge_server import Handler, serving
 from tests.gcd.test_judge import closed_port
-from tests.training.test_resume import RECIPE
+from tests.training.test_resume import RECIPE, steady
 from untwine.config import Recipe, make_recipe
 from untwine.errors import ConfigError
 from untwine.progress import Display
@@ -33,10 +33,6 @@ def recipe(iterations: int, **changes: Any) -> Recipe:
 def rows(run: Path, stage: str = "rl") -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [row for line in lines if (row := json.loads(line))["stage"] == stage]
-
-
-def steady(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if "seconds" not in k and k != "time"}
 
 
 WAYS = {
@@ -76,9 +72,9 @@ def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path, way: str) -> None:
         mine = load_file(files[0] / file.name)
         for name, value in load_file(file).items():
             assert mine[name].tobytes() == value.tobytes(), (file.name, name)
-    assert [steady(r) for r in rows(parts)] == [steady(r) for r in rows(whole)]
+    assert steady(rows(parts)) == steady(rows(whole))
     mine, other = rows(parts, "evaluate")[-1], rows(whole, "evaluate")[-1]
-    assert steady(mine) == steady(other)
+    assert steady([mine]) == steady([other])
     assert sum(r["verdicts"] for r in rows(whole)) > 0
     assert mine["cost_tokens"]["gcd"] == sum(r.get("gcd_tokens", 0) for r in rows(whole))
     if "branch" in gcd.get("labels", []):
