@@ -178,18 +178,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    lines = [
-        "| turns | kept | re-read | generate | episodes/s, kept | re-read / kept "
-        "| generate / kept |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for turns in map(int, options.turns.split(",")):
-        seconds = measure(options, turns)
-        kept, again, other = (median(found) for found in seconds.values())
-        lines.append(
-            f"| {turns} | {kept:.3g} s | {again:.3g} s | {other:.3g} s "
-            f"| {options.episodes / kept:.3g} | {again / kept:.1f} | {other / kept:.1f} |"
-        )
     print(
         heading(
             "rollout.py",
@@ -200,7 +188,16 @@ def main() -> None:
             f"{options.repeats} repeats",
         )
     )
-    print("\n".join(lines))
+    print("| turns | kept | re-read | generate | episodes/s, kept | re-read / kept ", end="")
+    print("| generate / kept |\n|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    for turns in map(int, options.turns.split(",")):
+        seconds = measure(options, turns)
+        kept, again, other = (median(found) for found in seconds.values())
+        print(
+            f"| {turns} | {kept:.3g} s | {again:.3g} s | {other:.3g} s "
+            f"| {options.episodes / kept:.3g} | {again / kept:.1f} | {other / kept:.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
