@@ -91,7 +91,7 @@ def filled(cache: RowCache, slot: int, length: int, mark: float) -> None:
 
 
 def content(cache: RowCache, slot: int, length: int) -> torch.Tensor:
-    return cache.buffers(0, torch.empty(1, 1, 2))[0][cache.row(slot), :length]
+    return cache.buffers(0, torch.empty(1, 1, 1, 2))[0][cache.row(slot), 0, :length]
 
 
 def test_rows_are_given_back_and_buffers_follow_what_is_live() -> None:
@@ -106,13 +106,13 @@ def test_rows_are_given_back_and_buffers_follow_what_is_live() -> None:
         cache.free(slot)
         cache.reserve([slot + 100], 900)  # takes the row that was given back
     assert (cache.rows, cache.bytes) == (8, full)
-    assert torch.equal(content(cache, 7, 900), torch.full((900, 1, 2), 7.0))
+    assert torch.equal(content(cache, 7, 900), torch.full((900, 2), 7.0))
     for slot in range(7):
         cache.free(slot + 100)
     cache.reserve([0], 60)
     assert cache.rows == 2  # what is left moved together, and the capacity followed
     assert cache.bytes <= full / 16
-    assert torch.equal(content(cache, 7, 60), torch.full((60, 1, 2), 7.0))
+    assert torch.equal(content(cache, 7, 60), torch.full((60, 2), 7.0))
 
 
 def test_copies_read_what_was_there_before() -> None:
@@ -122,7 +122,7 @@ def test_copies_read_what_was_there_before() -> None:
     filled(cache, 0, 5, 1.0)
     filled(cache, 1, 5, 2.0)
     cache.copy([Copy(0, 1, 0, 3), Copy(1, 0, 0, 3)])
-    assert content(cache, 0, 5)[:, 0, 0].tolist() == [2, 2, 2, 1, 1]
-    assert content(cache, 1, 5)[:, 0, 0].tolist() == [1, 1, 1, 2, 2]
-    places = cache.places(np.array([1, 0, 1]), np.array([0, 2, 4]))
-    assert len(set(places.tolist())) == 3
+    assert content(cache, 0, 5)[:, 0].tolist() == [2, 2, 2, 1, 1]
+    assert content(cache, 1, 5)[:, 0].tolist() == [1, 1, 1, 2, 2]
+    places = cache.places(np.array([1, 0, 1]), np.array([0, 2, 4]), 2, CPU)
+    assert len(set(places.tolist())) == 6

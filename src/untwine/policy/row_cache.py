@@ -25,7 +25,8 @@ from untwine.policy.packing import Copy, Packed, Span
 
 
 class RowCache:
-    """Keys and values of slots: per layer a buffer (R, C, K, D) each.
+    """Keys and values of slots: per layer a buffer (R, K, C, D) each, so that what a head reads lies
+    in one piece.
 
     A slot gets a row when it is first written to and gives it back in `free`. Buffers grow with the
     longest row and the number of rows, and shrink when a quarter of them would do.
@@ -73,35 +74,39 @@ class RowCache:
             return
         positions = np.concatenate([np.arange(c.start, c.end) for c in copies])
         lengths = [c.end - c.start for c in copies]
-        device = self._buffers[0][0].device
+        like = self._buffers[0][0]
         source, target = (
-            torch.from_numpy(self.places(np.repeat(slots, lengths), positions)).to(device)
+            self.places(np.repeat(slots, lengths), positions, like.shape[1], like.device)
             for slots in ([c.source for c in copies], [c.target for c in copies])
         )
         for pair in self._buffers:
             for buffer in pair:
-                flat = buffer.flatten(0, 1)
+                flat = buffer.flatten(0, 2)
                 flat.index_copy_(0, target, flat.index_select(0, source))
 
-    def places(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Indices into the flattened first two dimensions of a buffer."""
-        slots_U, which = np.unique(slots, return_inverse=True)
+    def places(
+        self, slots_W: np.ndarray, positions_W: np.ndarray, heads: int, device: torch.device
+    ) -> torch.Tensor:
+        """Where positions of slots lie, for each head: indices (K * W,) into the flattened first
+        three dimensions of a buffer."""
+        slots_U, which = np.unique(slots_W, return_inverse=True)
         rows_U = np.array([self._row_of[slot] for slot in slots_U.tolist()])
-        places: np.ndarray = rows_U[which] * self.capacity + positions
-        return places
+        head_K1 = np.arange(heads)[:, None]
+        places_KW = (rows_U[which] * heads + head_K1) * self.capacity + positions_W
+        return torch.from_numpy(places_KW.ravel()).to(device)
 
     def row(self, slot: int) -> int:
         return self._row_of[slot]
 
     def buffers(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, (R, C, K, D), of the type and with the heads of `like`
-        (N, K, D)."""
+        """Keys and values of a layer, (R, K, C, D), of the type and with the heads of `like`
+        (1, K, N, D)."""
         if layer == len(self._buffers):
             self._buffers.append((self._new(like), self._new(like)))
         return self._buffers[layer]
 
     def _new(self, like: torch.Tensor) -> torch.Tensor:
-        shape = (self.rows, self.capacity, *like.shape[-2:])
+        shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
         # padded calls read beyond the end of a row, and what they mask away must still be a number
         return like.new_zeros(shape) if self.batched else like.new_empty(shape)
 
@@ -117,9 +122,9 @@ class RowCache:
         def resized(buffer: torch.Tensor) -> torch.Tensor:
             made = self._new(buffer)
             if together:
-                made[: len(old), :kept] = buffer[old, :kept]
+                made[: len(old), :, :kept] = buffer[old, :, :kept]
             else:
-                made[:before, :kept] = buffer[:, :kept]
+                made[:before, :, :kept] = buffer[:, :, :kept]
             return made
 
         for layer, (keys, values) in enumerate(self._buffers):
@@ -135,9 +140,9 @@ class RowPass:
     def __init__(self, cache: RowCache, packed: Packed, device: torch.device) -> None:
         self._cache = cache
         self._spans = packed.spans
+        self._packed = packed
         self._token_W = torch.from_numpy(packed.token_W).to(device)
-        places_W = cache.places(packed.slot_W, packed.position_W)
-        self._place_W = torch.from_numpy(places_W).to(device)
+        self._places: torch.Tensor | None = None
         self.longest = int(packed.position_W.max()) + 1
         self._band: torch.Tensor | None = None
         self._past = 0
@@ -148,12 +153,13 @@ class RowPass:
     ) -> torch.Tensor:
         """Write key and value (1, K, N, D) to their rows; attention of query (1, H, N, D) over the
         rows, (1, N, H, D)."""
-        keys, values = self._cache.buffers(layer, key[0].transpose(0, 1))
+        keys, values = self._cache.buffers(layer, key)
+        if self._places is None:  # the same in all layers
+            slots, positions = self._packed.slot_W, self._packed.position_W
+            self._places = self._cache.places(slots, positions, key.shape[1], key.device)
         for buffer, new in ((keys, key), (values, value)):
-            new_NKD = new[0].transpose(0, 1)
-            buffer.flatten(0, 1).index_copy_(
-                0, self._place_W, new_NKD.index_select(0, self._token_W)
-            )
+            new_KWD = new[0].index_select(1, self._token_W)
+            buffer.flatten(0, 2).index_copy_(0, self._places, new_KWD.flatten(0, 1))
         query_NHD = query[0].transpose(0, 1)
         query_NKGD = query_NHD.reshape(len(query_NHD), key.shape[1], -1, query.shape[-1])
         attention = self._padded if self._cache.batched else self._row_by_row
@@ -169,7 +175,7 @@ class RowPass:
             row, count = self._cache.row(span.slot), span.end - span.first
             length = span.past + count
             q = query_KGND[:, :, span.first : span.end]
-            k, v = (x[row, :length].transpose(0, 1)[:, None] for x in (keys, values))
+            k, v = keys[row, :, None, :length], values[row, :, None, :length]
             if count == 1:  # the heads of a group are like several queries without a mask
                 o = scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale)
                 out.append(o.transpose(1, 2))
@@ -204,7 +210,7 @@ class RowPass:
         for bucket in self._buckets:
             q = query_NKGD[bucket.token_BM]  # (B, M, K, G, D)
             count, groups = q.shape[1], q.shape[3]
-            k, v = (x[bucket.row_B, : bucket.longest].transpose(1, 2) for x in (keys, values))
+            k, v = (x[bucket.row_B, :, : bucket.longest] for x in (keys, values))
             o = scaled_dot_product_attention(
                 q.permute(0, 2, 3, 1, 4).flatten(2, 3),
                 k,
