@@ -25,8 +25,8 @@ from untwine.policy.packing import Copy, Packed, Span
 
 
 class RowCache:
-    """Keys and values of slots: per layer a buffer (R, K, C, D) each, so that what a head reads lies
-    in one piece.
+    """Keys and values of slots: per layer a buffer (R, K, C, D) each; what a head reads lies in one
+    piece.
 
     A slot gets a row when it is first written to and gives it back in `free`. Buffers grow with the
     longest row and the number of rows, and shrink when a quarter of them would do.
