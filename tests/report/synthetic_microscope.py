@@ -27,8 +27,9 @@ def last_file(run: Path) -> tuple[int, Path]:
 
 
 def write_microscope(run: Path, text: str = "", samples: int = 24, seed: int = 0) -> Path:
-    """All four measurements of the last recorded iteration."""
+    """All five measurements of the last recorded iteration."""
     write_truth_of(run, text, seed)
+    write_json(run, "labels", label_quality(text))
     write_json(run, "calibration", calibration(text))
     write_coupling(run, text, samples, seed)
     write_separation(run, text, samples, seed)
@@ -77,6 +78,27 @@ def write_truth_of(run: Path, text: str = "", seed: int = 0) -> None:
         "branches_played": 4000, "env_steps": 40_000,
     }  # fmt: skip
     write_truth(truth_path(run, iteration), Truth(header, tuple(rows)))
+
+
+def label_quality(text: str = "") -> dict[str, Any]:
+    def share(value: float | None, steps: int = 0) -> dict[str, Any]:
+        interval = None if value is None else [value - 0.125, value + 0.125]
+        return {"value": value, "interval": interval, "steps": steps}
+
+    def source(coverage: float, accuracy: float | None, n: int) -> dict[str, Any]:
+        verdict = {"precision": share(accuracy, n), "precision_decided": share(None)}
+        return {
+            "coverage": share(coverage, 30), "accuracy": share(accuracy, n),
+            "flawed": {**verdict, "recall": share(0.375, 10)},
+            "good": {**verdict, "recall": share(None)},
+            "counts": {t: {"good": 1, "flawed": 1, "none": 1} for t in ("good", "flawed")},
+        }  # fmt: skip
+
+    sources = {"rule": source(0.5, 0.75, 12), f"mine{text}": source(0.25, None, 0)}
+    return {
+        "iterations": [0], "steps": 30, "asked": ["rule", f"mine{text}"], "sources": sources,
+        "cost": {},
+    }  # fmt: skip
 
 
 def measures(flawed: float, good: float) -> dict[str, Any]:

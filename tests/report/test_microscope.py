@@ -53,12 +53,15 @@ def test_json_gives_what_the_files_hold(measured: Path) -> None:
     assert (found["missing"], found["problems"]) == ([], [])
     files = {
         name: json.loads((measured / "diagnose" / f"{name}.json").read_text())
-        for name in ("calibration", "coupling", "separation")
+        for name in ("labels", "calibration", "coupling", "separation")
     }
     ours = found["calibration"]["methods"]["grpo"]
     theirs = files["calibration"]["methods"]["grpo"]
     assert ours["all"] == theirs["all"]
     assert ours["lemma"] == theirs["lemma"]
+    for name, theirs in files["labels"]["sources"].items():
+        ours = dict(found["labels"]["sources"][name])
+        assert ours == {key: theirs[key] for key in ("coverage", "accuracy", "flawed", "good")}
     for key in ("offenders", "cosines", "sample_list", "reinforced", "head_correlation"):
         assert found["coupling"][key] == files["coupling"][key]
     assert found["separation"]["layers"] == files["separation"]["layers"]
@@ -99,13 +102,13 @@ def test_what_is_missing_names_its_command(tmp_path: Path, make_run: MakeRun) ->
     bare, partly = make_run("bare run", iterations=3), make_run("partly", iterations=3)
     write_truth_of(partly)
     assert [gap["topic"] for gap in microscope(bare)["missing"]] == [
-        "truth", "calibration", "coupling", "separation",
+        "truth", "labels", "calibration", "coupling", "separation",
     ]  # fmt: skip
     page = page_of(tmp_path, bare).text
     assert f"untwine diagnose coupling '{bare}'" in page
     assert "Nothing was measured yet" in page
     page = page_of(tmp_path, partly).text
-    for topic in ("calibration", "coupling", "separation"):
+    for topic in ("labels", "calibration", "coupling", "separation"):
         assert f"not measured: untwine diagnose {topic} {partly}" in page
     assert f"untwine diagnose truth {partly}" not in page
 
@@ -333,6 +336,24 @@ def test_the_page_shows_numbers_and_prompts(tmp_path: Path, measured: Path) -> N
     assert names.count("ins") >= 4
 
 
+def test_the_page_shows_what_labels_are_worth(tmp_path: Path, measured: Path) -> None:
+    """By source: coverage, accuracy, then precision and recall of either verdict."""
+    text = " ".join(page_of(tmp_path, measured).text.split())
+    sure, part = "75 % [62, 88] of 12", "38 % [25, 50] of 10"
+    assert f"rule50 % [38, 62] of 30{sure}{sure}{part}{sure}–" in text
+    assert f"mine25 % [12, 38] of 30––{part}––" in text
+
+
+def test_labels_of_an_older_form_are_left_out(tmp_path: Path, measured: Path) -> None:
+    file = measured / "diagnose" / "labels.json"
+    numbers = json.loads(file.read_text())
+    del numbers["format"]
+    file.write_text(json.dumps(numbers))
+    page = page_of(tmp_path, measured).text
+    assert "diagnose/labels.json was left out: its format is not untwine-labels-1." in page
+    assert f"Labels were not measured: untwine diagnose labels {measured}" in page
+
+
 def test_runs_side_by_side(tmp_path: Path, measured: Path, make_run: MakeRun) -> None:
     other = make_run("other", "other", iterations=3)
     text = " ".join(page_of(tmp_path, measured, other).text.split())
@@ -367,6 +388,10 @@ def test_nothing_hostile_becomes_markup(tmp_path: Path, make_run: MakeRun) -> No
     assert "<img" not in html
     assert not set(html) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f")
     assert "[U+202E]" in page.text
+    shown = " ".join(page.text.split())
+    source = " ".join(("mine" + text.replace("\u202e", "[U+202E]")).split())
+    assert f"asked anew: rule, {source}, all others" in shown  # a label source, word by word
+    assert f"{source}25 %" in shown
     points = page.data["runs"][0]["microscope"]["coupling"]["points"]
     assert any("</script><img src=x" in point["name"] for point in points)
 

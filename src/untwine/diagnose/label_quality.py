@@ -81,6 +81,7 @@ def find_label_quality(
                 found = anew.get(name, {}) if name in names else on_record[name]
                 compared[name] += compare(rows, found)
     numbers = {
+        "format": "untwine-labels-1",
         "iterations": sorted(iterations),
         "steps": len(next(iter(compared.values()))),
         "asked": names,

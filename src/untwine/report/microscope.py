@@ -20,7 +20,7 @@ from untwine.report.key_numbers import key_numbers
 from untwine.report.run_data import Row, RunData
 from untwine.report.shape import each, maybe, shaped
 
-TOPICS = ("truth", "calibration", "coupling", "separation")
+TOPICS = ("truth", "labels", "calibration", "coupling", "separation")
 _TRUTH_FILE = re.compile(r"truth-iter-(\d+)\.jsonl")
 _VERDICTS = ("good", "flawed")
 
@@ -34,6 +34,14 @@ _TRUTH_HEAD = {
     "policy_gap": maybe(float),
     "branches_played": int,
     "env_steps": int,
+}
+_SHARE = {"value": maybe(float), "interval": maybe([float]), "steps": int}
+_QUALITY = {"precision": _SHARE, "precision_decided": _SHARE, "recall": _SHARE}
+_LABELS = {
+    "iterations": [int],
+    "steps": int,
+    "asked": [str],
+    "sources": each({"coverage": _SHARE, "accuracy": _SHARE, "flawed": _QUALITY, "good": _QUALITY}),
 }
 _MEAN = maybe({"value": float, "interval": maybe([float])})
 _MEANS = {"flawed_mean": _MEAN, "good_mean": _MEAN, "difference": _MEAN}
@@ -173,6 +181,7 @@ def read_microscope(run: RunData, method: str) -> dict[str, Any]:
     folder = run.path / "diagnose"
     found: dict[str, Any] = {
         "truth": _truths(run, folder, problems),
+        "labels": _read(folder, "labels", _labels, problems),
         "calibration": _read(folder, "calibration", _calibration, problems),
         "coupling": _read(folder, "coupling", _coupling, problems),
         "separation": _read(folder, "separation", _separation, problems),
@@ -243,6 +252,11 @@ def _json(file: Path, name: str) -> Any:
     if not isinstance(numbers, Mapping) or numbers.get("format") != form:
         raise ValueError(f"its format is not {form}")
     return numbers
+
+
+def _labels(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = shaped(_json(file, "labels"), _LABELS)
+    return found
 
 
 def _calibration(file: Path) -> dict[str, Any]:
