@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from synthetic_microscope import (
     calibration,
@@ -29,7 +27,6 @@ from test_report import Page, page_of
 from untwine.errors import UntwineError
 from untwine.report import build_report, report_numbers
 from untwine.report.microscope_view import Limits
-from untwine.report.prompt_diff import prompt_diff
 from untwine.report.shape import Misshapen, each, maybe, shaped
 
 MakeRun = Callable[..., Path]
@@ -234,48 +231,6 @@ def test_labels_in_place_of_truth_are_called_so(make_run: MakeRun) -> None:
     write_json(run, "calibration", {**calibration(), "source": "group", "flawed_by_chance": None})
     first = report_numbers([run])["runs"][0]["first_look"]
     assert first[1].startswith("Grpo, by `group` labels, gives flawed steps")
-
-
-# --- prompts -----------------------------------------------------------------------------------
-
-
-def sides(pieces: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    first = "".join(text for kind, text in pieces if kind in ("same", "first"))
-    return first, "".join(text for kind, text in pieces if kind in ("same", "second"))
-
-
-TEXTS = st.text(st.sampled_from("ab \n.\u2028é"), max_size=60)
-
-
-@settings(max_examples=300, deadline=None)
-@given(TEXTS, TEXTS)
-def test_a_diff_holds_both_prompts(first: str, second: str) -> None:
-    pieces = prompt_diff(first, second)
-    assert sides(pieces) == (first, second)
-    assert all(text for _, text in pieces)
-
-
-def test_a_diff_shows_words_and_cuts_what_is_equal() -> None:
-    same = "x" * 1000
-    pieces = prompt_diff(
-        f"{same}\nGo to the kitchen.\n{same}", f"{same}\nGo to a big hall.\n{same}"
-    )
-    assert pieces == [
-        ("cut", "847 equal characters"),
-        ("same", "x" * 153 + "\nGo to "),
-        ("first", "the kitchen"),
-        ("second", "a big hall"),
-        ("same", ".\n" + "x" * 158),
-        ("cut", "842 equal characters"),
-    ]
-    assert prompt_diff("equal", "equal") == [("same", "equal")]
-
-
-def test_a_diff_is_bounded() -> None:
-    pieces = prompt_diff("a" * 5000, "b" * 5000, longest=6000)
-    assert pieces == [
-        ("first", "a" * 5000), ("second", "b" * 1000), ("cut", "4000 more characters"),
-    ]  # fmt: skip
 
 
 # --- the page ----------------------------------------------------------------------------------

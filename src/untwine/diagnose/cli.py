@@ -169,6 +169,9 @@ def coupling(
     seed: Seed = 0,
     chunk: Chunk = 16,
     recompute: Annotated[bool, typer.Option(help="Less memory for one more forward pass.")] = True,
+    diffs: Annotated[
+        int, typer.Option(min=0, help="Worst offenders shown with both prompts; 0: none.")
+    ] = 3,
     as_json: AsJson = False,
 ) -> None:
     """Which samples' gradients lift a flawed action.
@@ -203,7 +206,7 @@ def coupling(
             checkpoint=checkpoint,
             adam=metric == "adam",
         )
-    _show(run, "coupling", numbers, print_coupling, as_json)
+    _show(run, "coupling", numbers, lambda found: print_coupling(found, diffs), as_json)
 
 
 @app.command()

@@ -10,10 +10,18 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from untwine.diagnose.truth_file import Truth, TruthRow
+from untwine.prompt_diff import prompt_diff
 
 _SHOWN = 8
+_DIFF = 1600  # characters of a prompt diff
+_MARKS = {
+    "first": ("[-", "-]", "red"),
+    "second": ("{+", "+}", "green"),
+    "cut": (" … ", " … ", "dim"),
+}
 
 
 def print_truth(truth: Truth) -> None:
@@ -216,8 +224,9 @@ def _with_interval(found: dict[str, Any] | None) -> str:
     return text
 
 
-def print_coupling(numbers: Mapping[str, Any]) -> None:
-    """Tables of `measure_coupling`, what to distrust first."""
+def print_coupling(numbers: Mapping[str, Any], diffs: int = 3) -> None:
+    """Tables of `measure_coupling`, what to distrust first; then, for the `diffs` worst offenders,
+    their prompt beside that of the sample that pushes them most."""
     console = Console()
     drift, honesty = numbers["drift"], numbers["honesty"]
     lines = [
@@ -245,6 +254,9 @@ def print_coupling(numbers: Mapping[str, Any]) -> None:
         console.print(_rate_table(title, push["rates"]))
     console.print(_cosine_table(numbers["cosines"]))
     console.print(_offender_table(numbers["offenders"]))
+    for place, offender in enumerate(numbers["offenders"][:diffs], start=1):
+        for text in _beside_its_pusher(place, offender):
+            console.print(text, soft_wrap=True)
 
 
 def _rate_table(title: str, rates: Mapping[str, Any]) -> Table:
@@ -290,14 +302,40 @@ def _offender_table(offenders: list[dict[str, Any]]) -> Table:
         )
         kind = f" ({one['kind']})" if one["kind"] else ""
         table.add_row(
-            escape(_short(one["text"]) + kind),
-            escape(one["task"]),
+            escape(_short(one["text"]) + _visible(kind)),
+            escape(_visible(one["task"])),
             f"{one['probability']:.3f}",
             f"{one['own']:+.4f}",
             f"{one['coupled']:+.4f}",
             escape(pushers),
         )
     return table
+
+
+def _beside_its_pusher(place: int, offender: Mapping[str, Any]) -> list[Text]:
+    """An offender, its strongest pusher, and both prompts as one text with marks."""
+    kind = f" ({offender['kind']})" if offender["kind"] else ""
+    head = f"\n{place}. {_short(offender['text'])}{kind}: {offender['delta']:+.4f}"
+    if not offender["pushers"]:
+        return [Text(f"{_visible(head)}; no other sample pushes it up", "bold")]
+    pusher = offender["pushers"][0]
+    what = "rewarded" if pusher["weight"] > 0 else "punished"
+    head += f", of which {pusher['push']:+.4f} from {_short(pusher['text'])} ({what})"
+    lines = [Text(_visible(head), "bold")]
+    pieces = prompt_diff(offender["prompt"], pusher["prompt"], _DIFF)
+    if all(part in ("same", "cut") for part, _ in pieces):
+        return [*lines, Text("both prompts are equal; only the actions differ", "dim")]
+    lines.append(Text("prompts: [-only the flawed step's-] {+only the pusher's+}", "dim"))
+    shown = Text()
+    for part, text in pieces:
+        before, after, style = _MARKS.get(part, ("", "", ""))
+        shown.append(f"{before}{_visible(text)}{after}", style)
+    return [*lines, shown]
+
+
+def _visible(text: str) -> str:
+    """Text without what could steer a terminal: control and direction characters spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"[U+{ord(c):04X}]" for c in text)
 
 
 def print_separation(numbers: Mapping[str, Any]) -> None:
@@ -327,5 +365,5 @@ def print_separation(numbers: Mapping[str, Any]) -> None:
 
 
 def _short(text: str, most: int = 40) -> str:
-    line = " ".join(text.split()) or "(empty)"
+    line = _visible(" ".join(text.split())) or "(empty)"
     return line if len(line) <= most else line[: most - 1] + "…"

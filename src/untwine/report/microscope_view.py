@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from untwine.prompt_diff import prompt_diff
 from untwine.records import Episode, Group, Step
-from untwine.report.prompt_diff import prompt_diff
 from untwine.report.run_data import Row
 
 T = TypeVar("T")

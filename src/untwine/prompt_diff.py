@@ -1,4 +1,4 @@
-"""What two prompts share and where they differ, in pieces that a page can show.
+"""What two prompts share and where they differ, in pieces that a page or a terminal can show.
 
 Lines are compared first, then the words of lines that were replaced. Long equal stretches are cut,
 as growing chats agree in most of what they say.
