@@ -108,18 +108,29 @@ def test_exact_values_lie_in_the_intervals(make_chain: MakeCollector, how: str) 
     errors, labels = [], set()
     for found, qs, answer in estimate(collector, branches=64):
         assert answer is not None
-        truths = []
+        truths, action_values, others = [], [], []
         for (step, start), q in zip(found, qs, strict=True):
             conversation, command = start.conversation, step.step.command
             assert command is not None
             position = int(step.step.state_key)
             assert exact.probability(conversation, command) == pytest.approx(q, abs=1e-4)
             action_value = exact.action_value(conversation, position, step.t, command)
-            truths.append(action_value - exact.value(conversation, position, step.t))
+            value = exact.value(conversation, position, step.t)
+            truths.append(action_value - value)
+            action_values.append(action_value)
+            others.append((value - q * action_value) / (1 - q))
         truth = sum(truths) / len(truths)
         assert answer.low - 1e-5 <= truth <= answer.high + 1e-5  # q in single precision
+        rest = [1 - q for q in qs]  # of steps judged together, as often as another reply is drawn
+        reached = math.fsum(map(math.prod, zip(rest, action_values, strict=True))) / sum(rest)
+        other = math.fsum(map(math.prod, zip(rest, others, strict=True))) / sum(rest)
+        mean_q = sum(qs) / len(qs)
+        mixed = mean_q * reached + (1 - mean_q) * other
+        assert mixed == pytest.approx(reached - truth, abs=1e-4)  # A* = Q - V
+        assert answer.action_value_low - 1e-5 <= reached <= answer.action_value_high + 1e-5
+        assert answer.value_low - 1e-5 <= mixed <= answer.value_high + 1e-5
         if how != "nucleus":
-            assert abs(answer.advantage) <= 1 - min(qs) + 1e-9
+            assert abs(answer.advantage) <= 1 - mean_q + 1e-9
         assert answer.label == "neutral" or (answer.label == "good") == (truth > 0)
         assert answer.q == pytest.approx(sum(qs) / len(qs))
         labels.add(answer.label)

@@ -14,11 +14,17 @@ at s until one differs from a; from there, and from s with a, one episode each i
 
 is an unbiased value of A* in [-(1-q), 1-q]. Against two separate means this leaves out all noise of
 episodes that begin alike, which at q near 1 is nearly all of it, and bounds |A*| by 1 - q from the
-start. Under nucleus sampling q is not known; then x is 0 when the reply drawn is a itself, and the
-plain difference otherwise, which has the same mean.
+start. The same pair gives Q and V, both in [0, 1]: the return after a, and
 
-Where several recorded steps share state key and command, each x begins at one of them drawn at
-random: the result is their mean A*.
+    v = q (return after a)  +  (1 - q) (return after the other reply)
+
+Under nucleus sampling q is not known; then x is 0 when the reply drawn is a itself, and the plain
+difference otherwise, which has the same mean; V is Q - A*.
+
+Where several recorded steps share state key and command, each draw is made at one of them taken at
+random, so pairs begin at step i as often as 1 - q_i says. With the mean q in place of q_i in x, its
+mean is then that of the steps' A*; and Q and V are the steps' means weighted by 1 - q_i, which keep
+V = q Q + (1 - q) E[return | another reply] and A* = Q - V.
 """
 
 from __future__ import annotations
@@ -88,7 +94,8 @@ class Estimate:
     """What branching found about one action.
 
     advantage  estimate of A*, within [low, high]
-    value, action_value   V(s) and Q(s, a); None when no pair was played
+    value, action_value   V(s) and Q(s, a); None when no pair was played. Each has an interval of
+                          its own, as likely to be right as that of A*; 0 to 1 without a pair
     q          mean probability of the action under the policy
     n          pairs of continuations
     label      flawed: high < -delta; good: low > delta; neutral: the rest
@@ -106,21 +113,29 @@ class Estimate:
     label: Verdict3
     clear: bool
     confidence: float | None
+    action_value_low: float
+    action_value_high: float
+    value_low: float
+    value_high: float
 
 
 def judge(
     values: Sequence[float],
     after_action: Sequence[float],
-    most: float,
     q: float,
     settings: Settings,
+    *,
+    known_q: bool,
 ) -> Estimate:
-    """The estimate from values x of A*, each within [-most, most].
+    """The estimate from values x of A*.
 
-    after_action  the return after the action, of each pair that was played
-    q             probability of the action, for the record
+    values        within [-(1 - q), 1 - q] and one for each pair if `known_q`, else within [-1, 1]
+                  and also one for each reply that was the action
+    after_action  the return after the action, of each pair that was played; in [0, 1]
+    q             probability of the action
     """
     error, planned, delta = settings.error, settings.branches, settings.delta
+    most = 1.0 - q if known_q else 1.0
     low, high = mean_bounds(values, -most, most, error=error, planned=planned)
     label: Verdict3 = "flawed" if high < -delta else "good" if low > delta else "neutral"
     doubt = None
@@ -141,7 +156,33 @@ def judge(
         label=label,
         clear=label != "neutral" or (low >= -delta and high <= delta),
         confidence=None if doubt is None else 1.0 - doubt,
+        **_value_bounds(values, after_action, settings, known_q=known_q),
     )
+
+
+def _value_bounds(
+    values: Sequence[float], after_action: Sequence[float], settings: Settings, *, known_q: bool
+) -> dict[str, float]:
+    """Bounds of Q and V. Without q, V = Q - A* shares the permitted error between the two."""
+    error, planned = settings.error, settings.branches
+
+    def bounds(found: Sequence[float], low: float, error: float) -> tuple[float, float]:
+        return mean_bounds(found, low, 1.0, error=error, planned=planned)
+
+    low, high = bounds(after_action, 0.0, error)
+    if known_q:
+        mixed = [a - x for a, x in zip(after_action, values, strict=True)]
+        value_low, value_high = bounds(mixed, 0.0, error)
+    else:
+        a_low, a_high = bounds(after_action, 0.0, error / 2)
+        x_low, x_high = bounds(values, -1.0, error / 2)
+        value_low, value_high = max(0.0, a_low - x_high), min(1.0, a_high - x_low)
+    return {
+        "action_value_low": low,
+        "action_value_high": high,
+        "value_low": value_low,
+        "value_high": value_high,
+    }
 
 
 @dataclass(slots=True)
@@ -158,18 +199,17 @@ class _Tally:
     closed: bool = False
 
     @property
-    def range(self) -> float:
-        """Largest |x|."""
-        return 1.0 - min(o.q for o in self.occurrences) if self.known_q else 1.0
+    def q(self) -> float:
+        """Mean over the occurrences."""
+        return sum(o.q for o in self.occurrences) / len(self.occurrences)
 
-    def add(self, occurrence: Occurrence, after_action: float, after_other: float) -> None:
-        share = 1.0 - occurrence.q if self.known_q else 1.0
+    def add(self, after_action: float, after_other: float) -> None:
+        share = 1.0 - self.q if self.known_q else 1.0
         self.values.append(share * (after_action - after_other))
         self.after_action.append(after_action)
 
     def judge(self, settings: Settings) -> Estimate:
-        q = sum(o.q for o in self.occurrences) / len(self.occurrences)
-        return judge(self.values, self.after_action, self.range, q, settings)
+        return judge(self.values, self.after_action, self.q, settings, known_q=self.known_q)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +326,7 @@ class Brancher:
                 if action is None or other is None:
                     pair.tally.failed = True
                 else:
-                    pair.tally.add(pair.occurrence, self._return(action), self._return(other))
+                    pair.tally.add(self._return(action), self._return(other))
 
     def _return(self, episode: Episode) -> float:
         return Group(episode.ref, (episode,), self.settings.returns).returns_G[0]

@@ -99,7 +99,7 @@ def _estimate(
             if q is None:
                 values.append(0.0)
         shown = same / max(1, drawn) if q is None else q
-        found = judge(values, after_action, share, shown, settings)
+        found = judge(values, after_action, shown, settings, known_q=q is not None)
         if found.clear or len(values) < planned:
             break
     return found

@@ -93,7 +93,7 @@ def _print_worst(console: Console, rows: Sequence[TruthRow]) -> None:
     if not worst:
         return
     table = Table(title="clearly flawed")
-    for column in ("step", "action", "q", "Q", "V", "A*", "interval"):
+    for column in ("step", "action", "q", "Q", "V", "A*"):
         left = column in ("step", "action")
         table.add_column(column, justify="left" if left else "right", no_wrap=column != "action")
     for row in worst:
@@ -101,11 +101,17 @@ def _print_worst(console: Console, rows: Sequence[TruthRow]) -> None:
             escape(f"{row.episode}:{row.step}"),
             escape(row.action.replace("\0", "")[:40]),
             f"{row.q:.2f}",
-            *("–" if x is None else f"{x:.2f}" for x in (row.action_value, row.value)),
-            f"{row.advantage:+.2f}",
-            f"{row.low:+.2f} {row.high:+.2f}",
+            _between(row.action_value, row.action_value_low, row.action_value_high),
+            _between(row.value, row.value_low, row.value_high),
+            _between(row.advantage, row.low, row.high, "+"),
         )
     console.print(table)
+
+
+def _between(value: float | None, low: float, high: float, sign: str = "") -> str:
+    if value is None:
+        return "–"
+    return f"{value:{sign}.2f} \\[{low:{sign}.2f}, {high:{sign}.2f}]"
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -31,7 +31,8 @@ class TruthRow:
     group, episode, step   where it is: number of the group in the file, episode id, index
     weight    how many steps of the file it stands for
     shared    steps of the file with the same action in the same state; the estimate is their mean
-    q, value, action_value, advantage, low, high, n, label, clear, confidence   see `Estimate`
+    q, value, action_value, advantage, low, high, n, label, clear, confidence, and the bounds of
+              the values, which files from before these were found lack: see `Estimate`
     """
 
     group: int
@@ -54,6 +55,10 @@ class TruthRow:
     label: Verdict3
     clear: bool
     confidence: float | None
+    action_value_low: float = 0.0
+    action_value_high: float = 1.0
+    value_low: float = 0.0
+    value_high: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

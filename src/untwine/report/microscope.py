@@ -227,7 +227,8 @@ def _truth(iteration: int, file: Path, episodes: Path) -> dict[str, Any]:
         "group": int, "episode": str, "step": int, "ref": str, "state_key": str, "action": str,
         "kind": str, "position": str, "weight": float, "shared": int, "q": float,
         "value": maybe(float), "action_value": maybe(float), "advantage": float, "low": float,
-        "high": float, "n": int, "label": str, "clear": bool,
+        "high": float, "n": int, "label": str, "clear": bool, "action_value_low": maybe(float),
+        "action_value_high": maybe(float), "value_low": maybe(float), "value_high": maybe(float),
     }  # fmt: skip
     shape = {**_TRUTH_HEAD, "rows": [row]}
     return {"iteration": iteration, **shaped(truth, shape)}
