@@ -6,8 +6,10 @@ A Llama of eight layers (6.8 million parameters, 7.9 untied); samples of 250 pro
 tokens. Every arm has a process of its own; they take turns, so that all meet the same machine, in
 turned order from repetition to repetition. The table gives medians of seconds (of the processor on
 a CPU), their ratio to the training step in micro-batches of 16, and the peak of memory above what
-libraries and model take (resident set on a CPU, allocated with CUDA). Separate passes, which are
-slow, are done once. `error` is the largest |K - K'| / (|g_i| |g_j|) against separate backward
+libraries and model take: on a CPU the resident set without files (RssAnon, looked at every 10 ms,
+which the kernel can take back pages of files from), with CUDA what is allocated. The Grams may keep
+`--memory-mib` between passes; the rest is in a temporary file. Separate passes, which are slow, are
+done once. `error` is the largest |K - K'| / (|g_i| |g_j|) against separate backward
 passes in float64, on the first `--exact` samples.
 """
 
@@ -79,9 +81,11 @@ def separate_passes(model: Any, samples: Sequence[StepSample]) -> Any:
 STEP, SEPARATE = "training step, micro-batches of 16", "separate passes, gradients stored"
 ARMS: dict[str, Arm] = {
     STEP: training_step,
-    "exact Gram": lambda model, samples: gram(model, samples, chunk=MICROBATCH, check=False),
-    "exact Gram, recompute": lambda model, samples: gram(
-        model, samples, chunk=MICROBATCH, recompute=True, check=False
+    "exact Gram": lambda model, samples, **kept: gram(
+        model, samples, chunk=MICROBATCH, check=False, **kept
+    ),
+    "exact Gram, recompute": lambda model, samples, **kept: gram(
+        model, samples, chunk=MICROBATCH, recompute=True, check=False, **kept
     ),
     "head only, forward": lambda model, samples: head_gram(model, samples, chunk=MICROBATCH),
     SEPARATE: separate_passes,

@@ -8,13 +8,14 @@ whose backward keeps the sample axis:
     norms            the scale (and shift) is repeated per sample, so autograd gives g_i directly
     Embedding        the gradient of the output, summed per (sample, token)
 
-What a gradient is made of is kept until all N samples have theirs. Then the gradients are formed,
-those of a matrix a slice at a time, handed to the sink, and dropped.
+The gradients of a chunk of samples are kept in a `Store`; those of a matrix as a_it and b_it where
+these are smaller. Once all N samples have theirs, they are handed to the sink a slice at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +23,47 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from untwine.diagnose.sinks import Sink
+from untwine.diagnose.store import Store
 from untwine.errors import ModelError
 
-_SLICE_NUMBERS = 1 << 24  # numbers in the gradients of one slice of a matrix; fewer are slower
+_SLICE_NUMBERS = 1 << 24  # numbers in a slice whose gradients are to be formed; fewer are slower
+_READY_NUMBERS = 1 << 21  # in one that is only read; more would leave the processor's caches
 
 Deliver = Callable[[torch.Tensor, torch.Tensor], None]
-_Piece = tuple[range, torch.Tensor, torch.Tensor]
 SparseRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # sample_U, row_U, vectors_UD
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Gradients of `rows`: those themselves (B, X, Y), or left^T right of (B, T, X), (B, T, Y)."""
+
+    rows: range
+    ready: torch.Tensor | None
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def write(self, first: int, last: int, into_BXY: torch.Tensor) -> None:
+        """Rows `first` to `last` of each gradient."""
+        if self.ready is not None:
+            into_BXY.copy_(self.ready[:, first:last])
+        elif self.factors is not None:
+            left, right = (f.to(into_BXY) for f in self.factors)
+            torch.bmm(left[..., first:last].transpose(1, 2), right, out=into_BXY)
+
+
+class Gate(torch.autograd.Function):
+    """x as it is; `deliver(grad)` is called in the backward pass, which ends here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, anchor: torch.Tensor, deliver: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor:
+        ctx.deliver = deliver
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        ctx.deliver(grads[0])
+        return None, None, None
 
 
 class _Affine(torch.autograd.Function):
@@ -69,24 +104,26 @@ class Capture:
         count: int,
         sink: Sink,
         head: nn.Module | None,
+        store: Store,
     ) -> None:
         """head: the plain vocabulary projection, whose parameters are left to `head.py`."""
         self.rows = range(0)
         self._sparse: dict[str, list[SparseRows]] = {}
+        self._sparse_rows: dict[str, range] = {}
         self._names = {id(p): n for n, p in chosen.items()}
         self._chosen, self._count, self._sink = chosen, count, sink
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._store = store
         self._pieces: dict[str, list[_Piece]] = {}
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
         self._got: dict[str, set[int]] = {}
-        self._anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), requires_grad=True)
         self._wrapped: list[nn.Module] = []
         self._plan: list[tuple[nn.Module, Callable[..., Any]]] = []
         owners = _owners(model, self._names)
         known = self._make_plan(owners, head)
         self.looped = tuple(n for n in chosen if n not in known)
         planned = {n for m, _ in self._plan for n in self._own(m).values() if n in known}
-        self._missing = dict.fromkeys(planned, count)
+        self._missing = dict.fromkeys((*planned, *self.looped), count)
 
     def _make_plan(self, owners: dict[str, list[nn.Module]], head: nn.Module | None) -> set[str]:
         known: set[str] = set()
@@ -115,7 +152,7 @@ class Capture:
     @property
     def complete(self) -> bool:
         """Whether every wrapped module has delivered for every sample."""
-        return not any(self._missing.values())
+        return not any(left for n, left in self._missing.items() if n not in self.looped)
 
     def __enter__(self) -> Capture:
         for module, forward in self._plan:
@@ -137,57 +174,64 @@ class Capture:
             )
         got.add(rows.start)
 
-    def _wide(self, name: str) -> torch.dtype:
+    def wide(self, name: str) -> torch.dtype:
         exact = self._chosen[name].dtype == torch.float64
         return torch.float64 if exact else torch.float32
 
     def product(self, name: str, rows: range, left: torch.Tensor, right: torch.Tensor) -> None:
         """The gradients (B, X, Y) of `rows` are left^T right, from (B, T, X) and (B, T, Y)."""
-        self._claim(name, rows)
-        self._pieces.setdefault(name, []).append((rows, left, right))
-        self._missing[name] -= len(rows)
-        if self._missing[name] == 0:
-            self._multiply(name, self._pieces.pop(name))
+        wide = self.wide(name)
+        if left.shape[-1] * right.shape[-1] * wide.itemsize * len(left) <= (
+            left.nbytes + right.nbytes
+        ):
+            self.ready(name, rows, torch.bmm(left.to(wide).transpose(1, 2), right.to(wide)))
+            return
+        keep = self._store.keep
+        self._add(name, _Piece(rows, None, (keep(left), keep(right))))
 
-    def _multiply(self, name: str, pieces: list[_Piece]) -> None:
-        wide = self._wide(name)
-        pieces = [(rows, left.to(wide), right.to(wide)) for rows, left, right in pieces]
-        height, width = pieces[0][1].shape[-1], pieces[0][2].shape[-1]
-        step = min(height, max(1, _SLICE_NUMBERS // (self._count * width)))
-        scratch = self._scratch.get(wide)
-        if scratch is None or len(scratch) < self._count * step * width:
-            device = pieces[0][1].device
-            scratch = torch.empty(self._count * step * width, dtype=wide, device=device)
-            self._scratch[wide] = scratch
+    def ready(self, name: str, rows: range, gradients: torch.Tensor) -> None:
+        """The gradients of `rows` are (B, X, Y), or (B, P) of a parameter of P numbers."""
+        wide = gradients.to(self.wide(name))
+        self._add(name, _Piece(rows, self._store.keep(wide if wide.dim() == 3 else wide[:, None])))
+
+    def _add(self, name: str, piece: _Piece) -> None:
+        self._claim(name, piece.rows)
+        self._pieces.setdefault(name, []).append(piece)
+        self._missing[name] -= len(piece.rows)
+        if self._missing[name] == 0:
+            self._hand_over(name, self._pieces.pop(name))
+
+    def _hand_over(self, name: str, pieces: list[_Piece]) -> None:
+        flat = [
+            _Piece(p.rows, p.ready.flatten(1)[..., None]) for p in pieces if p.ready is not None
+        ]
+        if len(flat) == len(pieces):  # nothing has to be formed, so that slices need not be rows
+            pieces, numbers = flat, _READY_NUMBERS
+            height, width = self._chosen[name].numel(), 1
+        else:
+            left, right = next(p.factors for p in pieces if p.factors is not None)
+            numbers, height, width = _SLICE_NUMBERS, left.shape[-1], right.shape[-1]
+        step = min(height, max(1, numbers // (self._count * width)))
+        scratch = self._scratch_of(self.wide(name), self._count * step * width)
         for first in range(0, height, step):
             last = min(first + step, height)
             shape = (self._count, last - first, width)
             slice_NXY = scratch[: self._count * (last - first) * width].view(shape)
-            for rows, left, right in pieces:
-                part = left[..., first:last].transpose(1, 2)
-                torch.bmm(part, right, out=slice_NXY[rows.start : rows.stop])
+            for piece in pieces:
+                piece.write(first, last, slice_NXY[piece.rows.start : piece.rows.stop])
             self._sink.dense(name, slice_NXY.flatten(1), first * width)
 
-    def slot(self, name: str, rows: range) -> torch.Tensor:
-        """Where the gradients (B, P) of `rows` are to be written; then call `filled`."""
-        self._claim(name, rows)
-        if name not in self._buffers:
-            parameter = self._chosen[name]
-            shape = (self._count, parameter.numel())
-            buffer = torch.empty(shape, dtype=self._wide(name), device=parameter.device)
-            self._buffers[name] = buffer
-        return self._buffers[name][rows.start : rows.stop]
-
-    def filled(self, name: str, rows: range) -> None:
-        """Hand the gradients of `name` to the sink when `rows` were the last ones missing."""
-        self._missing[name] -= len(rows)
-        if self._missing[name] == 0:
-            self._sink.dense(name, self._buffers.pop(name))
+    def _scratch_of(self, dtype: torch.dtype, size: int) -> torch.Tensor:
+        scratch = self._scratch.get(dtype)
+        if scratch is None or len(scratch) < size:
+            scratch = torch.empty(size, dtype=dtype, device=self._store.device)
+            self._scratch[dtype] = scratch
+        return scratch
 
     def finish(self) -> None:
         """Pass on the embeddings that `head.py` has not taken. ModelError when a parameter had
         gradients for some samples only."""
-        for name in (*self._buffers, *self._pieces):
+        for name in self._pieces:
             raise ModelError(
                 f"parameter {name} was used for some samples only, which its "
                 "per-sample gradients cannot follow; leave it out of `parameters`"
@@ -197,16 +241,31 @@ class Capture:
             if rows is not None:
                 self._sink.sparse(name, *rows)
 
+    def _add_sparse(self, name: str, rows: range, found: SparseRows) -> None:
+        parts = self._sparse.setdefault(name, [])
+        if parts and self._sparse_rows.get(name) == rows:  # read twice in one forward pass
+            found = _merged(parts.pop(), found, self._count)
+        self._sparse_rows[name] = rows
+        sample, row, vectors = found
+        parts.append((sample, row, self._store.keep(vectors)))
+        self._missing[name] -= len(rows)
+
     def take_sparse(self, name: str) -> SparseRows | None:
-        """All rows of an embedding, which are forgotten here; None when there are none."""
+        """All rows of an embedding, which are forgotten here; None when there are none. The
+        vectors are in the store."""
         if name not in self._sparse:
             return None
-        sample, row, vectors = map(torch.cat, zip(*self._sparse.pop(name), strict=True))
-        keys, inverse = torch.unique(row * self._count + sample, return_inverse=True)
-        if len(keys) < len(row):  # the same embedding read twice in one forward pass
-            vectors = torch.zeros_like(vectors[: len(keys)]).index_add_(0, inverse, vectors)
-            sample, row = keys % self._count, keys // self._count
-        return sample, row, vectors
+        sample, row, vectors = zip(*self._sparse.pop(name), strict=True)
+        return torch.cat(sample), torch.cat(row), self._store.cat(vectors)
+
+
+def _merged(one: SparseRows, other: SparseRows, count: int) -> SparseRows:
+    """The sum, with each (sample, row) once."""
+    sample, row = torch.cat((one[0], other[0])), torch.cat((one[1], other[1]))
+    keys, inverse = torch.unique(row * count + sample, return_inverse=True)
+    vectors = torch.cat((one[2].to(other[2]), other[2]))
+    summed = vectors.new_zeros(len(keys), vectors.shape[1]).index_add_(0, inverse, vectors)
+    return keys % count, keys // count, summed
 
 
 def _owners(model: nn.Module, names: Mapping[int, str]) -> dict[str, list[nn.Module]]:
@@ -258,13 +317,11 @@ def _affine(capture: Capture, module: nn.Module, own: dict[str, str]) -> Callabl
                 left, right = (a_BTI, b_BTO) if turned else (b_BTO, a_BTI)
                 capture.product(weight_name, rows, left, right)
             if bias_name is not None:
-                slot = capture.slot(bias_name, rows)
-                torch.sum(b_BTO.to(slot), 1, out=slot)
-                capture.filled(bias_name, rows)
+                capture.ready(bias_name, rows, b_BTO.to(capture.wide(bias_name)).sum(1))
 
         weight = module.weight.T if turned else module.weight
         found: torch.Tensor = _Affine.apply(  # type: ignore[no-untyped-call]
-            x, capture._anchor, weight, module.bias, deliver
+            x, capture.anchor, weight, module.bias, deliver
         )
         return found
 
@@ -279,8 +336,7 @@ def _norm(capture: Capture, module: nn.Module, own: dict[str, str]) -> Callable[
         wide = module._parameters[attribute].detach().expand(shape).clone()  # type: ignore[union-attr]
 
         def deliver(grad: torch.Tensor) -> None:
-            capture.slot(name, rows).copy_(grad.flatten(1))
-            capture.filled(name, rows)
+            capture.ready(name, rows, grad.flatten(1))
 
         wide.requires_grad_().register_hook(deliver)
         return wide
@@ -321,12 +377,10 @@ def _embedding(capture: Capture, module: nn.Module, own: dict[str, str]) -> Call
             out = nn.Embedding.forward(module, ids_BT)
 
         def deliver(grad: torch.Tensor) -> None:
-            found = _rows_of(ids_BT, grad, module.padding_idx, rows)
-            capture._sparse.setdefault(name, []).append(found)
-            capture._missing[name] -= len(rows)
+            capture._add_sparse(name, rows, _rows_of(ids_BT, grad, module.padding_idx, rows))
 
-        out.requires_grad_().register_hook(deliver)  # type: ignore[no-untyped-call]
-        return out
+        found: torch.Tensor = Gate.apply(out, capture.anchor, deliver)  # type: ignore[no-untyped-call]
+        return found
 
     return forward
 

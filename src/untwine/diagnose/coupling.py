@@ -2,14 +2,17 @@
 
 g_i = grad log pi(a_i|s_i), summed over the tokens of the action. One forward and backward pass over
 all samples gives every g_i layer by layer; the Gram of a layer is added up and its gradients are
-dropped (capture.py, sweep.py). No N separate backward passes, and no matrix of all gradients.
+dropped (capture.py, sweep.py); what has to wait does so in memory or in a file (store.py). No N
+separate backward passes, and no matrix of all gradients in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +35,7 @@ from untwine.diagnose.scoring import (
     parts_of,
 )
 from untwine.diagnose.sinks import GramSink, NotFinite, PushSink, Sink
+from untwine.diagnose.store import Store
 from untwine.diagnose.sweep import sweep
 from untwine.errors import ModelError, UntwineError
 
@@ -73,6 +77,8 @@ def gram(
     temperature: float = 1.0,
     chunk: int = 16,
     recompute: bool = False,
+    memory_mib: float | None = None,
+    folder: Path | None = None,
     check: bool = True,
     context: Context = contextlib.nullcontext,
     on_progress: Progress = lambda done, total: None,
@@ -84,7 +90,10 @@ def gram(
     temperature     logits are divided by it, as they were when sampled
     chunk           samples per forward pass; the result does not depend on it
     recompute       keep only what goes from block to block and compute each block again in the
-                    backward pass: one forward pass more, memory of one block instead of all
+                    backward pass: one forward pass more, gradients of one block instead of all
+    memory_mib      of what is kept between the passes, how much may be in memory; the rest goes to
+                    a temporary file. None is 1024 on a CPU, a quarter of the device's with CUDA
+    folder          for that file; None is the system's folder for temporary files
     check           compare log pi and |g|^2 of the shortest sample with an ordinary backward pass
     context         the context forward passes run in, such as an autocast
 
@@ -99,7 +108,8 @@ def gram(
         check_preconditioner(chosen, preconditioner)
     parts = parts_of(model)
     sink = GramSink(len(steps), parts.device, preconditioner)
-    run = _Run(parts, chosen, temperature, chunk, recompute, context, on_progress)
+    keeping = partial(Store, parts.device, memory_mib, folder)
+    run = _Run(parts, chosen, temperature, chunk, recompute, context, on_progress, keeping)
     order, logprobs, looped = run(steps, sink)
     back = torch.tensor(order).argsort()
     K_NN = sink.K_NN.cpu()[back][:, back]
@@ -117,6 +127,8 @@ def push(
     temperature: float = 1.0,
     chunk: int = 16,
     recompute: bool = False,
+    memory_mib: float | None = None,
+    folder: Path | None = None,
     context: Context = contextlib.nullcontext,
     on_progress: Progress = lambda done, total: None,
 ) -> torch.Tensor:
@@ -134,7 +146,8 @@ def push(
     chosen = select_parameters(model, lambda name, _: name in names)
     parts = parts_of(model)
     sink = PushSink(len(steps), parts.device, [dict(d) for d in directions])
-    run = _Run(parts, chosen, temperature, chunk, recompute, context, on_progress)
+    keeping = partial(Store, parts.device, memory_mib, folder)
+    run = _Run(parts, chosen, temperature, chunk, recompute, context, on_progress, keeping)
     order, _, _ = run(steps, sink)
     return sink.push_NB.cpu()[torch.tensor(order).argsort()]
 
@@ -146,6 +159,8 @@ def head_gram(
     *,
     temperature: float = 1.0,
     chunk: int = 16,
+    memory_mib: float | None = None,
+    folder: Path | None = None,
     context: Context = contextlib.nullcontext,
     on_progress: Progress = lambda done, total: None,
 ) -> Gram:
@@ -158,7 +173,8 @@ def head_gram(
     if len(steps) < 2:
         raise UntwineError(f"coupling needs at least two samples, got {len(steps)}")
     parts = parts_of(model)
-    head = _plain_head(parts, temperature)
+    store = Store(parts.device, memory_mib, folder)
+    head = _plain_head(parts, temperature, store)
     if head is None:
         raise ModelError(
             f"the vocabulary projection is a {type(parts.head).__name__}, not a plain Linear; "
@@ -167,7 +183,7 @@ def head_gram(
     order = by_length(steps)
     chunks = cut_chunks([steps[i] for i in order], chunk, parts.device)
     sink, logprobs = GramSink(len(steps), parts.device, None), []
-    with only_these_need_gradients(model), _original_numbers(order):
+    with store, only_these_need_gradients(model), _original_numbers(order):
         for done, piece in enumerate(chunks):
             with context():
                 hidden_MD = parts.hidden(piece)
@@ -197,23 +213,32 @@ class _Run:
     recompute: bool
     context: Context
     on_progress: Progress
+    keeping: Callable[[], Store]
 
     def __call__(
         self, steps: Sequence[StepSample], sink: Sink
     ) -> tuple[list[int], torch.Tensor, tuple[str, ...]]:
         """The working order, log pi in that order (float64), and the parameters looped over."""
         order = by_length(steps)
-        chunks = cut_chunks([steps[i] for i in order], self.chunk, self.parts.device)
-        head = _plain_head(self.parts, self.temperature)
+        with self.keeping() as store, _original_numbers(order):
+            logprobs_N, looped = self._ordered([steps[i] for i in order], sink, store)
+        return order, logprobs_N.double(), looped
+
+    def _ordered(
+        self, steps: Sequence[StepSample], sink: Sink, store: Store
+    ) -> tuple[torch.Tensor, tuple[str, ...]]:
+        chunks = cut_chunks(steps, self.chunk, self.parts.device)
+        head = _plain_head(self.parts, self.temperature, store)
         plain = None if head is None else head.linear
-        capture = Capture(self.parts.whole, self.chosen, len(steps), sink, plain)
-        with only_these_need_gradients(self.parts.whole), _original_numbers(order):
+        capture = Capture(self.parts.whole, self.chosen, len(steps), sink, plain, store)
+        with only_these_need_gradients(self.parts.whole):
             with capture:
                 logprobs_N = sweep(
                     self.parts,
                     chunks,
                     capture,
                     head,
+                    store,
                     temperature=self.temperature,
                     recompute=self.recompute,
                     context=self.context,
@@ -223,15 +248,16 @@ class _Run:
                 names = self._head_names(head.linear)
                 head.finish(names, len(steps), sink, capture.take_sparse(names.get("weight", "")))
             capture.finish()
-        self._loop([steps[i] for i in order], capture.looped, sink)
-        return order, logprobs_N.double(), capture.looped
+        self._loop(steps, capture)
+        return logprobs_N, capture.looped
 
     def _head_names(self, linear: nn.Linear) -> dict[str, str]:
         names = {id(p): n for n, p in self.chosen.items()}
         return {a: names[id(p)] for a, p in linear._parameters.items() if id(p) in names}
 
-    def _loop(self, steps: Sequence[StepSample], names: Sequence[str], sink: Sink) -> None:
+    def _loop(self, steps: Sequence[StepSample], capture: Capture) -> None:
         """One backward pass per sample, for parameters of layers that no handler knows."""
+        names = capture.looped
         size = len(steps) * sum(self.chosen[n].numel() for n in names) * 4
         if size > _LOOPED_BYTES:
             raise ModelError(
@@ -241,9 +267,9 @@ class _Run:
             )
         if not names:
             return
-        found = [self.gradient(step, names)[1] for step in steps]
-        for name in names:
-            sink.dense(name, torch.stack([g[name].flatten() for g in found]))
+        for i, step in enumerate(steps):
+            for name, grad in self.gradient(step, names)[1].items():
+                capture.ready(name, range(i, i + 1), grad.flatten()[None])
 
     def gradient(
         self, step: StepSample, names: Sequence[str]
@@ -260,8 +286,8 @@ class _Run:
         }
 
 
-def _plain_head(parts: LanguageModel, temperature: float) -> Head | None:
-    return Head(parts.head, temperature) if type(parts.head) is nn.Linear else None
+def _plain_head(parts: LanguageModel, temperature: float, store: Store) -> Head | None:
+    return Head(parts.head, temperature, store) if type(parts.head) is nn.Linear else None
 
 
 def _check(

@@ -8,7 +8,8 @@ time, from the hidden states and the normalisers; residuals are never kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,32 +17,48 @@ from torch import nn
 from untwine.diagnose.capture import SparseRows
 from untwine.diagnose.samples import Chunk
 from untwine.diagnose.scoring import log_softmax_at
-from untwine.diagnose.sinks import Sink
+from untwine.diagnose.sinks import Sink, rows_of
+from untwine.diagnose.store import Store
 
 _SLICE_NUMBERS = 1 << 24  # numbers in the gradients of one slice of the vocabulary
 _LOGIT_NUMBERS = 1 << 25  # logits at a time
 
+Narrow = tuple[int, int, int, float]  # sample of the chunk, place, id, entry of the residual
+
 
 @dataclass(slots=True)
 class _Kept:
-    """What one chunk leaves for the head's own gradient; see `Head.finish`."""
+    """What one chunk leaves for the head's own gradient.
 
-    hidden_M: list[torch.Tensor] = field(default_factory=list)
-    sample_M: list[torch.Tensor] = field(default_factory=list)
-    place_M: list[torch.Tensor] = field(default_factory=list)
-    target_M: list[torch.Tensor] = field(default_factory=list)
-    others_M: list[torch.Tensor] = field(default_factory=list)
-    lse_M: list[torch.Tensor] = field(default_factory=list)
-    narrow: list[tuple[int, int, int, float]] = field(default_factory=list)
+    hidden_BLD  hidden states, 0 where there is no token
+    lse_BL      normalisers; infinite where there is no token or the ids are restricted
+    where       places (b, l, id; 3 x U) of what stands there instead of -p ...
+    values_U    ... and what it is
+    """
+
+    rows: range
+    hidden_BLD: torch.Tensor
+    lse_BL: torch.Tensor
+    where: torch.Tensor
+    values_U: torch.Tensor
+
+    def residual(self, logits_BLV: torch.Tensor, first: int) -> torch.Tensor:
+        """e_y - p for the ids from `first` on."""
+        residual_BLV = -(logits_BLV - self.lse_BL[..., None]).exp_()
+        here = (self.where[2] >= first) & (self.where[2] < first + logits_BLV.shape[-1])
+        sample, place, token = self.where[:, here]
+        residual_BLV.index_put_((sample, place, token - first), self.values_U[here])
+        return residual_BLV
 
 
 class Head:
     """A plain `nn.Linear` vocabulary projection."""
 
-    def __init__(self, linear: nn.Linear, temperature: float) -> None:
+    def __init__(self, linear: nn.Linear, temperature: float, store: Store) -> None:
         self.linear = linear
         self.temperature = temperature
-        self._kept = _Kept()
+        self._store = store
+        self._kept: list[_Kept] = []
 
     def logits(self, hidden_MD: torch.Tensor) -> torch.Tensor:
         return self._scaled(nn.functional.linear(hidden_MD, self.linear.weight, self.linear.bias))
@@ -62,49 +79,22 @@ class Head:
         weight = self.linear.weight
         toward_MD = torch.zeros_like(hidden_MD)
         logprobs_M, lse_M, others_M = [], [], []
+        narrow: list[Narrow] = []
         step = max(1, _LOGIT_NUMBERS // len(weight))
         for begin in range(0, len(hidden_MD), step):
             at = slice(begin, begin + step)
             logits = self.logits(hidden_MD[at])
             logprobs, lse = log_softmax_at(logits, chunk, at)
-            residual, others = self._residual(logits, lse, chunk, at)
+            residual, others = _residual(logits, lse, chunk, at, narrow)
             if toward:
                 residual = residual / self.temperature
                 toward_MD[at] = (residual.to(weight.dtype) @ weight).to(hidden_MD.dtype)
             logprobs_M.append(torch.where(others < 0.5, torch.log1p(-others), logprobs))
             lse_M.append(lse)
             others_M.append(others)
-        self._keep(chunk, hidden_MD, torch.cat(lse_M), torch.cat(others_M))
+        self._keep(chunk, hidden_MD, torch.cat(lse_M), torch.cat(others_M), narrow)
         zeros_B = torch.zeros(len(chunk.rows), dtype=logprobs_M[0].dtype, device=hidden_MD.device)
         return toward_MD, zeros_B.index_add(0, chunk.sample_M, torch.cat(logprobs_M))
-
-    def _residual(
-        self, logits: torch.Tensor, lse: torch.Tensor, chunk: Chunk, at: slice
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """e_y - p, where p is 0 outside the allowed ids, and its entries 1 - p_y.
-
-        1 - p_y is the sum over the other ids: the difference would lose digits where p_y is near 1,
-        and with it the gradients of likely actions. What is restricted is noted.
-        """
-        residual = -(logits - lse[:, None]).exp()
-        targets = chunk.targets_M[at].tolist()
-        for m, allowed in enumerate(chunk.allowed[at]):
-            if allowed is None:
-                continue
-            ids = sorted(set(allowed) - {targets[m]})
-            where = torch.tensor(ids, dtype=torch.long, device=logits.device)
-            values = residual[m, where]
-            residual[m] = 0
-            residual[m, where] = values
-            row = chunk.rows.start + int(chunk.sample_M[at][m])
-            place = int(chunk.place_M[at][m])
-            pairs = zip(ids, values.tolist(), strict=True)
-            self._kept.narrow += [(row, place, token, value) for token, value in pairs]
-        ends = (torch.arange(len(targets), device=logits.device), chunk.targets_M[at])
-        residual[ends] = 0
-        others = -residual.sum(-1)
-        residual[ends] = others
-        return residual, others
 
     def _keep(
         self,
@@ -112,15 +102,21 @@ class Head:
         hidden_MD: torch.Tensor,
         lse_M: torch.Tensor,
         others_M: torch.Tensor,
+        narrow: list[Narrow],
     ) -> None:
+        places = (chunk.sample_M, chunk.place_M)
+        shape = (len(chunk.rows), int(chunk.place_M.max()) + 1)
+        hidden_BLD = hidden_MD.new_zeros(*shape, hidden_MD.shape[-1]).index_put_(places, hidden_MD)
         closed = torch.tensor([a is not None for a in chunk.allowed], device=lse_M.device)
-        kept = self._kept
-        kept.hidden_M.append(hidden_MD)
-        kept.sample_M.append(chunk.sample_M + chunk.rows.start)
-        kept.place_M.append(chunk.place_M)
-        kept.target_M.append(chunk.targets_M)
-        kept.others_M.append(others_M)
-        kept.lse_M.append(lse_M.masked_fill(closed, torch.inf))
+        lse_BL = torch.full(shape, torch.inf, dtype=lse_M.dtype, device=lse_M.device)
+        lse_BL.index_put_(places, lse_M.masked_fill(closed, torch.inf))
+        where, values = torch.stack((*places, chunk.targets_M)), others_M
+        if narrow:
+            *at, shares = zip(*narrow, strict=True)
+            where = torch.cat((where, torch.tensor(at, device=where.device)), 1)
+            values = torch.cat((values, torch.tensor(shares).to(values)))
+        keep = self._store.keep
+        self._kept.append(_Kept(chunk.rows, keep(hidden_BLD), lse_BL, where, values))
 
     @torch.no_grad()
     def finish(
@@ -133,57 +129,71 @@ class Head:
         """
         if not names:
             return
-        hidden_NLD, lse_NL, ends = self._padded(count)
-        weight, bias = self.linear.weight, self.linear.bias
+        weight = self.linear.weight
         vocabulary, width = weight.shape
-        step = max(1, _SLICE_NUMBERS // (count * max(width, hidden_NLD.shape[1])))
-        wide_NLD = hidden_NLD if hidden_NLD.dtype == torch.float64 else hidden_NLD.float()
+        step = min(vocabulary, max(1, _SLICE_NUMBERS // (count * width)))
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        empty = partial(torch.empty, dtype=wide, device=weight.device)
+        scratch, biases = empty(count * step * width), empty(count, step)
         for first in range(0, vocabulary, step):
             last = min(first + step, vocabulary)
-            part = None if bias is None else bias[first:last]
-            logits = self._scaled(nn.functional.linear(hidden_NLD, weight[first:last], part))
-            residual_NLV = -(logits - lse_NL[..., None]).exp_()
-            _set_at(residual_NLV, ends, first, last)
-            residual_NLV /= self.temperature
+            size = last - first
+            grad_NVD = scratch[: count * size * width].view(count, size, width)
+            for kept in self._kept:
+                self._form(kept, first, last, grad_NVD, biases)
             if "weight" in names:
-                grad_NVD = torch.bmm(residual_NLV.transpose(1, 2), wide_NLD)
                 if tied is not None:
                     _add_rows(grad_NVD, tied, first, last)
                 sink.dense(names["weight"], grad_NVD.flatten(1), first * width)
             if "bias" in names:
-                sink.dense(names["bias"], residual_NLV.sum(1), first)
+                sink.dense(names["bias"], biases[:, :size].clone(), first)
 
-    def _padded(
-        self, count: int
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """Hidden states (N, L, D), normalisers (N, L; infinite where there is no token or the ids
-        are restricted), and what stands in place of -p: places (n, l, id; 3 x U) and values (U)."""
-        kept = self._kept
-        sample, place = torch.cat(kept.sample_M), torch.cat(kept.place_M)
-        hidden_M, target = torch.cat(kept.hidden_M), torch.cat(kept.target_M)
-        length = int(place.max()) + 1
-        hidden = hidden_M.new_zeros(count, length, hidden_M.shape[-1])
-        hidden[sample, place] = hidden_M
-        lse_M = torch.cat(kept.lse_M)
-        lse = torch.full((count, length), torch.inf, dtype=lse_M.dtype, device=lse_M.device)
-        lse[sample, place] = lse_M
-        where = torch.stack((sample, place, target))
-        values = torch.cat(kept.others_M)
-        if kept.narrow:
-            rows, places, tokens, shares = zip(*kept.narrow, strict=True)
-            more = torch.tensor([rows, places, tokens], device=where.device)
-            where = torch.cat((where, more), 1)
-            values = torch.cat((values, torch.tensor(shares).to(values)))
-        return hidden, lse, (where, values)
+    def _form(
+        self,
+        kept: _Kept,
+        first: int,
+        last: int,
+        grad_NVD: torch.Tensor,
+        biases_NV: torch.Tensor,
+    ) -> None:
+        """Gradients of one chunk's samples in the ids `first` to `last`."""
+        hidden_BLD = self._store.back(kept.hidden_BLD)
+        bias = None if self.linear.bias is None else self.linear.bias[first:last]
+        logits = nn.functional.linear(hidden_BLD, self.linear.weight[first:last], bias)
+        residual_BLV = kept.residual(self._scaled(logits), first).div_(self.temperature)
+        rows = slice(kept.rows.start, kept.rows.stop)
+        torch.bmm(residual_BLV.transpose(1, 2), hidden_BLD.to(grad_NVD), out=grad_NVD[rows])
+        if bias is not None:
+            torch.sum(residual_BLV, 1, out=biases_NV[rows, : last - first])
 
 
-def _set_at(
-    residual_NLV: torch.Tensor, ends: tuple[torch.Tensor, torch.Tensor], first: int, last: int
-) -> None:
-    where, values = ends
-    here = (where[2] >= first) & (where[2] < last)
-    sample, place, token = where[:, here]
-    residual_NLV.index_put_((sample, place, token - first), values[here])
+def _residual(
+    logits: torch.Tensor, lse: torch.Tensor, chunk: Chunk, at: slice, narrow: list[Narrow]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """e_y - p, where p is 0 outside the allowed ids, and its entries 1 - p_y.
+
+    1 - p_y is the sum over the other ids: the difference would lose digits where p_y is near 1,
+    and with it the gradients of likely actions. What is restricted is added to `narrow`.
+    """
+    residual = -(logits - lse[:, None]).exp()
+    targets = chunk.targets_M[at].tolist()
+    for m, allowed in enumerate(chunk.allowed[at]):
+        if allowed is None:
+            continue
+        ids = sorted(set(allowed) - {targets[m]})
+        where = torch.tensor(ids, dtype=torch.long, device=logits.device)
+        values = residual[m, where]
+        residual[m] = 0
+        residual[m, where] = values
+        row = int(chunk.sample_M[at][m])
+        place = int(chunk.place_M[at][m])
+        pairs = zip(ids, values.tolist(), strict=True)
+        narrow += [(row, place, token, value) for token, value in pairs]
+    ends = (torch.arange(len(targets), device=logits.device), chunk.targets_M[at])
+    residual[ends] = 0
+    others = -residual.sum(-1)
+    residual[ends] = others
+    return residual, others
 
 
 def _add_rows(
@@ -195,4 +205,4 @@ def _add_rows(
     sample_U, row_U, vectors_UD = rows
     here = (row_U >= first) & (row_U < last)
     places = (sample_U[here], row_U[here] - first)
-    grad_NVD.index_put_(places, vectors_UD[here].to(grad_NVD), accumulate=True)
+    grad_NVD.index_put_(places, rows_of(vectors_UD, here).to(grad_NVD), accumulate=True)

@@ -24,7 +24,13 @@ class Sink(Protocol):
     def sparse(
         self, name: str, sample_U: torch.Tensor, row_U: torch.Tensor, vectors_UD: torch.Tensor
     ) -> None:
-        """Rows `row_U` of the (V, D) parameter `name`, each (sample, row) at most once."""
+        """Rows `row_U` of the (V, D) parameter `name`, each (sample, row) at most once. The vectors
+        may be those of a store, of which only some are to be in memory at a time."""
+
+
+def rows_of(vectors_UD: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """vectors_UD[at] on the device of `at`, which vectors in a file are not on."""
+    return vectors_UD[at.to(vectors_UD.device)].to(at.device)
 
 
 class GramSink:
@@ -55,15 +61,17 @@ class GramSink:
     def sparse(
         self, name: str, sample_U: torch.Tensor, row_U: torch.Tensor, vectors_UD: torch.Tensor
     ) -> None:
-        if self._roots is not None:
-            vectors_UD = vectors_UD * self._roots[name][row_U]
         order = row_U.argsort(stable=True)
-        sample_U, vectors_UD = sample_U[order], vectors_UD[order]
-        _, counts = torch.unique_consecutive(row_U[order], return_counts=True)
+        sample_U = sample_U[order]
+        row_R, counts = torch.unique_consecutive(row_U[order], return_counts=True)
+        roots_RD = None if self._roots is None else self._roots[name][row_R]
         part_NN = torch.zeros_like(self.K_NN)
         begin = 0
-        for count in counts.tolist():
-            who, rows = sample_U[begin : begin + count], vectors_UD[begin : begin + count]
+        for r, count in enumerate(counts.tolist()):
+            who = sample_U[begin : begin + count]
+            rows = rows_of(vectors_UD, order[begin : begin + count])
+            if roots_RD is not None:
+                rows = rows * roots_RD[r]
             part_NN[who[:, None], who[None]] += (rows @ rows.T).double()
             begin += count
         check_finite(name, part_NN.diagonal())
@@ -92,9 +100,10 @@ class PushSink:
         self, name: str, sample_U: torch.Tensor, row_U: torch.Tensor, vectors_UD: torch.Tensor
     ) -> None:
         for b, direction in enumerate(self._directions):
-            along_UD = direction[name].to(vectors_UD)[row_U]
-            values_U = (vectors_UD * along_UD).sum(-1).double()
-            self.push_NB[:, b].index_add_(0, sample_U, values_U)
+            along_VD = direction[name].to(row_U.device, vectors_UD.dtype)
+            for at in torch.split(torch.arange(len(row_U), device=row_U.device), _COLUMNS):
+                values = (rows_of(vectors_UD, at) * along_VD[row_U[at]]).sum(-1).double()
+                self.push_NB[:, b].index_add_(0, sample_U[at], values)
         check_finite(name, self.push_NB.sum(-1))
 
 
@@ -114,8 +123,8 @@ class NotFinite(UntwineError):
         self.name, self.position = name, position
 
 
-def check_finite(name: str, values_N: torch.Tensor) -> None:
-    """NotFinite for the first sample whose value is NaN or infinite."""
+def check_finite(name: str, values_N: torch.Tensor, first: int = 0) -> None:
+    """NotFinite for the first sample whose value is NaN or infinite; `first` is that of place 0."""
     bad = (~values_N.isfinite()).nonzero()
     if len(bad):
-        raise NotFinite(name, int(bad[0]))
+        raise NotFinite(name, first + int(bad[0]))
