@@ -1,13 +1,13 @@
 """The coupling Gram against training steps and separate backward passes over the same samples.
 
-    python benchmarks/coupling.py [--samples 64,128,256] [--repeats 2] [--tied] [--device cpu]
+    python benchmarks/coupling.py [--samples 64,128,256] [--repeats 2] [--memory-mib 64] [--tied]
 
 A Llama of eight layers (6.8 million parameters, 7.9 untied); samples of 250 prompt and 8 action
 tokens. Every arm has a process of its own; they take turns, so that all meet the same machine, in
 turned order from repetition to repetition. The table gives medians of seconds (of the processor on
 a CPU), their ratio to the training step in micro-batches of 16, and the peak of memory above what
-libraries and model take: on a CPU the resident set without files (RssAnon, looked at every 10 ms,
-which the kernel can take back pages of files from), with CUDA what is allocated. The Grams may keep
+libraries and model take: on a CPU the resident set without cached files (RssAnon of
+/proc/self/status, looked at every 20 ms), with CUDA what is allocated. The Grams may keep
 `--memory-mib` between passes; the rest is in a temporary file. Separate passes, which are slow, are
 done once. `error` is the largest |K - K'| / (|g_i| |g_j|) against separate backward
 passes in float64, on the first `--exact` samples.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,55 +80,81 @@ def separate_passes(model: Any, samples: Sequence[StepSample]) -> Any:
 
 
 STEP, SEPARATE = "training step, micro-batches of 16", "separate passes, gradients stored"
-ARMS: dict[str, Arm] = {
-    STEP: training_step,
-    "exact Gram": lambda model, samples, **kept: gram(
-        model, samples, chunk=MICROBATCH, check=False, **kept
-    ),
-    "exact Gram, recompute": lambda model, samples, **kept: gram(
-        model, samples, chunk=MICROBATCH, recompute=True, check=False, **kept
-    ),
-    "head only, forward": lambda model, samples: head_gram(model, samples, chunk=MICROBATCH),
-    SEPARATE: separate_passes,
-}
 
 
-def work(name: str, tied: bool, device: str, pipe: Any) -> None:
+def arms(memory_mib: float) -> dict[str, Arm]:
+    kept: dict[str, Any] = {"chunk": MICROBATCH, "memory_mib": memory_mib}
+    return {
+        STEP: training_step,
+        "exact Gram": lambda model, samples: gram(model, samples, check=False, **kept),
+        "exact Gram, recompute": lambda model, samples: gram(
+            model, samples, recompute=True, check=False, **kept
+        ),
+        "head only, forward": lambda model, samples: head_gram(model, samples, **kept),
+        SEPARATE: separate_passes,
+    }
+
+
+def work(name: str, tied: bool, device: str, memory_mib: float, pipe: Any) -> None:
     """What the process of an arm does: for each number that comes, one measurement."""
     torch.set_num_threads(1)
-    model, arm = make_model(tied, device), ARMS[name]
+    model, arm = make_model(tied, device), arms(memory_mib)[name]
     training_step(model, make_samples(2))
-    before = resident("VmRSS") if device == "cpu" else torch.cuda.memory_allocated() / 2**20
+    before = resident() if device == "cpu" else torch.cuda.memory_allocated() / 2**20
     while count := pipe.recv():
         samples = make_samples(count)
         if device == "cpu":
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-            start = time.process_time()
-            arm(model, samples)
-            took, peak = time.process_time() - start, resident("VmHWM")
+            with Peak() as peak:
+                start = time.process_time()
+                arm(model, samples)
+                took = time.process_time() - start
+            most = peak.most
         else:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
             start = time.perf_counter()
             arm(model, samples)
             torch.cuda.synchronize()
-            took, peak = time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**20
-        pipe.send((took, max(0.0, peak - before)))
+            took, most = time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**20
+        pipe.send((took, max(0.0, most - before)))
 
 
-def resident(field: str) -> float:
-    """MiB; VmRSS: now, VmHWM: at the peak. Not `ru_maxrss`, which a process inherits."""
+def resident() -> float:
+    """MiB of this process that are no pages of files, which the kernel can drop at any time. Where
+    that is not known, the whole resident set."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+    sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
+    return sizes.get("RssAnon", sizes["VmRSS"]) / 1024
+
+
+class Peak:
+    """The most that is resident while it is in force; the kernel keeps no peak without files."""
+
+    def __init__(self) -> None:
+        self.most = resident()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def _look(self) -> None:
+        while not self._over.wait(0.02):
+            self.most = max(self.most, resident())
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
 
 
 class Worker:
     """The process of one arm, from outside."""
 
-    def __init__(self, name: str, tied: bool, device: str) -> None:
+    def __init__(self, name: str, tied: bool, device: str, memory_mib: float) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
-        self._process = context.Process(target=work, args=(name, tied, device, there))
+        self._process = context.Process(target=work, args=(name, tied, device, memory_mib, there))
         self._process.start()
         there.close()  # so that a process that dies ends the wait
 
@@ -157,12 +184,13 @@ def main() -> None:
     parser.add_argument("--samples", default="64,128,256")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--exact", type=int, default=8)
+    parser.add_argument("--memory-mib", type=float, default=64, help="kept between passes")
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--without", default="", help="arms to leave out, by first letters")
     options = parser.parse_args()
     left_out = tuple(w for w in options.without.split(",") if w)
-    names = [n for n in ARMS if n == STEP or not n.startswith(left_out or "-")]
+    names = [n for n in arms(0) if n == STEP or not n.startswith(left_out or "-")]
     counts = [int(n) for n in options.samples.split(",")]
     size = sum(p.numel() for p in make_model(options.tied, "cpu").parameters())
     head = "tied" if options.tied else "untied"
@@ -171,11 +199,14 @@ def main() -> None:
         heading(
             "coupling.py",
             f"{head} head, {size:,} parameters; {PROMPT} + {ACTION} tokens a sample; "
+            f"{options.memory_mib:g} MiB kept in memory between passes; "
             f"{options.repeats} repetitions, seed 0, {device}",
         ),
         flush=True,
     )
-    workers = {name: Worker(name, options.tied, options.device) for name in names}
+    workers = {
+        name: Worker(name, options.tied, options.device, options.memory_mib) for name in names
+    }
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for repeat in range(options.repeats):
         for count in counts:

@@ -22,7 +22,7 @@ from tests.diagnose.reference import (
     small_samples,
 )
 from untwine.config import PolicyConfig
-from untwine.diagnose import capture, head, sinks
+from untwine.diagnose import capture, head, sinks, store
 from untwine.diagnose.coupling import (
     cosines,
     gram,
@@ -115,6 +115,82 @@ def test_slices_of_matrices_and_of_the_vocabulary(
     direction = gradients(model, samples[:1], trained(model))
     pushed = push(model, samples, direction, chunk=4)[:, 0]
     torch.testing.assert_close(pushed, reference[:, 0], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_is_kept_in_a_file_comes_back_the_same(
+    case: str, recompute: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    family, extra = FAMILIES[case]
+    model, samples = small_model(family, **extra), small_samples(7, narrow=True)
+    options: dict[str, Any] = {"chunk": 2, "recompute": recompute, "folder": tmp_path}
+    with_memory = gram(model, samples, **options)
+    direction = weighted_gradient(model, samples, torch.ones(7))
+    pushed = push(model, samples, [direction], **options)
+    sizes = watch_files(monkeypatch)
+    for memory_mib in (0, 0.01):
+        found = gram(model, samples, memory_mib=memory_mib, **options)
+        torch.testing.assert_close(found.K_NN, with_memory.K_NN, rtol=1e-7, atol=1e-6)
+        assert torch.equal(found.logprobs_N, with_memory.logprobs_N)
+        again = push(model, samples, [direction], memory_mib=memory_mib, **options)
+        torch.testing.assert_close(again, pushed, rtol=1e-6, atol=1e-6)
+    assert len(sizes) == 4
+    assert min(sizes) > 0
+    assert not list(tmp_path.iterdir())
+
+
+def watch_files(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every tensor counts, however small; the sizes of the files at their end."""
+    monkeypatch.setattr(store, "_SMALL", 1)
+    monkeypatch.setattr(store, "_SEGMENT", 1 << 14)
+    sizes: list[int] = []
+    leave = store.Store.__exit__
+
+    def noted(self: store.Store, *error: object) -> None:
+        sizes.append(self.file_bytes)
+        leave(self, *error)
+
+    monkeypatch.setattr(store.Store, "__exit__", noted)
+    return sizes
+
+
+def test_other_gradients_come_through_the_file_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Layers nobody knows, Adam's metric, float64."""
+    sizes = watch_files(monkeypatch)
+    options: dict[str, Any] = {"chunk": 4, "memory_mib": 0, "folder": tmp_path}
+    samples = small_samples(6, narrow=True)
+    model = small_model("llama", tie_word_embeddings=True)
+    scale = adam_preconditioner(model, adam_state(model))
+    reference = gram_of(gradients(model, samples, trained(model)), scale)
+    found = gram(model, samples, preconditioner=scale, **options)
+    assert relative_error(found.K_NN, reference) < 1e-5
+    model.model.layers[0].mlp.act_fn = nn.Sequential(nn.SiLU(), _Odd(40))
+    reference = gram_of(gradients(model, samples, trained(model)))
+    assert relative_error(gram(model, samples, **options).K_NN, reference) < 1e-5
+    assert relative_error(gram(model.double(), samples, **options).K_NN, reference) < 1e-12
+    assert len(sizes) == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_file_is_gone_after_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sizes = watch_files(monkeypatch)
+    model, samples = small_model("llama"), small_samples(6)
+
+    def stop(done: int, total: int) -> None:
+        if done == total - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gram(model, samples, chunk=2, memory_mib=0, folder=tmp_path, on_progress=stop)
+    assert sizes[0] > 0
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UntwineError, match=r"nowhere.*name another folder"):
+        gram(model, samples, memory_mib=0, folder=tmp_path / "nowhere")
+    with pytest.raises(UntwineError, match="memory_mib is -1"):
+        gram(model, samples, memory_mib=-1)
 
 
 def test_a_model_in_float64_is_followed_to_its_precision() -> None:

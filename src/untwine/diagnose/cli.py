@@ -168,7 +168,18 @@ def coupling(
     checkpoint: Checkpoint = "",
     seed: Seed = 0,
     chunk: Chunk = 16,
-    recompute: Annotated[bool, typer.Option(help="Less memory for one more forward pass.")] = True,
+    recompute: Annotated[
+        bool, typer.Option(help="Keep less between passes, for one more forward pass.")
+    ] = True,
+    memory_mib: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="What may be kept in memory; more goes to a file [default: 1024 on a CPU]."
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="For that file [default: that of temporary files].")
+    ] = None,
     diffs: Annotated[
         int, typer.Option(min=0, help="Worst offenders shown with both prompts; 0: none.")
     ] = 3,
@@ -194,6 +205,8 @@ def coupling(
         seed=seed,
         chunk=chunk,
         recompute=recompute,
+        memory_mib=memory_mib,
+        folder=folder,
         parameters=[p.strip() for p in parameters.split(",") if p.strip()] or None,
     )
     with Display() as display:

@@ -61,7 +61,8 @@ from untwine.records import Group
 
 @dataclass(frozen=True, slots=True)
 class CouplingOptions:
-    """count: samples at most; batches: of other iterations, for the mean push, at most."""
+    """count: samples at most; batches: of other iterations, for the mean push, at most;
+    recompute, memory_mib and folder as in `coupling.gram`."""
 
     count: int = 128
     batches: int = 16
@@ -70,6 +71,8 @@ class CouplingOptions:
     temperature: float = 1.0
     chunk: int = 16
     recompute: bool = False
+    memory_mib: float | None = None
+    folder: Path | None = None
     parameters: ParameterChoice = None
     preconditioner: Mapping[str, torch.Tensor] | None = None
     offenders: int = 10
@@ -191,6 +194,8 @@ def _grams(
     common: dict[str, Any] = {
         "temperature": options.temperature,
         "chunk": options.chunk,
+        "memory_mib": options.memory_mib,
+        "folder": options.folder,
         "context": context_of(policy),
     }
     with display.bar("gradient Gram", 1, "pass") as bar:
