@@ -131,7 +131,8 @@ class Head:
             return
         weight = self.linear.weight
         vocabulary, width = weight.shape
-        step = min(vocabulary, max(1, _SLICE_NUMBERS // (count * width)))
+        wider = max(width, *(kept.hidden_BLD.shape[1] for kept in self._kept))
+        step = min(vocabulary, max(1, _SLICE_NUMBERS // (count * wider)))
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         empty = partial(torch.empty, dtype=wide, device=weight.device)
         scratch, biases = empty(count * step * width), empty(count, step)

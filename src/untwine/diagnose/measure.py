@@ -277,6 +277,8 @@ def _mean_push(
             seed=options.seed,
             temperature=options.temperature,
             chunk=options.chunk,
+            memory_mib=options.memory_mib,
+            folder=options.folder,
             context=context_of(policy),
             on_progress=bar.update,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,6 +130,8 @@ def mean_push(
     seed: int = 0,
     temperature: float = 1.0,
     chunk: int = 16,
+    memory_mib: float | None = None,
+    folder: Path | None = None,
     context: Context = contextlib.nullcontext,
     on_progress: Progress = lambda done, total: None,
 ) -> MeanPush:
@@ -136,7 +139,7 @@ def mean_push(
     since the gradient of one batch is mostly noise. Take at least 16 batches.
 
     Costs `1 + nulls` training steps per batch and one pass over the probes; memory `1 + nulls`
-    gradients.
+    gradients, and `memory_mib` as in `coupling.gram`.
     """
     if not batches:
         raise UntwineError("a mean push needs at least one batch")
@@ -159,7 +162,7 @@ def mean_push(
                     mean[name] + value / len(batches) if name in mean else value / len(batches)
                 )
             on_progress(b * len(means) + r + 1, total)
-    pushes = push(model, probes, means, **options)
+    pushes = push(model, probes, means, memory_mib=memory_mib, folder=folder, **options)
     on_progress(total, total)
     share = None
     if len(batches) > 1 and squares > 0:
