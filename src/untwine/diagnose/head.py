@@ -114,7 +114,7 @@ class Head:
         if narrow:
             *at, shares = zip(*narrow, strict=True)
             where = torch.cat((where, torch.tensor(at, device=where.device)), 1)
-            values = torch.cat((values, torch.tensor(shares).to(values)))
+            values = torch.cat((values, values.new_tensor(shares)))
         keep = self._store.keep
         self._kept.append(_Kept(chunk.rows, keep(hidden_BLD), lse_BL, where, values))
 
