@@ -38,7 +38,9 @@ REPRODUCED, NOT, UNDECIDED = "reproduced", "not reproduced", "undecided"
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """value  mean over runs, positive where the claim is right; least: smallest effect that matters"""
+    """value  mean over runs, positive where the claim is right
+    least  smallest effect that matters
+    """
 
     name: str
     level: str

@@ -51,8 +51,8 @@ def missing_looks(planned: Sequence[Planned], looks: Sequence[Look]) -> dict[Pat
 def take_looks(
     planned: Sequence[Planned], looks: Sequence[Look], display: Display, limit: int
 ) -> dict[Path, str]:
-    """Take what is missing, `limit` runs at a time and the looks of one run in their order; the runs
-    where one failed, with the reason (its later looks are not taken). Raises Interrupted."""
+    """Take what is missing, `limit` runs at a time and the looks of one run in their order; the
+    runs where one failed, with the reason (its later looks are not taken). Raises Interrupted."""
     todo = missing_looks(planned, looks)
     total = sum(map(len, todo.values()))
     failed: dict[Path, str] = {}

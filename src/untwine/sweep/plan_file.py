@@ -1,7 +1,7 @@
 """Arms that tie several keys together: `--arm` options, and plan files.
 
-A plan file is a sweep as YAML (docs/sweeps.md): a recipe, seeds, named arms, levels at which every arm
-is trained, and looks through the microscope that are taken of every finished run.
+A plan file is a sweep as YAML (docs/sweeps.md): a recipe, seeds, named arms, levels at which every
+arm is trained, and looks through the microscope that are taken of every finished run.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class PlanFile:
 
 
 def read_plan(path: Path) -> PlanFile:
-    """Read a plan file. ConfigError with one sentence for anything that is wrong; keys of the recipe
-    are checked when the recipe is resolved."""
+    """Read a plan file. ConfigError with one sentence for anything that is wrong; keys of the
+    recipe are checked when the recipe is resolved."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         entry = _PlanEntry.model_validate(tree)
@@ -99,7 +99,7 @@ def choose_plan(
     plan: Path | None,
     seeds: int | None,
 ) -> PlanFile:
-    """The sweep that the command line asks for: by a plan file, or a recipe with `--vary` or `--arm`.
+    """The sweep that the command line asks for: a plan file, or a recipe with `--vary` or `--arm`.
 
     changes  overrides; with a plan, `recipe` is one of them when it looks like one, and is added
     ConfigError when the options do not go together.
