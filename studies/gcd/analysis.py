@@ -86,7 +86,7 @@ def _arm(found: Found, level: str, name: str) -> list[Run]:
 def _pairs(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
     """Runs with the same seed and weights to begin with."""
     known = {(run.seed, run.start): run for run in theirs if run.start}
-    return [(run, known[run.seed, run.start]) for run in ours if (run.seed, run.start) in known]
+    return [(run, other) for run in ours if (other := known.get((run.seed, run.start or "")))]
 
 
 def _claim(
