@@ -163,12 +163,23 @@ def report(
 
 @app.command()
 def sweep(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe.")],
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe, unless a plan names it.")
+    ] = None,
     overrides: Overrides = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds, from the recipe's on.")] = 5,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds, from the recipe's on [default: 5].")
+    ] = None,
     varied: Annotated[
         list[str] | None,
         typer.Option("--vary", metavar="KEY=A,B", help="Arms; several make every combination."),
+    ] = None,
+    arms: Annotated[
+        list[str] | None,
+        typer.Option("--arm", metavar="NAME:KEY=A,KEY=B", help="An arm that sets several keys."),
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Recipe, arms, seeds and looks.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Runs at a time; 0: one per core.")] = 0,
     out: Annotated[
@@ -183,18 +194,26 @@ def sweep(
     command finishes what is missing.
 
     untwine sweep recipes/smoke.yaml --seeds 3 --vary gcd.objective=none,generative/ce
+
+    untwine sweep recipes/smoke.yaml --arm grpo:gcd.objective=none --arm gcd:gcd.weight=0.1
+
+    untwine sweep --plan studies/gcd/plan.yaml --out runs/study
     """
     from untwine.compare.show import print_comparison
     from untwine.config import load_recipe
     from untwine.progress import Display
     from untwine.sweep.command import run_sweep
-    from untwine.sweep.plan import plan_sweep, vary
+    from untwine.sweep.plan import plan_sweep
+    from untwine.sweep.plan_file import choose_plan
 
     changes = list(overrides or [])
-    folder = out or Path("runs") / f"{load_recipe(recipe, changes).name}-sweep"
-    planned = plan_sweep(recipe, changes, vary(varied or []), seeds, folder, pair=pair)
+    wanted = choose_plan(recipe, changes, varied or [], arms or [], plan, seeds)
+    folder = out or Path("runs") / f"{load_recipe(wanted.recipe, changes).name}-sweep"
+    planned = plan_sweep(wanted.recipe, changes, wanted.arms, wanted.seeds, folder, pair=pair)
     with Display() as display:
-        numbers, page = run_sweep(planned, folder, display, jobs=jobs, measure=measure)
+        numbers, page = run_sweep(
+            planned, folder, display, jobs=jobs, measure=measure, looks=wanted.looks
+        )
     print_comparison(numbers)
     Console(stderr=True).print(f"comparison: {page}", highlight=False, soft_wrap=True)
 

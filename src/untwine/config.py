@@ -170,6 +170,9 @@ class ColdStartConfig(Section):
 class CreditConfig(Section):
     name: str = Field("grpo", description="credit method")
     options: dict[str, Any] = Field(default_factory=dict)
+    penalty: Rate = Field(
+        0.0, description="taken from the advantage of steps that all their labels call flawed"
+    )
 
 
 class LossConfig(Section):
@@ -252,6 +255,9 @@ class GCDConfig(Section):
     from_layer: Natural = Field(0, description="with gradient: layers, the first such layer")
     labels: list[str] = Field(default_factory=lambda: ["rule", "group"])
     min_confidence: Fraction = 0.5
+    shuffle_labels: bool = Field(
+        False, description="a control: verdict questions get each other's labels, at random"
+    )
     token_budget: Positive = Field(8192, description="verdict tokens per optimizer step, at most")
     replies: int = Field(8, ge=2, description="with an rl objective: replies to each question")
     rationale_tokens: Natural = Field(
@@ -282,6 +288,9 @@ class RLConfig(Section):
     group_size: Positive = Field(8, description="episodes per task instance (G)")
     variations: Natural = Field(
         0, description="first N variations of every task, of those of `env`; 0 means all"
+    )
+    token_budget: Natural = Field(
+        0, description="tokens of updates, verdicts included, after which the iterations end"
     )
     epochs: Positive = Field(1, description="passes over each batch")
     minibatches: Positive = Field(1, description="optimizer steps per pass")

@@ -23,7 +23,7 @@ from untwine.progress import Display
 from untwine.report import build_report
 from untwine.sweep.crew import Crew, Job
 from untwine.training.loop import train
-from untwine.training.run_dir import metric_rows
+from untwine.training.run_dir import metric_rows, run_info
 from untwine.training.signals import StopRequest
 
 _ARMS = {"GRPO": "grpo", "GRPO + GCD": "gcd"}
@@ -107,7 +107,7 @@ def _print_table(recipe: Recipe, out: Path, random_rows: Sequence[dict[str, Any]
     }
     arms = {f"after {title}": out / name for title, name in _ARMS.items()}
     for title, run in arms.items():
-        last = recipe.rl.iterations
+        last = run_info(run).get("iterations", recipe.rl.iterations)
         phases[title] = [row for row in metric_rows(run, "evaluate") if row["step"] == last]
     start = {row["set"]: row for row in phases["cold start"]}
     for title, rows in phases.items():

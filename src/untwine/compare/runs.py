@@ -154,7 +154,7 @@ def _read(path: Path, recipe: Recipe, arm: str, notes: list[str]) -> Run | None:
     if data.info.get("status") != "finished":
         notes.append(f"{who}: not finished, continue it with `untwine train --resume {path}`.")
         return None
-    last = recipe.rl.iterations
+    last = data.info.get("iterations", recipe.rl.iterations)
     phase, step = ("rl", last) if last else ("cold_start", None)
     rows = [
         row

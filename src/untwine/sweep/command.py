@@ -14,6 +14,7 @@ from untwine.errors import Interrupted, UntwineError
 from untwine.progress import Display
 from untwine.sweep.crew import Crew, Job
 from untwine.sweep.lock import locked
+from untwine.sweep.looks import Look, looks_failure, take_looks
 from untwine.sweep.plan import LOCK, Planned, check_folder, write_plan
 from untwine.sweep.worker import is_finished
 from untwine.training.run_dir import metric_rows
@@ -29,10 +30,12 @@ def run_sweep(
     *,
     jobs: int = 0,
     measure: str = "success",
+    looks: Sequence[Look] = (),
 ) -> tuple[dict[str, Any], Path]:
     """Carry out what is missing of the planned runs in `out`; the comparison and its page.
 
-    jobs  processes at a time; 0: as many as there are cores
+    jobs   processes at a time; 0: as many as there are cores
+    looks  through the microscope, at every finished run
 
     Raises Interrupted after a signal, when every run has been saved, and UntwineError when runs
     failed: the others are finished first, and compared.
@@ -41,6 +44,7 @@ def run_sweep(
     with locked(out / LOCK):
         write_plan(out, planned)
         failed = _carry_out(planned, out, display, jobs or available_cores())
+        unseen = take_looks(planned, looks, display, jobs or available_cores())
     if len(failed) == len(planned):
         raise UntwineError(_failure(failed, planned, "all runs of the sweep failed"))
     try:
@@ -52,6 +56,8 @@ def run_sweep(
         raise
     if failed:
         raise UntwineError(f"{_failure(failed, planned)}; the others are compared in {page}")
+    if unseen:
+        raise UntwineError(looks_failure(unseen))
     return numbers, page
 
 

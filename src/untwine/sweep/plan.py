@@ -35,10 +35,14 @@ _LONGEST_NAME = 80
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One way to train: a name, and `section.key=value` overrides of the recipe."""
+    """One way to train: a name, and `section.key=value` overrides of the recipe.
+
+    seeds  how many, where it is not as many as the sweep has (0)
+    """
 
     name: str
     overrides: tuple[str, ...] = ()
+    seeds: int = 0
 
     @property
     def before(self) -> tuple[str, ...]:
@@ -61,7 +65,7 @@ def vary(options: Sequence[str]) -> list[Arm]:
     choices: list[list[str]] = []
     for option in options:
         key, equals, text = option.partition("=")
-        values = _split(text)
+        values = split_values(text)
         if not equals or not key.strip() or not all(values):
             raise ConfigError(f"--vary {option!r} is not of the form section.key=value,value")
         if key.strip() == "seed":
@@ -92,8 +96,11 @@ def plan_sweep(
     base = load_recipe(recipe_path, overrides)
     recipes = {arm: load_recipe(recipe_path, [*overrides, *arm.overrides]) for arm in arms}
     planned: dict[Path, Planned] = {}
-    for seed in range(base.seed, base.seed + seeds):
+    most = max([seeds, *(arm.seeds for arm in arms)])
+    for number, seed in enumerate(range(base.seed, base.seed + most)):
         for arm, recipe in recipes.items():
+            if number >= (arm.seeds or seeds):
+                continue
             name = arm.name or base.name
             own = _changed(recipe, f"{name}, seed {seed}", seed)
             start = None
@@ -180,7 +187,7 @@ def _section(override: str) -> str:
     return override.partition("=")[0].strip().split(".")[0]
 
 
-def _split(text: str) -> list[str]:
+def split_values(text: str) -> list[str]:
     """`a,[b,c],"d,e"` into three values."""
     values, depth, quote = [""], 0, ""
     for character in text:

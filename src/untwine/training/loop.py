@@ -23,6 +23,7 @@ import torch
 from untwine.batch import policy_rows
 from untwine.config import GCDConfig, OptimizerConfig, Recipe
 from untwine.credit import credit_method
+from untwine.credit.penalty import penalise
 from untwine.diagnose.online import Findings, OnlineDiagnosis
 from untwine.envs.protocol import EnvInfo
 from untwine.errors import Interrupted
@@ -31,6 +32,7 @@ from untwine.evaluate.protocol import evaluate, evaluation_refs, step_measures, 
 from untwine.gcd.labels import agreed_verdict
 from untwine.gcd.objectives import Exercise, Means, Objective, check_objective, make_objective
 from untwine.gcd.questions import judged_steps
+from untwine.gcd.shuffling import shuffle_labels
 from untwine.gcd.sources import Bench, Labeller, check_sources, costly
 from untwine.progress import Display
 from untwine.records import Episode, Group
@@ -46,7 +48,7 @@ from untwine.training.checkpoint import (
 )
 from untwine.training.cold_start import ColdStart
 from untwine.training.measures import Measures
-from untwine.training.run_dir import RunDir, finish_replacing, replace_folder
+from untwine.training.run_dir import RunDir, finish_replacing, metric_rows, replace_folder
 from untwine.training.signals import StopRequest
 from untwine.training.update import Updater
 from untwine.workshop import TaskCursor, Workshop, training_refs
@@ -138,7 +140,8 @@ class _Training:
             recipe.sampling.temperature,
         )
         objective = make_objective(gcd.objective, means)
-        names = [name for name in gcd.labels if objective is not None or not costly(name)]
+        used = objective is not None or recipe.credit.penalty > 0
+        names = [name for name in gcd.labels if used or not costly(name)]
         bench = Bench(
             recipe, self.workshop.pool, self.collector, self.path, self.display, self.stop.check
         )
@@ -194,8 +197,11 @@ class _Training:
             self._save_model("initial")
             self._save(updater, self._position("rl", 0, updater))
         every = self.recipe.evaluate.every
+        done = first
         with self.display.bar("training", config.iterations, "iteration", first) as bar:
             for iteration in range(first, config.iterations):
+                if self._spent():
+                    break
                 before = self._position("rl", iteration, updater)
                 try:
                     if every and iteration and iteration % every == 0:
@@ -206,12 +212,23 @@ class _Training:
                     raise
                 done = iteration + 1
                 bar.update(done, info=info)
-                due = done % self.recipe.checkpoint.every == 0 or done == config.iterations
+                last = done == config.iterations or self._spent()
+                due = done % self.recipe.checkpoint.every == 0 or last
                 if due or self.stop.requested:
                     self._save(updater, self._position("rl", done, updater))
                 self.stop.check()
+        self.run_dir.describe(iterations=done)
         if config.iterations:
-            self._evaluate("rl", config.iterations)
+            self._evaluate("rl", done)
+
+    def _spent(self) -> bool:
+        """Whether the iterations have used up the tokens they may."""
+        budget = self.recipe.rl.token_budget
+        if not budget:
+            return False
+        rows = metric_rows(self.path, "rl")
+        keys = ("policy_tokens", "gcd_tokens")
+        return sum(row.get(key) or 0 for row in rows for key in keys) >= budget
 
     def _iteration(self, updater: Updater, diagnosis: OnlineDiagnosis, iteration: int) -> str:
         recipe = self.recipe
@@ -268,7 +285,9 @@ class _Training:
     def _credit(self, group: Group) -> Group:
         if self.recipe.rl.drop_constant_groups and len(set(group.returns_G)) == 1:
             return group.with_advantages([[None] * e.length for e in group.episodes])
-        return self.credit(group)
+        group = self.credit(group)
+        penalty = self.recipe.credit.penalty
+        return penalise(group, penalty) if penalty else group
 
     def _update(
         self, updater: Updater, groups: Sequence[Group], iteration: int
@@ -278,7 +297,11 @@ class _Training:
         exercise: Exercise | None = None
         if self.objective is not None:
             weight = gcd.weight * gcd.schedule.at(iteration / max(rl.iterations - 1, 1))
-            episodes = [episode for group in groups for episode in group.episodes]
+            asked = groups
+            if gcd.shuffle_labels:
+                seed = f"labels {self.recipe.seed} {iteration}"
+                asked = shuffle_labels(groups, random.Random(seed))
+            episodes = [episode for group in asked for episode in group.episodes]
             exercise = self.objective.exercise(episodes, self.choices, self.sampling)
             if exercise is None:
                 self._explain_none(episodes, iteration)

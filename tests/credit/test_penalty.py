@@ -1,0 +1,33 @@
+"""The penalty on flawed steps, by hand."""
+
+from __future__ import annotations
+
+from tests.builders import REF, make_episode, make_step
+from untwine.credit import credit_method
+from untwine.credit.penalty import penalise
+from untwine.records import Group, Label
+
+FLAWED, GOOD = Label("rule", "flawed", "undo"), Label("rule", "good", "progress")
+
+
+def test_only_steps_that_all_labels_call_flawed_are_punished() -> None:
+    steps = [
+        make_step(0, advantage=0.5, labels=(FLAWED,)),
+        make_step(1, advantage=0.5, labels=(FLAWED, Label("group", "flawed", "return"))),
+        make_step(2, advantage=0.5, labels=(FLAWED, GOOD)),
+        make_step(3, advantage=0.5, labels=(GOOD,)),
+        make_step(4, advantage=0.5),
+        make_step(5, advantage=None, labels=(FLAWED,)),
+    ]
+    (episode,) = penalise(Group(REF, (make_episode(1.0, steps),)), 0.75).episodes
+    assert [s.advantage for s in episode.steps] == [-0.25, -0.25, 0.5, 0.5, 0.5, None]
+
+
+def test_it_does_not_enter_the_statistics_of_the_method() -> None:
+    """Returns 1 and 0: mean 1/2, unbiased deviation 1/sqrt 2, so advantages are +- 1/sqrt 2; the
+    other steps of the flawed episode, and the other episode, keep theirs."""
+    flawed = [make_step(0, labels=(FLAWED,)), make_step(1)]
+    group = Group(REF, (make_episode(1.0, flawed, id="a"), make_episode(0.0, [make_step(0)])))
+    punished = penalise(credit_method("grpo", {})(group), 0.3)
+    rows = [[round(s.advantage or 0, 4) for s in e.steps] for e in punished.episodes]
+    assert rows == [[0.4071, 0.7071], [-0.7071]]

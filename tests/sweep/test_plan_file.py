@@ -1,0 +1,122 @@
+"""Arms of several keys, plan files, and the looks of a sweep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.compare.finished_runs import row, write_run
+from tests.sweep.test_plan import RECIPE
+from untwine.config import load_recipe
+from untwine.errors import ConfigError
+from untwine.progress import Display
+from untwine.sweep.crew import Job
+from untwine.sweep.looks import Look, missing_looks, take_looks
+from untwine.sweep.plan import Planned, plan_sweep
+from untwine.sweep.plan_file import choose_plan, named_arms, read_plan
+
+STUDY = Path(__file__).parents[2] / "studies" / "gcd" / "plan.yaml"
+PLAN = {
+    "recipe": "recipe.yaml",
+    "seeds": 2,
+    "levels": {"few": {"cold_start.steps": 3}, "many": {"cold_start.steps": 9}},
+    "arms": {
+        "grpo": {"seeds": {"few": 3}},
+        "gcd": {"set": {"gcd.objective": "head", "gcd.labels": ["rule"]}},
+    },
+    "looks": {"before": {"command": ["coupling", "--iteration", "0"], "arms": ["gcd"]}},
+}
+
+
+def written(folder: Path, **changes: object) -> Path:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    file = folder / "plan.yaml"
+    file.write_text(yaml.safe_dump(PLAN | changes))
+    return file
+
+
+def test_arms_tie_keys_together() -> None:
+    arms = named_arms(["grpo:", "mine:gcd.objective=head,gcd.labels=[rule, group],rl.epochs=2"])
+    assert [arm.name for arm in arms] == ["grpo", "mine"]
+    assert arms[1].overrides == ("gcd.objective=head", "gcd.labels=[rule, group]", "rl.epochs=2")
+
+
+@pytest.mark.parametrize("options", [["grpo"], [":rl.epochs=1"], ["a:rl.epochs"], ["a:", "a:"]])
+def test_senseless_arms_are_refused(options: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--arm"):
+        named_arms(options)
+
+
+def test_a_plan_is_levels_times_arms_with_their_seeds(tmp_path: Path) -> None:
+    plan = read_plan(written(tmp_path))
+    planned = plan_sweep(plan.recipe, [], plan.arms, plan.seeds, tmp_path / "out")
+    runs = [(one.arm, one.seed) for one in planned if one.job.after]
+    assert sorted(runs) == sorted(
+        [(f"{level}.{arm}", seed) for level in ("few", "many") for arm in ("grpo", "gcd")
+         for seed in (4, 5)] + [("few.grpo", 6)]
+    )  # fmt: skip
+    assert len({one.job.after for one in planned if one.job.after}) == 5
+    ours = next(one.job.recipe for one in planned if one.arm == "many.gcd")
+    assert (ours.gcd.objective, ours.gcd.labels) == ("head", ["rule"])
+    assert plan.looks == (
+        Look("before", ("coupling", "--iteration", "0"), ("few.gcd", "many.gcd")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": {}}, "arms"),
+        ({"colour": 1}, "colour"),
+        ({"looks": {"x": {"command": ["truth"], "arms": ["gdc"]}}}, "gdc.*gcd"),
+        ({"arms": {"a": {"seeds": {"fwe": 2}}}}, "fwe.*few"),
+    ],
+)
+def test_faults_of_a_plan_are_named(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read_plan(written(tmp_path, **changes))
+
+
+def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    plan, recipe = written(tmp_path), tmp_path / "recipe.yaml"
+    with pytest.raises(ConfigError, match="--plan FILE"):
+        choose_plan(None, [], [], [], None, None)
+    with pytest.raises(ConfigError, match="one of the two"):
+        choose_plan(recipe, [], ["rl.epochs=1,2"], ["a:"], None, None)
+    with pytest.raises(ConfigError, match="leave the recipe out"):
+        choose_plan(recipe, [], [], [], plan, None)
+    with pytest.raises(ConfigError, match="leave --vary"):
+        choose_plan(None, [], [], [], plan, 3)
+    changes: list[str] = []
+    choose_plan(Path("rl.groups=3"), changes, [], [], plan, None)
+    assert changes == ["rl.groups=3"]
+
+
+def test_the_plan_of_the_study_is_complete(tmp_path: Path) -> None:
+    plan = read_plan(STUDY)
+    planned = plan_sweep(plan.recipe, [], plan.arms, plan.seeds, tmp_path)
+    runs = [one for one in planned if one.job.after]
+    assert len(runs) == 172
+    for arm in ("wrong.grpo", "wrong.gcd-ce"):
+        assert sum(one.arm == arm for one in runs) == 16
+    assert all(one.job.recipe.evaluate.episodes >= 1500 for one in runs)
+    assert len({one.job.recipe.rl.token_budget for one in runs}) == 1
+    shared = {one.job.after for one in runs if one.arm in ("wrong.grpo", "wrong.gcd-ce")}
+    assert len(shared) == 16
+
+
+def test_looks_are_taken_once_and_failures_are_said(tmp_path: Path) -> None:
+    """Real commands on a run without episodes, which `diagnose` refuses with a sentence."""
+    run = write_run(tmp_path / "run", [row({"a": 0.5})])
+    planned = [Planned(Job("run", load_recipe(run / "recipe.yaml"), run), "gcd", 0)]
+    look, other = Look("found", ("separation",)), Look("else", ("separation",), ("grpo",))
+    assert missing_looks(planned, [look, other]) == {run: [look]}
+    failed = take_looks(planned, [look, other], Display(quiet=True), 1)
+    assert list(failed) == [run]
+    assert "holds no episodes" in failed[run]
+    assert [file.name for file in (run / "looks").iterdir()] == ["found.log"]
+    look.file(run).write_text(json.dumps({}))
+    assert missing_looks(planned, [look]) == {}

@@ -1,0 +1,79 @@
+"""What comparisons need, in whole small runs: a budget of tokens, a penalty, shuffled labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.numpy import load_file
+
+from tests.gcd.test_training import recipe, rows
+from tests.training.test_resume import steady
+from untwine.compare.runs import find_runs
+from untwine.episodes import read_groups
+from untwine.gcd.labels import agreed_verdict
+from untwine.progress import Display
+from untwine.training.loop import train
+from untwine.training.run_dir import episode_files, run_info
+
+QUIET = Display(quiet=True)
+GCD = {"objective": "generative/ce", "labels": ["rule"], "token_budget": 512}
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    found = load_file(run / "model" / "model.safetensors")
+    return {name: value.tobytes() for name, value in found.items()}
+
+
+def test_iterations_end_with_the_one_that_reaches_the_budget(tmp_path: Path) -> None:
+    train(recipe(3, gcd=GCD), tmp_path / "free", QUIET)
+    spent = [r["policy_tokens"] + r["gcd_tokens"] for r in rows(tmp_path / "free")]
+    assert spent[0] > 0
+    assert spent[1] > 0
+    for budget, done in ((spent[0], 1), (spent[0] + 1, 2)):
+        run = tmp_path / str(budget)
+        train(recipe(3, gcd=GCD, rl={"token_budget": budget}), run, QUIET)
+        assert [r["step"] for r in rows(run)] == list(range(done))
+        assert rows(run, "evaluate")[-1]["step"] == done
+        assert run_info(run)["iterations"] == done
+        assert steady(rows(run)) == steady(rows(tmp_path / "free")[:done])
+        (found,) = find_runs([run]).runs
+        assert [key[0] for key in found.results] == ["L0"]
+        train(recipe(3, gcd=GCD, rl={"token_budget": budget}), run, QUIET, resume=True)
+        assert len(rows(run)) == done
+
+
+def test_the_penalty_is_on_record_at_flawed_steps(tmp_path: Path) -> None:
+    plain, punished = tmp_path / "plain", tmp_path / "punished"
+    none = {"objective": "none", "labels": ["expert"], "min_confidence": 0.0}
+    rl = {"drop_constant_groups": False}
+    train(recipe(1, gcd=none, rl=rl), plain, QUIET)
+    train(recipe(1, gcd=none, rl=rl, credit={"penalty": 0.5}), punished, QUIET)
+    without, with_it = (
+        [s for g in read_groups(episode_files(r)[0]) for e in g.episodes for s in e.steps]
+        for r in (plain, punished)
+    )
+    assert not any(s.labels for s in without)  # costly labels are only asked for when used
+    flawed = [agreed_verdict(s) == "flawed" for s in with_it]
+    assert any(flawed)
+    for a, b, taken in zip(without, with_it, flawed, strict=True):
+        assert a.advantage is not None
+        assert b.advantage == a.advantage - (0.5 if taken else 0.0)
+
+
+def test_shuffled_labels_change_the_questions_only(tmp_path: Path) -> None:
+    whole, parts, honest = (tmp_path / name for name in ("whole", "parts", "honest"))
+    wrong = {**GCD, "shuffle_labels": True}
+    train(recipe(2, gcd=wrong), whole, QUIET)
+    train(recipe(1, gcd=wrong), parts, QUIET)
+    train(recipe(2, gcd=wrong), parts, QUIET, resume=True)
+    train(recipe(1, gcd=GCD), honest, QUIET)
+    assert weights(parts) == weights(whole)
+    first = [
+        [s.labels for g in read_groups(episode_files(r)[0]) for e in g.episodes for s in e.steps]
+        for r in (whole, honest)
+    ]
+    assert first[0] == first[1]
+    ours, theirs = rows(whole)[0], rows(honest)[0]
+    assert ours["verdicts"] > 0
+    assert ours["flawed_rate"] == theirs["flawed_rate"]
+    assert ours["gcd_loss"] != theirs["gcd_loss"]
