@@ -275,7 +275,7 @@ def test_the_report_shows_what_was_measured(  # type: ignore[no-untyped-def]
         assert result.code == 0, result.err
     found = report_numbers([run])["runs"][0]["microscope"]
     assert found["problems"] == []
-    assert [gap["topic"] for gap in found["missing"]] == ["truth"]
+    assert [gap["topic"] for gap in found["missing"]] == ["truth", "labels"]
     gram_NN = load_file(run / "diagnose" / "coupling.safetensors")["K_NN"]
     right = gram_NN[3, 1] / (gram_NN[3, 3] * gram_NN[1, 1]).sqrt()
     assert found["coupling"]["cosine_rows"][3][1] == pytest.approx(float(right), abs=1e-4)
