@@ -114,7 +114,9 @@ def test_hand_worked_with_std() -> None:
     rows = rlvmr(worked_group())
     half, third = 0.5 / 0.5**0.5, 1 / 3**0.5
     assert rows[0] == pytest.approx([2 * half, half + 2 * third, half], abs=1e-5)
-    assert rows[1] == pytest.approx([-2 * half, -half - third, -half - third, -half - 0.1], abs=1e-5)
+    assert rows[1] == pytest.approx(
+        [-2 * half, -half - third, -half - third, -half - 0.1], abs=1e-5
+    )
 
 
 def test_a_tag_that_occurs_once_gets_no_raw_reward() -> None:

@@ -59,7 +59,7 @@ def test_a_thought_may_come_first() -> None:
     reply = parse_reply(text, ended=True, thoughts=True, tags=True)
     assert (reply.command, reply.tag) == ("look", "explore")
     assert reply.thought == "not <monitor>m</monitor>\nx"
-    assert parse_reply(text, ended=True, thoughts=False, tags=True).command == "look"
+    assert parse_reply(text, ended=True, thoughts=False, tags=True).problem == "several_tags"
 
 
 def test_without_tags_they_are_plain_text() -> None:

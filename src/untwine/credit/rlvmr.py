@@ -65,9 +65,8 @@ def tag_rewards(episode: Episode) -> list[float]:
                 another command that changes the state
     monitor     nothing
 
-    Paper and released code differ in `explore` (new objects or places there, a new command here)
-    and are vague in `reflection`. Both halves are required here: a new state alone is reached by
-    waiting wherever time is part of it, a new command alone by naming things at random.
+    The released code asks `explore` for a new command only, which naming things at random is; a new
+    state alone is reached by waiting wherever time is part of it. Both are required here.
     """
     failed = failures(episode.steps)
     said: set[str] = set()
