@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import statistics
 
@@ -110,7 +111,7 @@ def test_hand_worked_without_std() -> None:
 
 
 def test_hand_worked_with_std() -> None:
-    """Unbiased: returns and planning sqrt(1/2), exploring sqrt((4/9 + 1/9 + 1/9) / 2) = sqrt(1/3)"""
+    """Unbiased deviations: sqrt(1/2) of returns and planning, sqrt(1/3) of exploring."""
     rows = rlvmr(worked_group())
     half, third = 0.5 / 0.5**0.5, 1 / 3**0.5
     assert rows[0] == pytest.approx([2 * half, half + 2 * third, half], abs=1e-5)
@@ -130,7 +131,7 @@ def random_group(rng: random.Random) -> Group:
     def episode(g: int) -> Episode:
         places = [rng.choice("abcd") for _ in range(rng.randint(1, 9) + 1)]
         steps = []
-        for before, after in zip(places, places[1:], strict=False):
+        for before, after in itertools.pairwise(places):
             command = rng.choice(["go", "look", "take", "Take", None])
             invalid = "no_tag" if command is None else rng.choice([None, None, "unknown"])
             tag = None if command is None else rng.choice([*TAGS, None])
