@@ -25,7 +25,7 @@ from untwine.workshop import Workshop
 
 
 def tagged(iterations: int, **changes: Any) -> Recipe:
-    """RLVMR + GCD, with a cold start just long enough for replies that can be read."""
+    """RLVMR with a cold start just long enough for replies that can be read."""
     sections: dict[str, Any] = {
         "prompt": {"tags": True, "layout": "window", "history": 1},
         "sampling": {"constrained": False, "max_new_tokens": 80},
@@ -95,4 +95,3 @@ def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path) -> None:
         assert all((step.tag is None) == (step.command is None) for step in steps)
         seen += [step.tag for step in steps]
     assert any(seen)
-    assert rows(whole)[0]["gcd_tokens"] > 0
