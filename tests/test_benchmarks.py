@@ -18,7 +18,7 @@ from untwine.batch import policy_rows
 from untwine.config import LossConfig, OptimizerConfig, PromptConfig
 from untwine.credit import credit_method
 from untwine.policy.loading import Policy
-from untwine.prompting.prompter import SYSTEM, Prompter
+from untwine.prompting.prompter import Prompter, system_text
 from untwine.records import Group
 from untwine.training.update import Updater
 
@@ -182,7 +182,10 @@ def test_trl_reads_the_same_tokens(policy: Policy) -> None:
     policy.tokenizer.chat_template = TEMPLATE
     policy.tokenizer.response_template = RESPONSE
     assert is_chat_template_prefix_preserving(policy.tokenizer)
-    messages = [{"role": "system", "content": SYSTEM[False]}, {"role": "user", "content": answer}]
+    messages = [
+        {"role": "system", "content": system_text(PromptConfig())},
+        {"role": "user", "content": answer},
+    ]
     parsed = parse_response(policy.tokenizer, list(reply), prefix=list(opening))
     assert parsed["tool_calls"] == [
         {"type": "function", "function": {"name": "act", "arguments": {"command": "go to bed 1"}}}

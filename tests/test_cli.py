@@ -84,6 +84,7 @@ def assert_refused(result: Result, code: int, *words: str) -> None:
         ("policy.model=./nothing-here", 4, ["no model folder ./nothing-here"]),
         ("policy.device=cuda:99", 4, ["not usable here"]),
         ("credit.name=gppo", 2, ["unknown credit method", "Did you mean 'grpo'"]),
+        ("credit.name=rlvmr", 2, ["rewards reasoning tags", "set prompt.tags to true"]),
         ("gcd.labels=[rules]", 2, ["unknown label source", "Did you mean 'rule'"]),
         ("prompt.max_tokens=20", 1, ["only 20 fit"]),
         ("prompt.max_tokens=20000", 2, ["does not fit rl.microbatch_tokens=16384", "lower"]),

@@ -57,6 +57,16 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
         ("diagnose: {probes: -3}\n", [], "diagnose.probes: input should be greater than or"),
         ("diagnose: {samples: 1}\n", [], "diagnose: samples must be 2 or more"),
         ("diagnose: {evry: 2}\n", [], "unknown key 'diagnose.evry'. Did you mean 'diagnose.every'"),
+        (
+            "prompt: {tags: true}\nsampling: {constrained: true}\n",
+            [],
+            "leaves no room for tags; set one of it and prompt.tags to false",
+        ),
+        (
+            "prompt: {thoughts: true}\nsampling: {constrained: true}\n",
+            [],
+            "leaves no room for thoughts; set one of it and prompt.thoughts to false",
+        ),
         ("", ["seed"], "not of the form section.key=value"),
         ("", ["rl.lr.x=1"], "unknown key 'rl.lr'"),
         ("seed: 3\n", ["seed.x=1"], "'seed' holds a value, not a section"),

@@ -25,7 +25,8 @@ from arms.generate import generate
 from arms.machine import clock
 from arms.turns import Reply, play
 from arms.world import Count, EndlessAlfWorld, Setting, Turn, load
-from untwine.prompting.prompter import SYSTEM, Prompter
+from untwine.config import PromptConfig
+from untwine.prompting.prompter import Prompter, system_text
 from untwine.records import TaskRef
 
 # Shows answers of tools as ordinary questions.
@@ -196,7 +197,10 @@ def run_environment(setting: Setting, model: Path, turn: Turn) -> None:
         pace.rolled(completion_ids)
         return [household._world.outcome for household in environments]
 
-    opening = [{"role": "system", "content": SYSTEM[False]}, {"role": "user", "content": ""}]
+    opening = [
+        {"role": "system", "content": system_text(PromptConfig())},
+        {"role": "user", "content": ""},
+    ]
     rows = [
         {"prompt": opening, "task": ref.task, "variation": ref.variation}
         for refs in setting.refs()

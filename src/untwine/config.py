@@ -54,12 +54,18 @@ class PromptConfig(Section):
     )
     history: Natural = Field(2, description="past (observation, action) pairs shown by `window`")
     thoughts: bool = Field(False, description="let the model think before it acts")
+    tags: bool = Field(False, description="let the model say what a step is for, in one of 4 tags")
     remind: bool = Field(False, description="repeat the task at the end of every question")
     list_admissible: bool = Field(False, description="list the admissible commands in the prompt")
     only_admissible: bool = Field(False, description="refuse commands outside the admissible list")
     max_tokens: Positive = Field(
         4096, description="longest prompt; an episode that outgrows it ends"
     )
+
+    @property
+    def reasons(self) -> bool:
+        """Whether something comes before the command, which then stands in `<action>` tags."""
+        return self.thoughts or self.tags
 
 
 class TinyConfig(Section):
@@ -352,11 +358,12 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
-    def _constrained_without_thoughts(self) -> Recipe:
-        if self.sampling.constrained and self.prompt.thoughts:
+    def _constrained_without_reasons(self) -> Recipe:
+        if self.sampling.constrained and self.prompt.reasons:
+            what = "thoughts" if self.prompt.thoughts else "tags"
             raise ValueError(
-                "sampling.constrained leaves no room for thoughts; set one of it and "
-                "prompt.thoughts to false"
+                f"sampling.constrained leaves no room for {what}; set one of it and "
+                f"prompt.{what} to false"
             )
         return self
 

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from untwine.config import PromptConfig
 from untwine.envs.pool import EnvPool, Lost, ResetRequest, StepRequest
 from untwine.envs.protocol import Reset
 from untwine.envs.wandering import Command
 from untwine.errors import EnvError
 from untwine.policy.choices import CommandChoices, allowed_along
 from untwine.prompting.prompter import Prompter
+from untwine.prompting.tags import expert_tags
 from untwine.records import Episode, Label, Observation, Step, TaskRef
 
 
@@ -32,8 +34,10 @@ class Transcript:
     goal: str
     moves: tuple[Move, ...]
 
-    def texts(self) -> Iterator[str]:
+    def texts(self, prompt: PromptConfig) -> Iterator[str]:
         """Everything in it that a tokenizer should know."""
+        if prompt.tags:
+            yield from (written for written, _ in replies(self, prompt))
         yield self.goal
         for move in self.moves:
             yield move.before.text
@@ -118,8 +122,10 @@ def demonstration(
     moves = transcript.moves
     conversation = prompter.begin(transcript.goal, moves[0].before.text, moves[0].before.admissible)
     steps = []
-    for index, (before, command, after) in enumerate(moves):
-        written = f"<action>{command.text}</action>" if prompter.config.thoughts else command.text
+    said = replies(transcript, prompter.config)
+    for index, ((before, command, after), (written, tag)) in enumerate(
+        zip(moves, said, strict=True)
+    ):
         action_ids = prompter.chat.reply_ids(written)
         allowed = None
         if choices and before.admissible:
@@ -140,6 +146,7 @@ def demonstration(
                 allowed=allowed,
                 labels=_labels(command),
                 advantage=1.0 if imitated else None,
+                tag=tag,
             )
         )
         conversation.advance(action_ids, command.text, after.text, after.admissible)
@@ -154,6 +161,20 @@ def demonstration(
         success=last.success,
         ended="success",
     )
+
+
+def replies(transcript: Transcript, prompt: PromptConfig) -> list[tuple[str, str | None]]:
+    """(text of the reply, its reasoning tag) for every move, as the expert would have written it.
+    Tags come by rule (prompting/tags.py)."""
+    commands = [move.command for move in transcript.moves]
+    if not prompt.reasons:
+        return [(command.text, None) for command in commands]
+    actions = [f"<action>{command.text}</action>" for command in commands]
+    if not prompt.tags:
+        return [(action, None) for action in actions]
+    steps = [Step.played(t, b, c.text, a) for t, (b, c, a) in enumerate(transcript.moves)]
+    tags = expert_tags(transcript.goal, steps, [command.chance for command in commands])
+    return [(f"{tagged}{action}", tagged.tag) for tagged, action in zip(tags, actions, strict=True)]
 
 
 def _first_choice(

@@ -33,6 +33,7 @@ _NUMBERS = {"prompt_ids", "action_ids", "logprobs", "allowed", "advantage"}
 _STEP_DEFAULTS: dict[str, Any] = {
     "observation": "",
     "thought": None,
+    "tag": None,
     "invalid": None,
     "next_state_key": "",
     "feedback": "",

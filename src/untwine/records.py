@@ -90,7 +90,8 @@ class Step:
                   to the admissible commands (the log-probabilities are then normalised over
                   these); None: the whole vocabulary
     text          the action decoded, for people
-    thought       the part before the command, if any
+    thought       the part before the command, if any (the words inside think and reasoning tags)
+    tag           the reasoning tag before the command, if any (prompting/tags.py)
     command       the command sent to the environment; None when the parser refused the text
     invalid       why the action was not valid, or None; set by the parser or the environment
     state_key     key of the state before the action
@@ -119,6 +120,7 @@ class Step:
     allowed: tuple[tuple[int, ...], ...] | None = None
     labels: tuple[Label, ...] = ()
     advantage: float | None = None
+    tag: str | None = None
 
     @classmethod
     def played(
@@ -135,6 +137,7 @@ class Step:
         text: str | None = None,
         labels: tuple[Label, ...] = (),
         advantage: float | None = None,
+        tag: str | None = None,
     ) -> Step:
         """A step from what the environment said before and after it. The log-probabilities are 0
         unless given (no policy sampled it), and `text` is the command unless given."""
@@ -159,6 +162,7 @@ class Step:
             allowed=allowed,
             labels=labels,
             advantage=advantage,
+            tag=tag,
         )
 
     def __post_init__(self) -> None:

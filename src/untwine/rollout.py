@@ -209,6 +209,7 @@ class Collector:
             text,
             ended=over,
             thoughts=self.prompt.thoughts,
+            tags=self.prompt.tags,
             blocked=self.info.blocked,
             admissible=live.observation.admissible if self.prompt.only_admissible else None,
         )
@@ -358,6 +359,7 @@ def _record(live: _Live, act: _Act, answer: Observation | None) -> None:
             allowed=sample.allowed,
             text=text,
             thought=reply.thought,
+            tag=reply.tag,
             command=reply.command,
             invalid=invalid,
             next_state_key=after.state_key,

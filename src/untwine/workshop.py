@@ -135,7 +135,7 @@ class Workshop:
 
     def _texts(self) -> Iterator[str]:
         for transcript in self.transcripts:
-            yield from transcript.texts()
+            yield from transcript.texts(self.recipe.prompt)
 
 
 def make_collector(policy: Policy, pool: EnvPool, recipe: Recipe) -> Collector:

@@ -10,18 +10,27 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from untwine.config import PromptConfig
 from untwine.credit.grpo import grpo
+from untwine.credit.rlvmr import rlvmr
 from untwine.errors import ConfigError, nearest
 from untwine.records import Group
 
 CreditMethod = Callable[..., Sequence[Sequence[float | None]]]
 
-_METHODS: dict[str, CreditMethod] = {"grpo": grpo}
+_METHODS: dict[str, CreditMethod] = {"grpo": grpo, "rlvmr": rlvmr}
+_READ_TAGS = {"rlvmr"}  # methods that reward reasoning tags
 
 
 def register_credit(name: str, method: CreditMethod) -> None:
     """Add a method of your own: `method(group, **options)`."""
     _METHODS[name] = method
+
+
+def check_credit(name: str, prompt: PromptConfig) -> None:
+    """ConfigError when the replies do not hold what the method rewards."""
+    if name in _READ_TAGS and not prompt.tags:
+        raise ConfigError(f"credit method {name!r} rewards reasoning tags; set prompt.tags to true")
 
 
 def credit_names() -> tuple[str, ...]:

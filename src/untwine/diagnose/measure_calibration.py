@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from untwine.config import Recipe
-from untwine.credit import credit_method, credit_names
+from untwine.credit import check_credit, credit_method, credit_names
 from untwine.diagnose.calibration import Floats, Judged, calibrate, lemma_advantage
 from untwine.diagnose.output import results_folder, to_json, write_text
 from untwine.diagnose.population import RecordedStep, recorded_steps
@@ -204,6 +204,7 @@ def _method(
     """One method's measures, or why it does not apply."""
     options = recipe.credit.options if name == recipe.credit.name else {}
     try:
+        check_credit(name, recipe.prompt)
         credit = credit_method(name, options)
         credited = {k: [credit(group) for group in own] for k, own in groups.items()}
     except UntwineError as error:

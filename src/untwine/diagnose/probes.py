@@ -110,10 +110,10 @@ def choose_probes(
                    confidence `SURE` at least, where all of them agree on all occurrences
     unsampled      drawn from the admissible commands, in the states of the other probes, that no
                    episode took in that state; none where the commands are not listed, or thoughts
-                   come before them
+                   or tags come before them
 
     The replies of a state are its admissible commands, and what was replied there; with thoughts
-    the probes alone.
+    or tags the probes alone.
     """
     rng = random.Random(seed)
     known = labelled_samples([_trusted(group, collector.info) for group in groups])
@@ -130,7 +130,7 @@ def choose_probes(
     free = table.unsampled()
     for i in sorted(rng.sample(range(len(free)), min(count, len(free)))):
         probes.append(Probe("unsampled", "", "", *free[i]))
-    return ProbeSet(table.states, tuple(probes), not collector.prompt.thoughts)
+    return ProbeSet(table.states, tuple(probes), not collector.prompt.reasons)
 
 
 def _trusted(group: Group, info: EnvInfo) -> Group:
@@ -199,7 +199,7 @@ class _States:
 
     def _known(self, ref: TaskRef, step: Step) -> dict[str, Reply]:
         """What can be said, and what was said, in the state of a step, by `action_key`."""
-        if self._collector.prompt.thoughts:
+        if self._collector.prompt.reasons:
             return {}
         chat, blocked = self._collector.policy.chat, self._collector.info.blocked
         node = self._collector.choices_among(step.admissible, ref, step.index)

@@ -4,7 +4,7 @@ of episodes only, never on the seed of the run, so that runs can be compared."""
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +16,7 @@ from untwine.envs.splits import load_splits
 from untwine.errors import EnvError
 from untwine.evaluate.statistics import Interval, bootstrap_interval, mean, wilson_interval
 from untwine.gcd.labels import action_key, label_group
+from untwine.prompting.tags import TAGS
 from untwine.records import Episode, Group, TaskRef
 from untwine.rollout import Collector
 
@@ -115,7 +116,7 @@ def success_gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[f
 def step_measures(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
     """Length, and shares of steps that are invalid, repeated (the same action as before in the same
     state, whatever came of it) or flawed by rule, with the kinds; whatever labels the training
-    uses."""
+    uses. With reasoning tags, also the share of steps with each."""
     labelled = [label_group(group, ["rule"], info) for group in groups]
     episodes = [episode for group in labelled for episode in group.episodes]
     steps = [step for episode in episodes for step in episode.steps]
@@ -124,6 +125,7 @@ def step_measures(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
         for label in step.labels:
             if label.verdict == "flawed":
                 kinds[label.kind] += 1
+    tags = Counter(step.tag for step in steps if step.tag is not None)
     n = max(len(steps), 1)
     return {
         "episode_length": len(steps) / max(len(episodes), 1),
@@ -131,6 +133,7 @@ def step_measures(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
         "repeated_rate": sum(repeats(episode) for episode in episodes) / n,
         "flawed_rate": sum(kinds.values()) / n,
         "flawed_kinds": {kind: count / n for kind, count in sorted(kinds.items())},
+        **({"tags": {tag: tags[tag] / n for tag in TAGS}} if tags else {}),
     }
 
 

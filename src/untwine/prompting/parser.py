@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from untwine.prompting.tags import read_tags
+
 MAX_COMMAND_CHARS = 200
 _THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
@@ -16,14 +18,16 @@ class Reply:
     """What a reply means.
 
     command  the command to send, or None
-    thought  the text inside <think>, if any
-    problem  why there is no command: unfinished, empty, no_action_tag, several_actions,
-             several_lines, too_long, blocked, not_admissible
+    thought  the text inside <think> and inside the reasoning tag, if any
+    problem  why there is no command: unfinished, empty, no_action_tag, several_actions, no_tag,
+             several_tags, several_lines, too_long, blocked, not_admissible
+    tag      the reasoning tag (prompting/tags.py) before the command; a refused reply has none
     """
 
     command: str | None
     thought: str | None
     problem: str | None
+    tag: str | None = None
 
 
 def normalise(command: str) -> str:
@@ -36,6 +40,7 @@ def parse_reply(
     *,
     ended: bool,
     thoughts: bool,
+    tags: bool = False,
     blocked: Collection[str] = (),
     admissible: Collection[str] | None = None,
 ) -> Reply:
@@ -43,29 +48,42 @@ def parse_reply(
 
     ended       the model closed its turn (it was not cut off by the token limit)
     thoughts    the reply must hold `<action>…</action>`, and may hold `<think>…</think>` before it
+    tags        the reply must hold exactly one reasoning tag, not empty, and `<action>…</action>`
+                after it
     blocked     commands that are never sent
     admissible  if given, the only commands that are accepted
     """
-    thought: str | None = None
-    if thoughts:
-        match = _THINK.search(text)
-        thought = match.group(1).strip() if match else None
-        actions = _ACTION.findall(text[match.end() :] if match else text)
-        if not actions:
-            return Reply(None, thought, "no_action_tag" if ended else "unfinished")
-        if len(actions) > 1:
-            return Reply(None, thought, "several_actions")
-        body = actions[0]
-    else:
-        if not ended:
-            return Reply(None, None, "unfinished")
-        body = text
+    said: list[str] = []
+    tag: str | None = None
+    body, problem = text, None if ended else "unfinished"
+    if thoughts or tags:
+        if thoughts and (match := _THINK.search(text)):
+            said.append(match.group(1).strip())
+            text = text[match.end() :]
+        tagged, end = read_tags(text) if tags else ([], 0)
+        said += [one.words for one in tagged[:1]]
+        if len(tagged) == 1 and tagged[0].words:
+            tag = tagged[0].tag
+        body, problem = _action(text[end:], ended)
+        if tags and tag is None and problem != "unfinished":
+            problem = "several_tags" if len(tagged) > 1 else "no_tag"
+    thought = "\n".join(said) if said else None
     body = body.strip()
-    if "\n" in body:
-        return Reply(None, thought, "several_lines")
+    if problem is None and "\n" in body:
+        problem = "several_lines"
     command = normalise(body)
-    problem = _refusal(command, blocked, admissible)
-    return Reply(None if problem else command, thought, problem)
+    problem = problem or _refusal(command, blocked, admissible)
+    return Reply(None, thought, problem) if problem else Reply(command, thought, None, tag)
+
+
+def _action(text: str, ended: bool) -> tuple[str, str | None]:
+    """(what the only `<action>` holds, or why there is none)."""
+    actions = _ACTION.findall(text)
+    if len(actions) == 1:
+        return actions[0], None
+    if actions:
+        return "", "several_actions"
+    return "", "no_action_tag" if ended else "unfinished"
 
 
 def _refusal(
@@ -87,6 +105,8 @@ PROBLEM_FEEDBACK = {
     "unfinished": "Your reply was cut off before it ended. Reply with one short command.",
     "empty": "Your reply was empty. Reply with one command.",
     "no_action_tag": "Your reply held no <action>command</action>.",
+    "no_tag": "Your reply did not begin with one of the tags.",
+    "several_tags": "Your reply held several tags. Give exactly one.",
     "several_actions": "Your reply held several actions. Give exactly one.",
     "several_lines": "Your reply held several lines. Give exactly one command.",
     "too_long": "Your command was too long.",

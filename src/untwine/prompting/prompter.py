@@ -13,15 +13,9 @@ from collections.abc import Sequence
 
 from untwine.config import PromptConfig
 from untwine.prompting.chat import Chat
+from untwine.prompting.tags import TAG_USES
 from untwine.records import Episode
 
-SYSTEM = {
-    False: "You act in a text environment to solve a task. Reply with one command.",
-    True: (
-        "You act in a text environment to solve a task. Think inside <think></think>, "
-        "then give one command inside <action></action>."
-    ),
-}
 JUDGE_SYSTEM = (
     "You judge actions in a text environment. Say whether the action helps to solve the task: "
     "good or bad."
@@ -32,6 +26,19 @@ COMPARE_SYSTEM = (
 )
 VERDICT_WORDS = {"good": "good", "flawed": "bad"}
 PAIR_WORDS = {"first": "A", "second": "B"}
+
+
+def system_text(config: PromptConfig) -> str:
+    """What the agent is told about itself and the form of its replies."""
+    role = "You act in a text environment to solve a task."
+    if not config.reasons:
+        return f"{role} Reply with one command."
+    before = ["think inside <think></think>"] if config.thoughts else []
+    if config.tags:
+        uses = ", ".join(f"<{tag}></{tag}> {use}" for tag, use in TAG_USES.items())
+        before.append(f"write one sentence inside one of {uses}")
+    said = ", then ".join(before)
+    return f"{role} {said[0].upper()}{said[1:]}, then give one command inside <action></action>."
 
 
 class Prompter:
@@ -55,7 +62,7 @@ class Prompter:
         admissible: Sequence[str] | None,
     ) -> tuple[int, ...]:
         user = _state_text(goal, past, self._seen(goal, observation, admissible))
-        return self.chat.opening(SYSTEM[self.config.thoughts], user)
+        return self.chat.opening(system_text(self.config), user)
 
     def follow_up_ids(
         self,

@@ -11,6 +11,7 @@ from untwine.batch import Row, imitation_rows
 from untwine.config import Recipe
 from untwine.demonstrations import Transcript, demonstration
 from untwine.envs.protocol import EnvInfo
+from untwine.errors import ConfigError
 from untwine.gcd.labels import label_group
 from untwine.gcd.objectives.cross_entropy import CrossEntropy
 from untwine.gcd.objectives.protocol import Means
@@ -43,6 +44,7 @@ class ColdStart:
         episodes = [
             demonstration(t, prompter, imitate_noise=noisy, choices=choices) for t in transcripts
         ]
+        _check_room(episodes, recipe)
         self.rows: list[Row] = [
             row for e in episodes for row in imitation_rows(e, self._config.text_weight)
         ]
@@ -64,6 +66,16 @@ class ColdStart:
             scale = len(self.verdicts) / len(drawn)
             exercise = self._objective.drawn(_rescaled(drawn, scale))
         return updater.imitate(rows, exercise, config.verdict_weight)
+
+
+def _check_room(episodes: Sequence[Episode], recipe: Recipe) -> None:
+    """ConfigError when replies with tags are longer than the policy may ever write."""
+    longest = max((len(s.action_ids) for e in episodes for s in e.steps), default=0)
+    if recipe.prompt.tags and longest > recipe.sampling.max_new_tokens:
+        raise ConfigError(
+            f"with their tags the expert's replies have up to {longest} tokens; raise "
+            f"sampling.max_new_tokens (now {recipe.sampling.max_new_tokens}) to {longest} or more"
+        )
 
 
 def _judged(episode: Episode, info: EnvInfo) -> Episode:

@@ -22,7 +22,7 @@ import torch
 
 from untwine.batch import policy_rows
 from untwine.config import GCDConfig, OptimizerConfig, Recipe
-from untwine.credit import credit_method
+from untwine.credit import check_credit, credit_method
 from untwine.credit.penalty import penalise
 from untwine.diagnose.online import Findings, OnlineDiagnosis
 from untwine.envs.protocol import EnvInfo
@@ -75,6 +75,7 @@ class _Training:
         self.display = display
         self.stop = stop
         self.credit = credit_method(recipe.credit.name, recipe.credit.options)
+        check_credit(recipe.credit.name, recipe.prompt)
         check_objective(recipe.gcd.objective)
         check_sources(recipe.gcd.labels)
         for name in recipe.evaluate.sets:  # a wrong name is said before any work is done
