@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from untwine.config import Recipe, ScheduleConfig, all_keys, load_recipe
+from untwine.config import Recipe, ScheduleConfig, load_recipe
 from untwine.errors import ConfigError
+from untwine.recipe_keys import all_keys
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -92,7 +93,7 @@ def test_missing_file_folder_and_binary(tmp_path: Path) -> None:
 
 
 def test_every_key_is_listed_once() -> None:
-    keys = all_keys()
+    keys = all_keys(Recipe)
     assert len(keys) == len(set(keys))
     assert {"seed", "rl.optimizer.lr", "policy.tiny.layers"} <= set(keys)
 

@@ -12,8 +12,9 @@ import yaml
 
 from tests.builders import REF, make_episode, make_step
 from untwine import errors
-from untwine.config import Recipe, all_keys, load_recipe
+from untwine.config import Recipe, load_recipe
 from untwine.episodes import read_groups, write_groups
+from untwine.recipe_keys import all_keys
 from untwine.records import Group, Label
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +41,7 @@ def default_of(key: str) -> Any:
 
 def test_every_recipe_key_is_documented() -> None:
     text = read(DOCS / "recipes.md")
-    missing = [key for key in all_keys() if f"`{key}`" not in text]
+    missing = [key for key in all_keys(Recipe) if f"`{key}`" not in text]
     assert not missing, f"add to docs/recipes.md: {missing}"
 
 
@@ -65,7 +66,7 @@ def test_yaml_blocks_are_recipes(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_overrides_in_commands_are_known(path: Path, tmp_path: Path) -> None:
-    keys = set(all_keys())
+    keys = set(all_keys(Recipe))
     for block in blocks(path, "sh"):
         for line in block.splitlines():
             if re.match(r"untwine (train|evaluate) ", line):

@@ -7,9 +7,7 @@ takes overrides in the form `section.key=value`, whose values are read as YAML.
 
 from __future__ import annotations
 
-import types
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from untwine.errors import ConfigError, nearest
+from untwine.recipe_keys import all_keys, keys_below
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -454,7 +453,7 @@ def _first_problem(error: ValidationError) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         *parents, word = [str(part) for part in problem["loc"]]
-        hint = nearest(where, all_keys()) or nearest(word, _keys_of(parents))
+        hint = nearest(where, all_keys(Recipe)) or nearest(word, keys_below(Recipe, parents))
         return f"unknown key {where!r}.{hint}"
     message = problem["msg"].removeprefix("Value error, ")
     if not where:  # keys of several sections do not go together, and the message names them
@@ -463,40 +462,3 @@ def _first_problem(error: ValidationError) -> str:
     if len(shown) > 60:
         shown = shown[:57] + "..."
     return f"{where}: {message[0].lower() + message[1:]} (got {shown})"
-
-
-def _keys_of(parents: Sequence[str]) -> list[str]:
-    model: type[BaseModel] = Recipe
-    for parent in parents:
-        field = model.model_fields.get(parent)
-        child = _section_type(field.annotation) if field else None
-        if child is None:
-            return []
-        model = child
-    return list(model.model_fields)
-
-
-def _section_type(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return annotation if issubclass(annotation, BaseModel) else None
-    for argument in typing.get_args(annotation):
-        if found := _section_type(argument):
-            return found
-    return None
-
-
-def all_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
-    """Every key of a recipe in dotted form, sections included."""
-    return [key for key, _ in describe_keys(model, prefix)]
-
-
-def describe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, description) of every key; used by the docs and by error messages."""
-    for name, field in model.model_fields.items():
-        key = prefix + name
-        child = _section_type(field.annotation)
-        if child:
-            yield key, (child.__doc__ or "").strip().splitlines()[0] if child.__doc__ else ""
-            yield from describe_keys(child, key + ".")
-        else:
-            yield key, field.description or ""
