@@ -360,10 +360,8 @@ class Recipe(Section):
     def _constrained_without_reasons(self) -> Recipe:
         if self.sampling.constrained and self.prompt.reasons:
             what = "thoughts" if self.prompt.thoughts else "tags"
-            raise ValueError(
-                f"sampling.constrained leaves no room for {what}; set one of it and "
-                f"prompt.{what} to false"
-            )
+            no_room = f"sampling.constrained leaves no room for {what}"
+            raise ValueError(f"{no_room}; set one of it and prompt.{what} to false")
         return self
 
     @model_validator(mode="after")

@@ -105,7 +105,7 @@ def worked_group() -> Group:
 def test_hand_worked_without_std() -> None:
     """Returns 1 and 0: ±1/2. Planning earned 1 and 0, mean 1/2; exploring 1, 0, 0, mean 1/3; the
     only monitor step is alone."""
-    rows = rlvmr(worked_group(), weight=0.6, normalise="none", penalty=0.25)
+    rows = rlvmr(worked_group(), weight=0.6, normalise="none", refusal=0.25)
     assert rows[0] == pytest.approx([0.5 + 0.3, 0.5 + 0.4, 0.5])
     assert rows[1] == pytest.approx([-0.5 - 0.3, -0.5 - 0.2, -0.5 - 0.2, -0.5 - 0.25])
 
@@ -145,7 +145,7 @@ def random_group(rng: random.Random) -> Group:
 def test_agrees_with_brute_force(seed: int) -> None:
     """Each step looks for its own peers, and the standard library computes."""
     group = random_group(random.Random(seed))
-    rows = rlvmr(group, weight=0.7, penalty=0.3)
+    rows = rlvmr(group, weight=0.7, refusal=0.3)
     earned = [tag_rewards(episode) for episode in group.episodes]
     returns = [episode.outcome for episode in group.episodes]
     for g, episode in enumerate(group.episodes):
@@ -197,10 +197,10 @@ def test_equal_returns_still_teach_by_tags() -> None:
 
 
 def test_by_name_with_options_and_only_with_tags() -> None:
-    group = credit_method("rlvmr", {"weight": 0.0, "penalty": 0.0})(worked_group())
+    group = credit_method("rlvmr", {"weight": 0.0, "refusal": 0.0})(worked_group())
     assert [s.advantage for s in group.episodes[0].steps] == grpo(worked_group())[0]
-    with pytest.raises(ConfigError, match="Did you mean 'penalty'"):
-        credit_method("rlvmr", {"penalti": 1})
+    with pytest.raises(ConfigError, match="Did you mean 'refusal'"):
+        credit_method("rlvmr", {"refusl": 1})
     with pytest.raises(ConfigError, match="must be 'std' or 'none'"):
         credit_method("rlvmr", {"normalise": "var"})(worked_group())
     check_credit("grpo", PromptConfig())

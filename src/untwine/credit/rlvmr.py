@@ -18,7 +18,7 @@ def rlvmr(
     group: Group,
     weight: float = 1.0,
     normalise: Literal["std", "none"] = "std",
-    penalty: float = 0.1,
+    refusal: float = 0.1,
     eps: float = 1e-6,
 ) -> list[list[float | None]]:
     """A = A_g + weight * (r - mean_tag r) / (std_tag r + eps), for a step of episode g whose tag
@@ -28,7 +28,7 @@ def rlvmr(
     the same tag, so a tag is only compared with itself and using it pays nothing in itself;
     `normalise="none"` leaves out both standard deviations. A tag that occurs once in the group has
     nothing to be compared with, and gets 0 (the released code gives it its raw reward). Steps
-    whose reply the parser refused have A_g - `penalty`; the penalty is in no mean, since it would
+    whose reply the parser refused have A_g - `refusal`; this penalty is in no mean, since it would
     cancel there. Without tags this is GRPO with that penalty.
 
     Returns G rows, one value per step.
@@ -47,7 +47,7 @@ def rlvmr(
         for step, reward, advantage in zip(episode.steps, rewards, outcome, strict=True):
             assert advantage is not None
             if step.command is None:
-                advantage -= penalty
+                advantage -= refusal
             elif step.tag is not None:
                 mean, scale = scales[step.tag]
                 advantage += weight * (reward - mean) / scale
