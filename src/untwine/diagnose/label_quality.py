@@ -24,8 +24,8 @@ from typing import Any
 from untwine.config import Recipe
 from untwine.diagnose.branching import Verdict3
 from untwine.diagnose.output import results_folder, to_json, write_text
-from untwine.diagnose.recorded import episode_file, iteration_files, read_recorded
-from untwine.diagnose.truth_file import TruthRow, read_truth, truth_path
+from untwine.diagnose.recorded import chosen_files, read_recorded
+from untwine.diagnose.truth_file import TruthRow, files_with_truth, read_truth, truth_path
 from untwine.errors import ConfigError
 from untwine.evaluate.statistics import wilson_interval
 from untwine.gcd.sources import Bench, Labeller, check_sources
@@ -65,7 +65,8 @@ def find_label_quality(
     if "branch" in names:
         raise ConfigError("branch is what the others are compared with; leave it out")
     compared: dict[str, list[Compared]] = defaultdict(list)
-    iterations = _with_truth(run, iteration)
+    files = chosen_files(run, iteration)
+    iterations = files_with_truth(run, files, "train with branch in gcd.labels")
     costs: dict[str, float] = defaultdict(float)
     with open_pool(recipe.env, list_commands=recipe.lists_commands) as pool:
         labeller = Labeller(names, Bench(recipe, pool, None, run, display))
@@ -141,19 +142,6 @@ def _class(steps: Sequence[Compared], verdict: str) -> dict[str, Any]:
         "precision_decided": share(decided, [s.truth == verdict for s in decided]),
         "recall": share(true, [s.said == verdict for s in true]),
     }
-
-
-def _with_truth(run: Path, iteration: int | None) -> dict[int, Path]:
-    files = iteration_files(run)
-    if iteration is not None:
-        files = dict([episode_file(run, iteration)])
-    files = {k: file for k, file in files.items() if truth_path(run, k).is_file()}
-    if not files:
-        raise ConfigError(
-            f"{run} holds no truth about these episodes; run `untwine diagnose truth {run}`, or "
-            "train with branch in gcd.labels"
-        )
-    return files
 
 
 def _labels(groups: Sequence[Group]) -> dict[str, dict[tuple[str, int], Verdict]]:

@@ -18,13 +18,12 @@ from untwine.diagnose.calibration import Floats, Judged, calibrate, lemma_advant
 from untwine.diagnose.output import results_folder, to_json, write_text
 from untwine.diagnose.population import RecordedStep, recorded_steps
 from untwine.diagnose.recorded import (
-    episode_file,
+    chosen_files,
     is_foreign,
-    iteration_files,
     read_recorded,
     recorded_info,
 )
-from untwine.diagnose.truth_file import TruthRow, read_truth, truth_path
+from untwine.diagnose.truth_file import TruthRow, files_with_truth, read_truth, truth_path
 from untwine.envs.protocol import EnvInfo
 from untwine.errors import ConfigError, UntwineError
 from untwine.gcd.labels import label_group, label_sources
@@ -115,17 +114,8 @@ def _methods(
 
 
 def _files(run: Path, iteration: int | None, labels: str) -> dict[int, Path]:
-    files = iteration_files(run)
-    if iteration is not None:
-        files = dict([episode_file(run, iteration)])
-    if not labels:
-        files = {k: file for k, file in files.items() if truth_path(run, k).is_file()}
-        if not files:
-            raise ConfigError(
-                f"{run} holds no truth about these episodes; run `untwine diagnose truth {run}`, "
-                "or take labels with --labels group"
-            )
-    return files
+    files = chosen_files(run, iteration)
+    return files if labels else files_with_truth(run, files, "take labels with --labels group")
 
 
 def _note(labels: str) -> str:

@@ -92,6 +92,12 @@ def episode_file(
     return iteration, files[iteration]
 
 
+def chosen_files(run: Path, iteration: int | None) -> dict[int, Path]:
+    """Episode files by iteration: all of them, or that of one. CheckpointError when it is not
+    there."""
+    return iteration_files(run) if iteration is None else dict([episode_file(run, iteration)])
+
+
 def read_recorded(file: Path, recipe: Recipe) -> list[Group]:
     """The groups of an episode file, with the returns the recipe counts."""
     return [dataclasses.replace(g, returns=recipe.rl.returns) for g in read_groups(file)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from untwine.diagnose.branching import Verdict3
 from untwine.diagnose.output import results_folder, write_text
 from untwine.envs.protocol import EnvInfo
-from untwine.errors import CheckpointError
+from untwine.errors import CheckpointError, ConfigError
 from untwine.gcd.labels import LabelSource, action_key
 from untwine.records import Group, Label
 
@@ -75,6 +75,18 @@ class Truth:
 
 def truth_path(run: Path, iteration: int) -> Path:
     return results_folder(run) / f"truth-iter-{iteration:06d}.jsonl"
+
+
+def files_with_truth(run: Path, files: Mapping[int, Path], otherwise: str) -> dict[int, Path]:
+    """Those of the episode files, by iteration, that have a truth file. ConfigError when none has;
+    `otherwise` says what can be done instead."""
+    found = {k: file for k, file in files.items() if truth_path(run, k).is_file()}
+    if not found:
+        raise ConfigError(
+            f"{run} holds no truth about these episodes; run `untwine diagnose truth {run}`, or "
+            f"{otherwise}"
+        )
+    return found
 
 
 def write_truth(path: Path, truth: Truth) -> None:

@@ -139,7 +139,6 @@ class RowPass:
 
     def __init__(self, cache: RowCache, packed: Packed, device: torch.device) -> None:
         self._cache = cache
-        self._spans = packed.spans
         self._packed = packed
         self._token_W = torch.from_numpy(packed.token_W).to(device)
         self._places: torch.Tensor | None = None
@@ -171,7 +170,7 @@ class RowPass:
         query_KGND = query_NKGD.permute(1, 2, 0, 3)
         groups = query_KGND.shape[1]
         out = []
-        for span in self._spans:
+        for span in self._packed.spans:
             row, count = self._cache.row(span.slot), span.end - span.first
             length = span.past + count
             q = query_KGND[:, :, span.first : span.end]
@@ -195,7 +194,7 @@ class RowPass:
     def _mask(self, span: Span, like: torch.Tensor) -> torch.Tensor:
         """What to add to the scores (M, past + M): a part of one band."""
         if self._band is None:
-            masked = [s for s in self._spans if s.past and s.end - s.first > 1]
+            masked = [s for s in self._packed.spans if s.past and s.end - s.first > 1]
             count = max(s.end - s.first for s in masked)
             self._past = max(s.past for s in masked)
             forbidden = like.new_full((count, self._past + count), -torch.inf)

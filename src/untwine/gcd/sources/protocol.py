@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,20 +38,20 @@ class Bench:
         return self.pool.info
 
 
-class Source:
+class Source(ABC):
     """Labels the steps it is sure of, and abstains from all others.
 
     What it says depends on the groups, the policy, the recipe and the number of the iteration only
     (a judge: also on its answers, which are kept), so that a run can be resumed exactly.
     """
 
+    @abstractmethod
     def label(
         self, groups: Sequence[Group], iteration: int
     ) -> tuple[list[Table], dict[str, float]]:
         """A table for each group, and counts for the metrics."""
-        raise NotImplementedError
 
-    def recorded(self, iteration: int, episodes: Path) -> None:
+    def recorded(self, iteration: int, episodes: Path) -> None:  # noqa: B027  (most need nothing)
         """The episodes of the last call have been written to this file."""
 
 
