@@ -198,10 +198,10 @@ class _Training:
             self._save_model("initial")
             self._save(updater, self._position("rl", 0, updater))
         every = self.recipe.evaluate.every
-        done = first
+        done, spent = first, self._spent()
         with self.display.bar("training", config.iterations, "iteration", first) as bar:
             for iteration in range(first, config.iterations):
-                if self._spent():
+                if spent:
                     break
                 before = self._position("rl", iteration, updater)
                 try:
@@ -213,7 +213,8 @@ class _Training:
                     raise
                 done = iteration + 1
                 bar.update(done, info=info)
-                last = done == config.iterations or self._spent()
+                spent = self._spent()
+                last = done == config.iterations or spent
                 due = done % self.recipe.checkpoint.every == 0 or last
                 if due or self.stop.requested:
                     self._save(updater, self._position("rl", done, updater))
