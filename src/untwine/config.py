@@ -169,6 +169,9 @@ class ColdStartConfig(Section):
     imitate_noise: bool = Field(
         False, description="imitate those commands too, as from a demonstrator that errs"
     )
+    instructed: Fraction = Field(
+        0.0, description="share of episodes with a copy that is told not to do what it does not do"
+    )
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, warmup=20)
 
 
@@ -287,6 +290,35 @@ class GCDConfig(Section):
         return self
 
 
+class CorrectionConfig(Section):
+    """Instructions against flawed actions of kinds that are frequent."""
+
+    kinds: list[str] = Field(
+        default_factory=list, description="kinds that may be told against; empty: none is"
+    )
+    on: Fraction = Field(0.1, description="share of steps at which the instruction comes in")
+    off: Fraction = Field(0.05, description="share of steps below which it goes out again")
+    window: Positive = Field(1, description="iterations over which the shares are taken")
+    share: Fraction = Field(0.5, description="share of the groups that are told")
+    anneal: Fraction = Field(
+        0.0, description="part of the training in which that share falls to 0; 0: it stays"
+    )
+    sentences: dict[str, str] = Field(
+        default_factory=dict, description="instructions by kind, instead of the package's"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CorrectionConfig:
+        if self.off > self.on:
+            raise ValueError(
+                f"off ({self.off:g}) is above on ({self.on:g}), so an instruction would go out as "
+                "it comes in; lower off or raise on"
+            )
+        if len(set(self.kinds)) < len(self.kinds):
+            raise ValueError("kinds names a kind twice; name each once")
+        return self
+
+
 class RLConfig(Section):
     iterations: Natural = 20
     groups: Positive = Field(8, description="task instances per iteration")
@@ -352,6 +384,7 @@ class Recipe(Section):
     credit: CreditConfig = CreditConfig()
     loss: LossConfig = LossConfig()
     gcd: GCDConfig = GCDConfig()
+    correction: CorrectionConfig = CorrectionConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     diagnose: DiagnoseConfig = DiagnoseConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -34,8 +34,9 @@ class Transcript:
     goal: str
     moves: tuple[Move, ...]
 
-    def texts(self, prompt: PromptConfig) -> Iterator[str]:
-        """Everything in it that a tokenizer should know."""
+    def texts(self, prompt: PromptConfig, told: Sequence[str] = ()) -> Iterator[str]:
+        """Everything in it that a tokenizer should know, and the sentences an agent may be told."""
+        yield from told
         if prompt.tags:
             yield from (written for written, _ in replies(self, prompt))
         yield self.goal
@@ -109,6 +110,7 @@ def demonstration(
     *,
     imitate_noise: bool = False,
     choices: CommandChoices | None = None,
+    told: tuple[str, ...] = (),
 ) -> Episode:
     """The transcript as an episode for one model.
 
@@ -118,9 +120,11 @@ def demonstration(
 
     choices   given when the policy chooses among the admissible commands: the steps then know what
               they were chosen from, and commands that are not admissible carry no advantage
+    told      sentences that the prompts carry
     """
     moves = transcript.moves
-    conversation = prompter.begin(transcript.goal, moves[0].before.text, moves[0].before.admissible)
+    first = moves[0].before
+    conversation = prompter.begin(transcript.goal, first.text, first.admissible, told)
     steps = []
     said = replies(transcript, prompter.config)
     for index, ((before, command, after), (written, tag)) in enumerate(
@@ -160,6 +164,7 @@ def demonstration(
         score=last.score,
         success=last.success,
         ended="success",
+        told=told,
     )
 
 

@@ -190,6 +190,7 @@ class _Reader:
             score=row.get("score", outcome),
             success=success,
             ended=row.get("ended", "success" if success else "limit"),
+            told=tuple(row.get("told", ())),
         )
 
     def _allowed_sets(self, action: int) -> tuple[tuple[int, ...], ...] | None:

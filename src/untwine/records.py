@@ -185,6 +185,7 @@ class Episode:
     """The steps up to success, failure or the step limit.
 
     ended: success | failure | limit (our step limit, the environment went on)
+    told: instructions that all its acting prompts carried (docs/methods/correction.md)
     """
 
     id: str
@@ -195,6 +196,7 @@ class Episode:
     score: float
     success: bool
     ended: Literal["success", "failure", "limit"]
+    told: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -223,6 +225,13 @@ class Group:
         ids = [e.id for e in self.episodes]
         if len(set(ids)) != len(ids):
             raise ValueError(f"group {self.ref} holds an episode twice: {ids}")
+        if len({e.told for e in self.episodes}) > 1:
+            raise ValueError(f"group {self.ref} holds episodes that were told different things")
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Instructions that the acting prompts of all its episodes carried."""
+        return self.episodes[0].told if self.episodes else ()
 
     @property
     def returns_G(self) -> tuple[float, ...]:

@@ -74,6 +74,7 @@ class _Job:
     id: str
     start: Start | None = None
     tries: int = 0
+    told: tuple[str, ...] = ()
 
     @property
     def beginning(self) -> Beginning:
@@ -136,17 +137,20 @@ class Collector:
         generator: torch.Generator,
         *,
         prefix: str = "",
+        told: Sequence[tuple[str, ...]] = (),
         greedy: bool = False,
         on_turn: Callable[[int, int], None] | None = None,
     ) -> tuple[list[Group], RolloutStats]:
         """One group of `group_size` episodes for every ref, in the order of `refs`.
 
         prefix   begins the ids of the episodes
+        told     for each ref, sentences that the prompts of all its episodes carry; none by default
         on_turn  called before every turn with (episodes done, episodes in all); may raise to stop
         """
+        sentences = told or [()] * len(refs)
         jobs = [
-            _Job(i * group_size + g, ref, f"{prefix}{i:03d}-{g:02d}")
-            for i, ref in enumerate(refs)
+            _Job(i * group_size + g, ref, f"{prefix}{i:03d}-{g:02d}", told=said)
+            for i, (ref, said) in enumerate(zip(refs, sentences, strict=True))
             for g in range(group_size)
         ]
         sampler = Sampler(self.policy, self.sampling, generator, greedy=greedy)
@@ -175,7 +179,7 @@ class Collector:
     def begin(self, job: _Job, start: Reset) -> _Live:
         """The episode of a job whose environment has been reset."""
         goal, observation = start
-        conversation = self.prompter.begin(goal, observation.text, observation.admissible)
+        conversation = self.prompter.begin(goal, observation.text, observation.admissible, job.told)
         if len(conversation.prompt_ids) > self._longest:
             raise UntwineError(
                 f"the first prompt of {job.ref} has {len(conversation.prompt_ids)} tokens but "
@@ -398,4 +402,5 @@ def _episode(live: _Live, ended: str) -> Episode:
         score=live.observation.score,
         success=live.observation.success,
         ended=ended,  # type: ignore[arg-type]
+        told=live.conversation.told,
     )

@@ -15,6 +15,7 @@ from untwine.errors import EnvError
 from untwine.policy.loading import Policy, check_exactness, load_policy
 from untwine.policy.sampler import Sampler
 from untwine.progress import Display
+from untwine.prompting.corrections import instructions
 from untwine.records import TaskRef
 from untwine.rollout import Collector
 
@@ -134,8 +135,12 @@ class Workshop:
         return found
 
     def _texts(self) -> Iterator[str]:
+        recipe = self.recipe
+        told: list[str] = []
+        if recipe.correction.kinds or recipe.cold_start.instructed:
+            told = list(instructions(recipe.correction).values())
         for transcript in self.transcripts:
-            yield from transcript.texts(self.recipe.prompt)
+            yield from transcript.texts(recipe.prompt, told)
 
 
 def make_collector(policy: Policy, pool: EnvPool, recipe: Recipe) -> Collector:

@@ -146,7 +146,9 @@ def _play(pool: EnvPool, replays: Sequence[_Replay]) -> None:
 def _starts(replay: _Replay, prompter: Prompter) -> dict[tuple[str, int], Start]:
     episode = replay.episode
     steps = episode.steps
-    conversation = prompter.begin(episode.goal, steps[0].observation, steps[0].admissible)
+    conversation = prompter.begin(
+        episode.goal, steps[0].observation, steps[0].admissible, episode.told
+    )
     found = {}
     verified = replay.verified()
     for t in range(max(verified, default=-1) + 1):

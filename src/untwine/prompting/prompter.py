@@ -28,8 +28,14 @@ VERDICT_WORDS = {"good": "good", "flawed": "bad"}
 PAIR_WORDS = {"first": "A", "second": "B"}
 
 
-def system_text(config: PromptConfig) -> str:
-    """What the agent is told about itself and the form of its replies."""
+def system_text(config: PromptConfig, told: Sequence[str] = ()) -> str:
+    """What the agent is told about itself and the form of its replies, and then `told`, sentence
+    by sentence. This is the beginning of every acting prompt in both layouts, so that what all
+    episodes of a group read alike stays as long as it can be."""
+    return " ".join([_role_text(config), *told])
+
+
+def _role_text(config: PromptConfig) -> str:
     role = "You act in a text environment to solve a task."
     if not config.reasons:
         return f"{role} Reply with one command."
@@ -49,10 +55,17 @@ class Prompter:
         self.config = config
 
     def begin(
-        self, goal: str, observation: str, admissible: Sequence[str] | None = None
+        self,
+        goal: str,
+        observation: str,
+        admissible: Sequence[str] | None = None,
+        told: tuple[str, ...] = (),
     ) -> Conversation:
-        """The conversation of a new episode."""
-        return Conversation(self, goal, observation, admissible)
+        """The conversation of a new episode.
+
+        told   sentences that all its prompts carry (`system_text`)
+        """
+        return Conversation(self, goal, observation, admissible, told)
 
     def opening_ids(
         self,
@@ -60,9 +73,10 @@ class Prompter:
         past: Sequence[tuple[str, str]],
         observation: str,
         admissible: Sequence[str] | None,
+        told: Sequence[str] = (),
     ) -> tuple[int, ...]:
         user = _state_text(goal, past, self._seen(goal, observation, admissible))
-        return self.chat.opening(system_text(self.config), user)
+        return self.chat.opening(system_text(self.config, told), user)
 
     def follow_up_ids(
         self,
@@ -96,7 +110,10 @@ class Prompter:
 
 
 class Conversation:
-    """The prompt of one episode as it goes on."""
+    """The prompt of one episode as it goes on.
+
+    told   sentences that all its prompts carry
+    """
 
     def __init__(
         self,
@@ -104,12 +121,14 @@ class Conversation:
         goal: str,
         observation: str,
         admissible: Sequence[str] | None = None,
+        told: tuple[str, ...] = (),
     ) -> None:
         self._prompter = prompter
+        self.told = told
         self._goal = goal
         self._observation = observation
         self._past: list[tuple[str, str]] = []
-        self.prompt_ids = prompter.opening_ids(goal, (), observation, admissible)
+        self.prompt_ids = prompter.opening_ids(goal, (), observation, admissible, told)
 
     def fork(self) -> Conversation:
         """A copy that goes its own way."""
@@ -136,7 +155,9 @@ class Conversation:
             self.prompt_ids = self.prompt_ids + reply_ids + glue
         else:
             past = self._past[-prompter.config.history :] if prompter.config.history else []
-            self.prompt_ids = prompter.opening_ids(self._goal, past, observation, admissible)
+            self.prompt_ids = prompter.opening_ids(
+                self._goal, past, observation, admissible, self.told
+            )
 
 
 def verdict_text(episode: Episode, t: int, history: int, command: str | None = None) -> str:

@@ -24,11 +24,11 @@ from untwine.training.run_dir import run_recipe
 FORMAT = "untwine-sweep-1"
 LOCK = "sweep.lock"
 AFTER_COLD_START = (
-    *("rl", "credit", "loss", "gcd", "evaluate"),
+    *("rl", "credit", "loss", "gcd", "correction", "evaluate"),
     *("diagnose", "checkpoint", "name"),
 )
-"""Sections of a recipe that do not touch its cold start: arms that differ in nothing else share
-one."""
+"""Sections of a recipe that do not touch its cold start, but for the sentences of `correction`:
+arms that differ in nothing else share one."""
 
 _LONGEST_NAME = 80
 
@@ -47,7 +47,11 @@ class Arm:
     @property
     def before(self) -> tuple[str, ...]:
         """The overrides that change the cold start."""
-        return tuple(o for o in self.overrides if _section(o) not in AFTER_COLD_START)
+        return tuple(
+            o
+            for o in self.overrides
+            if _section(o) not in AFTER_COLD_START or o.startswith("correction.sentences")
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from untwine.gcd.objectives.cross_entropy import CrossEntropy
 from untwine.gcd.objectives.protocol import Means
 from untwine.gcd.questions import PAIRS, VERDICTS
 from untwine.policy.loading import Policy
+from untwine.prompting.corrections import instructions
 from untwine.records import Episode, Group
 from untwine.rollout import Collector
 from untwine.training.measures import Measures
@@ -41,12 +42,18 @@ class ColdStart:
         self._rng = rng
         prompter, choices = collector.prompter, collector.choices
         noisy = self._config.imitate_noise
-        episodes = [
-            demonstration(t, prompter, imitate_noise=noisy, choices=choices) for t in transcripts
-        ]
+
+        def played(transcript: Transcript, told: tuple[str, ...] = ()) -> Episode:
+            return demonstration(
+                transcript, prompter, imitate_noise=noisy, choices=choices, told=told
+            )
+
+        episodes = [played(transcript) for transcript in transcripts]
+        sentences = instructed(episodes, info, recipe)
+        told = [played(*entry) for entry in zip(transcripts, sentences, strict=True) if entry[1]]
         _check_room(episodes, recipe)
         self.rows: list[Row] = [
-            row for e in episodes for row in imitation_rows(e, self._config.text_weight)
+            row for e in [*episodes, *told] for row in imitation_rows(e, self._config.text_weight)
         ]
         self.verdicts: list[Row] = []
         self._objective: CrossEntropy | None = None
@@ -66,6 +73,36 @@ class ColdStart:
             scale = len(self.verdicts) / len(drawn)
             exercise = self._objective.drawn(_rescaled(drawn, scale))
         return updater.imitate(rows, exercise, config.verdict_weight)
+
+
+def instructed(episodes: Sequence[Episode], info: EnvInfo, recipe: Recipe) -> list[tuple[str, ...]]:
+    """What a second copy of each expert episode is told; nothing where there is no copy
+    (docs/methods/correction.md).
+
+    A share `cold_start.instructed` of the episodes, drawn at random, has a copy that is told not to
+    do what its imitated steps do not do: each such kind with probability one half, and at least
+    one. So a policy that imitates errors learns what the sentences mean.
+    """
+    share = recipe.cold_start.instructed
+    sentences = instructions(recipe.correction) if share else {}
+    rng = random.Random(f"instructed {recipe.seed}")
+    told: list[tuple[str, ...]] = []
+    for episode in episodes:
+        chosen: list[str] = []
+        if sentences and rng.random() < share:
+            ruled = label_group(Group(episode.ref, (episode,)), ["rule"], info).episodes[0]
+            pairs = zip(episode.steps, ruled.steps, strict=True)
+            shown = {
+                x.kind
+                for own, by_rule in pairs
+                if own.advantage is not None
+                for x in by_rule.labels
+            }
+            free = [kind for kind in sentences if kind not in shown]
+            chosen = [kind for kind in free if rng.random() < 0.5]
+            chosen = chosen or [rng.choice(free)] if free else []
+        told.append(tuple(sentences[kind] for kind in chosen))
+    return told
 
 
 def _check_room(episodes: Sequence[Episode], recipe: Recipe) -> None:

@@ -47,7 +47,8 @@ from untwine.training.checkpoint import (
     save_checkpoint,
 )
 from untwine.training.cold_start import ColdStart
-from untwine.training.measures import Measures
+from untwine.training.correction import Correction
+from untwine.training.measures import Measures, averaged
 from untwine.training.run_dir import RunDir, finish_replacing, metric_rows, replace_folder
 from untwine.training.signals import StopRequest
 from untwine.training.update import Updater
@@ -78,6 +79,7 @@ class _Training:
         check_credit(recipe.credit.name, recipe.prompt)
         check_objective(recipe.gcd.objective)
         check_sources(recipe.gcd.labels)
+        self.correction = Correction(recipe)
         for name in recipe.evaluate.sets:  # a wrong name is said before any work is done
             evaluation_refs(recipe.env, name, recipe.evaluate.episodes)
         self.choices = random.Random(recipe.seed + 1)
@@ -106,6 +108,7 @@ class _Training:
         if self.start:
             first = self.start.step if self.start.stage == "rl" else 0
             self.run_dir = RunDir.resume(path, recipe, self.start.metric_lines, first)
+            self.correction.learn(*metric_rows(path, "rl"))
         else:
             self._save_model()
         self.run_dir.describe(
@@ -198,23 +201,24 @@ class _Training:
             self._save_model("initial")
             self._save(updater, self._position("rl", 0, updater))
         every = self.recipe.evaluate.every
-        done, spent = first, self._spent()
+        done, used = first, self._budget_used()
         with self.display.bar("training", config.iterations, "iteration", first) as bar:
             for iteration in range(first, config.iterations):
-                if spent:
+                if used >= 1:
                     break
                 before = self._position("rl", iteration, updater)
                 try:
                     if every and iteration and iteration % every == 0:
                         self._evaluate("rl", iteration)
-                    info = self._iteration(updater, diagnosis, iteration)
+                    progress = max(iteration / max(config.iterations - 1, 1), used)
+                    info = self._iteration(updater, diagnosis, iteration, progress)
                 except Interrupted:  # nothing of this iteration has touched the weights yet
                     self._save(updater, before)
                     raise
                 done = iteration + 1
                 bar.update(done, info=info)
-                spent = self._spent()
-                last = done == config.iterations or spent
+                used = self._budget_used()
+                last = done == config.iterations or used >= 1
                 due = done % self.recipe.checkpoint.every == 0 or last
                 if due or self.stop.requested:
                     self._save(updater, self._position("rl", done, updater))
@@ -223,20 +227,24 @@ class _Training:
         if config.iterations:
             self._evaluate("rl", done)
 
-    def _spent(self) -> bool:
-        """Whether the iterations have used up the tokens they may."""
+    def _budget_used(self) -> float:
+        """Share of `rl.token_budget` that the iterations have used; 0 where there is none."""
         budget = self.recipe.rl.token_budget
         if not budget:
-            return False
+            return 0.0
         rows = metric_rows(self.path, "rl")
         keys = ("policy_tokens", "gcd_tokens")
-        return sum(row.get(key) or 0 for row in rows for key in keys) >= budget
+        return float(sum(row.get(key) or 0 for row in rows for key in keys) / budget)
 
-    def _iteration(self, updater: Updater, diagnosis: OnlineDiagnosis, iteration: int) -> str:
+    def _iteration(
+        self, updater: Updater, diagnosis: OnlineDiagnosis, iteration: int, progress: float
+    ) -> str:
+        """One iteration; `progress` is how much of the training is done, in [0, 1]."""
         recipe = self.recipe
         started = time.perf_counter()
         refs = self.cursor.take(recipe.rl.groups)
-        groups, stats = self._collect(refs, iteration)
+        shown = self.correction.decide(iteration, progress)
+        groups, stats = self._collect(refs, iteration, shown.told)
         rolled = time.perf_counter()
         groups, label_counts = self.labeller.label(groups, iteration)
         groups = [self._credit(group) for group in groups]
@@ -250,6 +258,7 @@ class _Training:
         self.labeller.recorded(iteration, self.run_dir.save_groups(iteration, groups))
         values = {
             **_rollout_measures(groups, stats, self.workshop.info),
+            **self.correction.measures(shown, groups, self.workshop.info),
             **label_counts,
             **measures,
             **counts,
@@ -261,16 +270,19 @@ class _Training:
         if found.values:
             values["diagnose_share"] = (diagnosed - labelled) / seconds
         self.run_dir.log("rl", iteration, **values)
+        self.correction.learn(values)
         line = (
             f"outcome {values['outcome_mean']:.2f}  success {values['success_rate']:.2f}  "
             f"flawed {values['flawed_rate']:.2f}"
-        )
+        ) + (f"  told {', '.join(shown.on)}" if shown.on else "")
         self.display.line(f"iteration {iteration + 1}: {line}  ({seconds:.1f} s)")
         for said in found.lines(seconds):
             self.display.line(f"  {said}")
         return line
 
-    def _collect(self, refs: Sequence[Any], iteration: int) -> tuple[list[Group], RolloutStats]:
+    def _collect(
+        self, refs: Sequence[Any], iteration: int, told: Sequence[tuple[str, ...]]
+    ) -> tuple[list[Group], RolloutStats]:
         size = self.recipe.rl.group_size
         with self.display.bar("  episodes", len(refs) * size, "episode") as bar:
 
@@ -279,7 +291,7 @@ class _Training:
                 bar.update(done, total)
 
             groups, stats = self.collector.collect(
-                refs, size, self.sampling, prefix=f"{iteration:06d}-", on_turn=on_turn
+                refs, size, self.sampling, prefix=f"{iteration:06d}-", told=told, on_turn=on_turn
             )
         returns = self.recipe.rl.returns
         return [dataclasses.replace(group, returns=returns) for group in groups], stats
@@ -315,7 +327,7 @@ class _Training:
                 tokens += sum(row.length for row in rows)
                 if rows or exercise:
                     taken.append(updater.step(rows, exercise, weight))
-        return _averaged(taken), {
+        return averaged(taken), {
             "policy_tokens": tokens,
             "verdicts": 0,
             **(exercise.counts if exercise else {}),
@@ -468,18 +480,3 @@ def _rollout_measures(
         "computed_tokens": stats.computed_tokens,
         "outcome_by_task": {t: sum(v) / len(v) for t, v in sorted(by_task.items())},
     }
-
-
-def _averaged(taken: Sequence[Measures]) -> dict[str, float]:
-    """Means over optimizer steps; counts and seconds are summed and ratio_max is the largest."""
-    names = {name for measures in taken for name in measures.values}
-    result: dict[str, float] = {}
-    for name in sorted(names):
-        values = [m.values[name] for m in taken if name in m.values]
-        if name == "ratio_max":
-            result[name] = max(values)
-        elif name.startswith("seconds_") or name.endswith("_tokens") or name == "out_of_memory":
-            result[name] = sum(values)
-        else:
-            result[name] = sum(values) / len(values)
-    return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,3 +30,18 @@ class Measures:
     def join(self, other: Measures) -> None:
         self.add(**other.sums)
         self.top(**other.maxima)
+
+
+def averaged(taken: Sequence[Measures]) -> dict[str, float]:
+    """Means over optimizer steps; counts and seconds are summed and ratio_max is the largest."""
+    names = {name for measures in taken for name in measures.values}
+    result: dict[str, float] = {}
+    for name in sorted(names):
+        values = [m.values[name] for m in taken if name in m.values]
+        if name == "ratio_max":
+            result[name] = max(values)
+        elif name.startswith("seconds_") or name.endswith("_tokens") or name == "out_of_memory":
+            result[name] = sum(values)
+        else:
+            result[name] = sum(values) / len(values)
+    return result
