@@ -296,8 +296,8 @@ class CorrectionConfig(Section):
     kinds: list[str] = Field(
         default_factory=list, description="kinds that may be told against; empty: none is"
     )
-    on: Fraction = Field(0.1, description="share of steps at which the instruction comes in")
-    off: Fraction = Field(0.05, description="share of steps below which it goes out again")
+    above: Fraction = Field(0.1, description="share of steps from which an instruction is shown")
+    below: Fraction = Field(0.05, description="share of steps below which it no longer is")
     window: Positive = Field(1, description="iterations over which the shares are taken")
     share: Fraction = Field(0.5, description="share of the groups that are told")
     anneal: Fraction = Field(
@@ -309,10 +309,10 @@ class CorrectionConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> CorrectionConfig:
-        if self.off > self.on:
+        if self.below > self.above:
             raise ValueError(
-                f"off ({self.off:g}) is above on ({self.on:g}), so an instruction would go out as "
-                "it comes in; lower off or raise on"
+                f"below ({self.below:g}) is larger than above ({self.above:g}), so an instruction "
+                "would go out as it comes in; lower below or raise above"
             )
         if len(set(self.kinds)) < len(self.kinds):
             raise ValueError("kinds names a kind twice; name each once")

@@ -33,7 +33,7 @@ from untwine.training.run_dir import RunDir, episode_files
 from untwine.workshop import Workshop
 
 QUIET = Display(quiet=True)
-ALWAYS = {"kinds": ["invalid", "repeat"], "on": 0.0, "off": 0.0, "share": 0.5}
+ALWAYS = {"kinds": ["invalid", "repeat"], "above": 0.0, "below": 0.0, "share": 0.5}
 
 
 def corrected(iterations: int, **changes: Any) -> Recipe:
@@ -60,7 +60,7 @@ def row(kind: str, on: int, **seen: tuple[float, int]) -> dict[str, Any]:
 
 
 def test_a_sentence_comes_in_above_and_goes_out_below() -> None:
-    config = CorrectionConfig(kinds=["undo"], on=0.3, off=0.1)
+    config = CorrectionConfig(kinds=["undo"], above=0.3, below=0.1)
     shares = [0.29, 0.3, 0.2, 0.1, 0.09, 0.2, 0.31, 0.05]
     expected = [False, True, True, True, False, False, True, False]
     state = 0
@@ -175,7 +175,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(
             assert {g.told for g in own} == {sentences if name == "told" else ()}
             labels = [x for g in own for table in rule_labels(g, INFO) for x in table]
             kinds = Counter(x.kind for x in labels if x is not None and x.verdict == "flawed")
-            expected = {k: kinds[k] / len(labels) for k in {*kinds, "invalid", "repeat"}}
+            expected = {k: kinds[k] / len(labels) for k in known}
             assert found[iteration][f"correction_{name}"] == pytest.approx(expected)
             assert found[iteration]["correction_steps"][name] == len(labels)
             solved = [e.success for g in own for e in g.episodes]

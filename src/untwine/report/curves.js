@@ -45,9 +45,27 @@ const COLD_CHARTS = ["Cold start",
 // Keys this page does not know by name, one chart for those that share what stands before the last "/".
 const MICROSCOPE_KEYS = /^(diagnose|probe|calibration|coupling|gram|truth|flawed|squeez)/;
 
+const CORRECTION_KEYS = /^correction_/;
+
+// Correction by prompt: every kind with the sentences and without, and when they were on.
+function correctionSpecs(runs) {
+  const keys = [...new Set(runs.flatMap((run) => run.others))].filter((key) => CORRECTION_KEYS.test(key));
+  if (!keys.length) return [];
+  const after = (start) => keys.filter((key) => key.startsWith(start)).map((key) => key.slice(start.length));
+  const kinds = [...new Set([...after("correction_on/"), ...after("correction_plain/"), ...after("correction_told/")])];
+  const both = (plain, told) => ({ [plain]: "told nothing", [told]: "told" });
+  return [
+    { title: "Sentences on", note: "1: the sentence against this kind was shown", keys: Object.fromEntries(after("correction_on/").map((kind) => [`correction_on/${kind}`, kind])), range: SHARE },
+    { title: "Groups told", note: "share of the groups", keys: { correction_share: "told" }, range: SHARE, format: percent },
+    { title: "Success in training", note: "with and without being told", keys: both("correction_success/plain", "correction_success/told"), range: SHARE, format: percent },
+    ...kinds.map((kind) => ({ title: `Flawed: ${kind}`, note: "share of steps, with and without being told", keys: both(`correction_plain/${kind}`, `correction_told/${kind}`), zero: true, format: percent })),
+  ];
+}
+
 function otherSpecs(runs) {
   const specs = new Map();
   for (const key of new Set(runs.flatMap((run) => run.others))) {
+    if (CORRECTION_KEYS.test(key)) continue;
     const cut = key.lastIndexOf("/");
     const [title, name] = cut > 0 ? [key.slice(0, cut), key.slice(cut + 1)] : [key, key];
     if (!specs.has(title)) specs.set(title, { title: title.replaceAll("_", " "), keys: {}, key: title });
@@ -134,6 +152,8 @@ function showCurves(runs) {
       : [{ ...spec, lines: linesOf(runs, "rl", spec) }]));
     sections.push(section(title, full, view, charts));
   }
+  const correction = correctionSpecs(runs).map((spec) => ({ ...spec, lines: linesOf(runs, "rl", spec) }));
+  sections.push(section("Correction by prompt", correction, view, charts));
   const [title, ...cold] = COLD_CHARTS;
   sections.push(section(title, cold.map((spec) => ({ ...spec, lines: linesOf(runs, "cold_start", spec) })), view, charts));
   const [others, measured] = [[], []];

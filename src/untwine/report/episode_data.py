@@ -132,6 +132,7 @@ def plain_episode(episode: Episode, marks: Marks | None = None) -> dict[str, Any
         "success": episode.success,
         "ended": episode.ended,
         "flawed": sum(_flawed(step) for step in episode.steps),
+        **({"told": [_cut(text) for text in episode.told]} if episode.told else {}),
         "steps": steps,
     }
 

@@ -166,6 +166,7 @@ class Browser {
     this.detail.replaceChildren(
       el("div", { class: "detail-head" }, ...head.map((text) => el("span", {}, text))),
       el("p", { class: "goal" }, episode.goal),
+      ...(episode.told ? [el("p", { class: "hint" }, `told: ${episode.told.join(" ")}`)] : []),
       this.group(episode), this.strip(episode, steps), ...steps);
   }
 

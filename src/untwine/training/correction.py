@@ -87,7 +87,7 @@ class Correction:
             episodes = [episode for group in own for episode in group.episodes]
             if episodes:
                 found = step_measures(own, info)["flawed_kinds"]
-                values[f"correction_{name}"] = {**dict.fromkeys(kinds, 0.0), **found}
+                values[f"correction_{name}"] = {**dict.fromkeys(self._sentences, 0.0), **found}
                 values["correction_steps"][name] = sum(e.length for e in episodes)
                 solved = sum(e.success for e in episodes)
                 values["correction_success"][name] = solved / len(episodes)
@@ -104,13 +104,13 @@ def share_told(config: CorrectionConfig, progress: float) -> float:
 def switched_on(config: CorrectionConfig, rows: Sequence[Row]) -> tuple[str, ...]:
     """Kinds whose sentences are on after these iterations, the last of which says what was on.
 
-    A kind comes in at a frequency of at least `on`, and goes out below `off`.
+    A kind comes in at a frequency of at least `above`, and goes out under `below`.
     """
     before = rows[-1].get("correction_on", {}) if rows else {}
     on = []
     for kind in config.kinds:
         found = frequency(kind, rows)
-        least = config.off if before.get(kind) else config.on
+        least = config.below if before.get(kind) else config.above
         if found is not None and found >= least:
             on.append(kind)
     return tuple(on)
