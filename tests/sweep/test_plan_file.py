@@ -10,15 +10,18 @@ import yaml
 
 from tests.compare.finished_runs import row, write_run
 from tests.sweep.test_plan import RECIPE
-from untwine.config import load_recipe
+from untwine.config import CorrectionConfig, load_recipe
+from untwine.credit import check_credit, credit_method
 from untwine.errors import ConfigError
 from untwine.progress import Display
+from untwine.prompting.corrections import instructions
 from untwine.sweep.crew import Job
 from untwine.sweep.looks import Look, missing_looks, take_looks
-from untwine.sweep.plan import Planned, plan_sweep
+from untwine.sweep.plan import Arm, Planned, plan_sweep
 from untwine.sweep.plan_file import choose_plan, named_arms, read_plan
 
-STUDY = Path(__file__).parents[2] / "studies" / "gcd" / "plan.yaml"
+ROOT = Path(__file__).parents[2]
+STUDY, RECIPES = ROOT / "studies" / "gcd" / "plan.yaml", ROOT / "recipes"
 PLAN = {
     "recipe": "recipe.yaml",
     "seeds": 2,
@@ -99,13 +102,37 @@ def test_the_plan_of_the_study_is_complete(tmp_path: Path) -> None:
     plan = read_plan(STUDY)
     planned = plan_sweep(plan.recipe, [], plan.arms, plan.seeds, tmp_path)
     runs = [one for one in planned if one.job.after]
-    assert len(runs) == 172
+    assert len(runs) == 247
     for arm in ("wrong.grpo", "wrong.gcd-ce"):
         assert sum(one.arm == arm for one in runs) == 16
     assert all(one.job.recipe.evaluate.episodes >= 1500 for one in runs)
     assert len({one.job.recipe.rl.token_budget for one in runs}) == 1
     shared = {one.job.after for one in runs if one.arm in ("wrong.grpo", "wrong.gcd-ce")}
     assert len(shared) == 16
+    assert len({one.job.after for one in runs}) == 71
+    own = {one.arm: one.job.recipe for one in runs}
+    for level in ("short", "wrong", "full"):
+        for alike in (["grpo-told-start", "correction"], ["grpo-tags", "rlvmr", "rlvmr-gcd"]):
+            arms = {f"{level}.{arm}" for arm in alike}
+            assert len({one.job.after for one in runs if one.arm in arms}) == 5
+        for name in ("rlvmr", "rlvmr-gcd"):  # as the recipes of the same name
+            recipe, named = own[f"{level}.{name}"], load_recipe(RECIPES / f"{name}.yaml")
+            check_credit(recipe.credit.name, recipe.prompt)
+            credit_method(recipe.credit.name, recipe.credit.options)
+            assert (recipe.credit, recipe.sampling) == (named.credit, named.sampling)
+            assert (recipe.prompt, recipe.gcd.objective) == (named.prompt, named.gcd.objective)
+        assert set(own[f"{level}.correction"].correction.kinds) <= set(
+            instructions(own[f"{level}.correction"].correction)
+        )
+        assert own[f"{level}.grpo-told-start"].correction == CorrectionConfig()
+
+
+def test_sentences_of_its_own_make_a_cold_start_of_its_own() -> None:
+    """They are in it where experts are told; when and to whom is no part of it."""
+    same = Arm("a", ("correction.kinds=[undo]", "correction.share=1.0", "rl.groups=3"))
+    other = Arm("b", ("correction.kinds=[undo]", "correction.sentences={undo: Go on.}"))
+    single = Arm("c", ("correction.sentences.undo=Go on.",))
+    assert [len(arm.before) for arm in (same, other, single)] == [0, 1, 1]
 
 
 def test_looks_are_taken_once_and_failures_are_said(tmp_path: Path) -> None:
