@@ -41,7 +41,10 @@ def training_refs(env: EnvConfig, splits: SplitFile, variations: int = 0) -> lis
     limits = [limit for limit in (env.variations, variations) if limit]
     refs = splits.refs(env.train_set, tasks=env.tasks, limit=min(limits, default=0))
     if not refs:
-        raise EnvError(f"set {env.train_set!r} of environment {env.name!r} is empty")
+        raise EnvError(
+            f"set {env.train_set!r} of environment {env.name!r} is empty, so there is nothing to "
+            "train on; choose another env.train_set or env.splits"
+        )
     return list(refs)
 
 

@@ -26,6 +26,7 @@ from untwine.credit import check_credit, credit_method
 from untwine.credit.penalty import penalise
 from untwine.diagnose.online import Findings, OnlineDiagnosis
 from untwine.envs.protocol import EnvInfo
+from untwine.envs.splits import load_splits
 from untwine.errors import Interrupted
 from untwine.evaluate.identity import set_identity
 from untwine.evaluate.protocol import evaluate, evaluation_refs, step_measures, summarise
@@ -80,8 +81,11 @@ class _Training:
         check_objective(recipe.gcd.objective)
         check_sources(recipe.gcd.labels)
         self.correction = Correction(recipe)
-        for name in recipe.evaluate.sets:  # a wrong name is said before any work is done
-            evaluation_refs(recipe.env, name, recipe.evaluate.episodes)
+        env = recipe.env  # a wrong name is said before any work is done
+        splits = load_splits(env.name, env.splits, env.options, env.held_out_tasks)
+        refs = training_refs(env, splits, recipe.rl.variations)
+        for name in recipe.evaluate.sets:
+            evaluation_refs(env, name, recipe.evaluate.episodes)
         self.choices = random.Random(recipe.seed + 1)
         self.sampling = torch.Generator().manual_seed(recipe.seed + 2)
         self.checkpoint = latest_checkpoint(path) if resume else None
@@ -103,7 +107,6 @@ class _Training:
         self.collector = self.workshop.collector
         self.objective: Objective | None = None
         self.one_class_said = False
-        refs = training_refs(recipe.env, self.workshop.splits, recipe.rl.variations)
         self.cursor = TaskCursor(refs, recipe.seed)
         if self.start:
             first = self.start.step if self.start.stage == "rl" else 0
