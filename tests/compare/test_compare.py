@@ -87,6 +87,7 @@ def test_numbers_worked_by_hand(two_arms: list[Path]) -> None:
     assert paired["p_value"] == pytest.approx(2 / 16)
     arm = by_label(numbers["arms"], "gcd.objective=none")
     assert (arm["tokens"], arm["seconds"]) == (30, 6)
+    assert (arm["overhead_tokens"], arm["overhead_seconds"]) == (10, 0)
     json.dumps(numbers, allow_nan=False)
 
 

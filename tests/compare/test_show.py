@@ -37,6 +37,7 @@ def test_the_table_shows_every_arm_and_note(runs: list[Path]) -> None:
     # .5 and .6 against .4, .6 and .5: three won, one lost, two ties; pairs differ by .1 and 0
     assert re.search(r"GCD +66\.7 \[.*\] +2 +\+5\.0 \[-58\.5, \+68\.5\] +1 ", text)
     assert "GCD lacks seed 2." in text
+    assert re.search(r"GCD +30 +10 +6 s +0 s", text)  # beside every comparison, what it cost
 
 
 def test_percent() -> None:

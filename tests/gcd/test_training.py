@@ -16,6 +16,7 @@ from untwine.config import Recipe, make_recipe
 from untwine.errors import ConfigError
 from untwine.progress import Display
 from untwine.training.loop import train
+from untwine.training.run_dir import run_cost
 
 
 def recipe(iterations: int, **changes: Any) -> Recipe:
@@ -76,6 +77,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path, way: str) -> None:
     mine, other = rows(parts, "evaluate")[-1], rows(whole, "evaluate")[-1]
     assert steady([mine]) == steady([other])
     assert sum(r["verdicts"] for r in rows(whole)) > 0
+    assert run_cost(whole) == {key: other[key] for key in ("cost_tokens", "cost_seconds")}
     assert mine["cost_tokens"]["gcd"] == sum(r.get("gcd_tokens", 0) for r in rows(whole))
     if "branch" in gcd.get("labels", []):
         for name in ("truth-iter-000000.jsonl", "truth-iter-000001.jsonl"):

@@ -28,7 +28,9 @@ MEASURES: dict[str, tuple[str, str]] = {
 
 STEP_MEASURES = ("episode_length", "invalid_rate", "repeated_rate", "flawed_rate")
 _TOKENS = ("policy_tokens", "gcd_tokens")
-_SECONDS = ("seconds_rollout", "seconds_update")
+_SECONDS = ("seconds_rollout", "seconds_labels", "seconds_update")
+_OVERHEAD_TOKENS = ("gcd_tokens", "gcd_sampled_tokens", "label_tokens")
+_OVERHEAD_SECONDS = ("seconds_gcd", "seconds_labels")
 THRESHOLDS_T: Array = np.linspace(0.0, 1.0, 51)
 
 
@@ -43,7 +45,8 @@ def compare_runs(
 
     baseline  the arm that the others are compared with; by default the first one
 
-    arms     label, seeds, runs (folders), tokens (of the updates) and seconds (mean of a run)
+    arms     label, seeds, runs (folders); means of a run over its iterations: tokens (of the
+             updates), seconds, overhead_tokens and overhead_seconds (verdicts and labels)
     sets     one entry per evaluation set: its identity; for each arm `arms` with iqm and mean,
              each with intervals over whole runs and, as in the paper, by task (see aggregate.py),
              the performance profile, and means of length and rates; and `against` the baseline:
@@ -78,6 +81,8 @@ def _arm(label: str, runs: Sequence[Run]) -> dict[str, Any]:
         "runs": [str(run.path) for run in runs],
         "tokens": _mean(_total(run, _TOKENS) for run in runs),
         "seconds": _mean(_total(run, _SECONDS) for run in runs),
+        "overhead_tokens": _mean(_total(run, _OVERHEAD_TOKENS) for run in runs),
+        "overhead_seconds": _mean(_total(run, _OVERHEAD_SECONDS) for run in runs),
     }
 
 

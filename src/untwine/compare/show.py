@@ -15,12 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from untwine.drawing import COLOURS, drawing
+from untwine.report.cost import count, duration
 from untwine.report.page import fill_template, write_page
 
 Numbers = Mapping[str, Any]
 
 ARM_COLUMNS = ("runs", "IQM", "mean", "length", "invalid", "repeated", "flawed")
 AGAINST_COLUMNS = ("P(better)", "pairs", "paired difference", "p")
+COST_COLUMNS = ("tokens of updates", "verdicts and labels", "time", "of it verdicts and labels")
 CAPTION = "in percent, with 95 % intervals over runs"
 
 
@@ -39,6 +41,7 @@ def print_comparison(numbers: Numbers, console: Console | None = None) -> None:
         console.print(_arm_table(numbers, entry))
         if entry["against"]:
             console.print(_against_table(numbers, entry))
+    console.print(_cost_table(numbers))
     for note in numbers["notes"]:
         console.print(escape(note), style="yellow", highlight=False, soft_wrap=True)
 
@@ -70,6 +73,27 @@ def _against_table(numbers: Numbers, entry: Numbers) -> Table:
     for row in entry["against"]:
         table.add_row(escape(row["label"]), *against_cells(row))
     return table
+
+
+def _cost_table(numbers: Numbers) -> Table:
+    table = Table(title="what a run cost, iterations only", box=box.SIMPLE_HEAD)
+    table.add_column("arm", overflow="fold")
+    for column in COST_COLUMNS:
+        table.add_column(column, justify="right")
+    for arm in numbers["arms"]:
+        table.add_row(escape(arm["label"]), *cost_cells(arm))
+    return table
+
+
+def cost_cells(arm: Numbers) -> list[str]:
+    """What a run of an arm cost as text, in the order of `COST_COLUMNS`."""
+    tokens, seconds = arm["overhead_tokens"], arm["overhead_seconds"]
+    return [
+        count(arm["tokens"]),
+        count(tokens) if tokens else "–",
+        duration(arm["seconds"]),
+        duration(seconds) if tokens else "–",
+    ]
 
 
 def arm_cells(row: Numbers) -> list[str]:
@@ -161,7 +185,8 @@ def render(numbers: Numbers, figure: Path) -> str:
         "compare.html.j2",
         numbers=numbers,
         caption=CAPTION,
-        columns=(ARM_COLUMNS, AGAINST_COLUMNS),
+        columns=(ARM_COLUMNS, AGAINST_COLUMNS, COST_COLUMNS),
+        cost_cells=cost_cells,
         image=f"data:image/svg+xml;base64,{image}",
         arm_cells=arm_cells,
         against_cells=against_cells,

@@ -23,6 +23,8 @@ from untwine.evaluate.random_agent import play_random
 from untwine.policy.loading import load_policy
 from untwine.progress import Display
 from untwine.records import Group
+from untwine.report.cost import cost_text
+from untwine.training.run_dir import run_cost
 from untwine.workshop import make_collector, open_pool
 
 RECORDED = "evaluations.jsonl"
@@ -40,7 +42,7 @@ def evaluate_run(
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """One row of numbers per set and decoding (`sampled`, `greedy`); see `summarise` for the keys.
-    Rows of the run's own policy are added to RUN/evaluations.jsonl."""
+    Rows of the run's own policy carry what it cost, and are added to RUN/evaluations.jsonl."""
     if model == "random":
         return evaluate_random(recipe, sets, episodes, display, seed)
     folder = model or str(run / "model")
@@ -60,6 +62,7 @@ def evaluate_run(
                 identity = set_identity(recipe.env, name, refs, greedy=greedy, seed=seed)
                 rows.append(_row(folder, groups, collector.info, identity))
                 if not model:
+                    rows[-1] |= run_cost(run)
                     record_evaluation(run, rows[-1])
     return rows
 
@@ -133,7 +136,10 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             f"{100 * row['invalid_rate']:.0f} %",
             f"{100 * row['repeated_rate']:.0f} %",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for cost in dict.fromkeys(text for row in rows if (text := cost_text(row))):
+        console.print(f"training cost {cost}", highlight=False, soft_wrap=True)
 
 
 def with_interval(value: float, interval: Sequence[float]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from untwine.evaluate.statistics import wilson_interval
+from untwine.report.cost import cost_text
 from untwine.report.first_look import compare_runs, first_look
 from untwine.report.microscope import read_microscope
 from untwine.report.run_data import Row, RunData, load_run, number
@@ -292,6 +293,7 @@ def plain_evaluation(row: Row) -> dict[str, Any]:
         "outcome_interval": _interval(row.get("outcome_interval")),
         "success_rate": success,
         "success_interval": _interval(row.get("success_interval")) or _wilson(success, episodes),
+        "cost": cost_text(row),
         "by_task": _by_task(row.get("by_task")),
     }
 

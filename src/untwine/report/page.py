@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from untwine import __version__
 from untwine.errors import UntwineError
+from untwine.report.cost import count, duration
 from untwine.report.episode_data import EpisodeData, collect_episodes
 from untwine.report.first_look import percent, phase_name
 from untwine.report.microscope_view import (
@@ -242,8 +243,8 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "percent": percent,
-        "count": _count,
-        "duration": _duration,
+        "count": count,
+        "duration": duration,
         "digits": _digits,
         "phase": phase_name,
     }
@@ -272,20 +273,3 @@ def _reach(rows: Iterable[Row], *keys: str) -> float:
     found = [mean for row in rows for key in keys if (mean := row[key])]
     ends = [abs(end) for m in found for end in (m["value"], *(m["interval"] or ()))]
     return 1.05 * max(ends, default=0.0) or 1.0
-
-
-def _count(value: float) -> str:
-    """12 345, 1.23 M."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}\u202f{unit}"
-    return f"{value:,.0f}".replace(",", "\u202f")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -24,7 +24,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -128,15 +128,11 @@ class RunDir:
     def cost(self) -> dict[str, dict[str, float]]:
         """Tokens and seconds spent so far, by purpose, over both stages and all parts of a resumed
         run. What is not used is left out."""
-        return {
-            name: {k: self._totals[key] for k, key in keys.items() if self._totals[key]}
-            for name, keys in (("cost_tokens", _TOKENS), ("cost_seconds", _SECONDS))
-        }
+        return _cost(self._totals)
 
     def _take(self, record: dict[str, Any]) -> None:
         """Add up what a line of metrics cost, and draw it."""
-        for key in (*_TOKENS.values(), *_SECONDS.values()):
-            self._totals[key] += record.get(key) or 0
+        _add_up(self._totals, record)
         self._draw(record)
 
     def _draw(self, record: dict[str, Any]) -> None:
@@ -194,6 +190,27 @@ def metric_rows(run: Path, stage: str) -> list[dict[str, Any]]:
             if row["stage"] == stage:
                 rows.append(row)
     return rows
+
+
+def run_cost(run: Path) -> dict[str, dict[str, float]]:
+    """What a run has spent in all, as `RunDir.cost`."""
+    totals: Counter[str] = Counter()
+    for stage in ("cold_start", "rl"):
+        for row in metric_rows(run, stage):
+            _add_up(totals, row)
+    return _cost(totals)
+
+
+def _add_up(totals: Counter[str], record: Mapping[str, Any]) -> None:
+    for key in (*_TOKENS.values(), *_SECONDS.values()):
+        totals[key] += record.get(key) or 0
+
+
+def _cost(totals: Counter[str]) -> dict[str, dict[str, float]]:
+    return {
+        name: {k: totals[key] for k, key in keys.items() if totals[key]}
+        for name, keys in (("cost_tokens", _TOKENS), ("cost_seconds", _SECONDS))
+    }
 
 
 def run_info(run: Path) -> dict[str, Any]:
