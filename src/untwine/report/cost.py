@@ -18,7 +18,7 @@ def cost_text(row: Mapping[str, Any]) -> str | None:
         return None
     plain = tokens.get("imitation", 0) + tokens.get("policy", 0)
     extra = sum(tokens.get(key, 0) for key in OVERHEAD_TOKENS)
-    took = sum(seconds.get(key, 0) for key in ("rollout", "labels", "update"))
+    took = sum(seconds.get(key, 0) for key in ("cold_start", "rollout", "labels", "update"))
     more = sum(seconds.get(key, 0) for key in OVERHEAD_SECONDS)
     if not plain + extra:
         return None

@@ -48,6 +48,7 @@ _TOKENS = {
     "labels": "label_tokens",
 }
 _SECONDS = {
+    "cold_start": "seconds",
     "rollout": "seconds_rollout",
     "labels": "seconds_labels",
     "update": "seconds_update",
