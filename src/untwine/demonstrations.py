@@ -36,6 +36,8 @@ class Transcript:
 
     def texts(self, prompt: PromptConfig) -> Iterator[str]:
         """Everything in it that a tokenizer should know."""
+        if prompt.instructions:
+            yield prompt.instructions
         if prompt.tags:
             yield from (written for written, _ in replies(self, prompt))
         yield self.goal

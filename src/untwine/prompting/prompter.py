@@ -29,7 +29,12 @@ PAIR_WORDS = {"first": "A", "second": "B"}
 
 
 def system_text(config: PromptConfig) -> str:
-    """What the agent is told about itself and the form of its replies."""
+    """What the agent is told about itself and the form of its replies, then its instructions."""
+    form = _form_of_replies(config)
+    return f"{form}\n\n{config.instructions}" if config.instructions else form
+
+
+def _form_of_replies(config: PromptConfig) -> str:
     role = "You act in a text environment to solve a task."
     if not config.reasons:
         return f"{role} Reply with one command."
