@@ -47,6 +47,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=8, help="episodes per group")
     parser.add_argument("--turns", type=int, default=20, help="replies per episode")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens per reply, at most")
+    parser.add_argument("--examples", type=int, default=0, help="worked games in every prompt")
     parser.add_argument("--hidden", type=int, default=192, help="a multiple of 64")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--warm-up", type=int, default=300, help="steps of imitation")
@@ -160,6 +161,7 @@ def main() -> None:
         repeats=options.repeats,
         seed=options.seed,
         threads=options.threads,
+        examples=options.examples,
     )
     if options.play:
         module, _, function = ARMS[options.play].partition(":")
@@ -176,7 +178,8 @@ def main() -> None:
         heading(
             "iteration.py",
             f"{setting.episodes} episodes of {setting.turns} replies ({setting.groups} groups of "
-            f"{setting.group_size}), at most {setting.new_tokens} tokens each; Llama with hidden "
+            f"{setting.group_size}), at most {setting.new_tokens} tokens each; {setting.examples} "
+            f"worked games in every prompt; Llama with hidden "
             f"size {setting.hidden} and {setting.layers} layers; seed {setting.seed}, "
             f"{setting.threads} thread{'s' if setting.threads > 1 else ''}, "
             f"{setting.repeats} repeats",

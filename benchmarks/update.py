@@ -3,10 +3,13 @@
     python benchmarks/update.py [--turns 10 20 30] [--thoughts] [--repeats 3] [--padded-share 0.1]
     python benchmarks/update.py --growth
 
-trie       what the trainer does: every distinct token of the group once (policy/trie.py)
+trie       what the trainer does: every distinct token of the group once (policy/trie.py), the last
+           layer only where it is read (policy/last_layer.py)
 episode    one sequence per episode, nothing shared between episodes
 varlen     every step a sequence of its own with its whole history, packed without padding
 padded     the same steps as a rectangle, padded on the left, with transformers' own attention
+
+`episode`, `varlen` and `padded` run every layer over every token, as is common.
 
 A group is G episodes of one task, of T turns each: a prompt of 300 tokens, then observations of
 about 40 and actions of 8 tokens, with --thoughts after a thought of about 60. What the environment
@@ -24,11 +27,12 @@ per pair) over time, against the best rate of a plain float32 product of like sh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,8 +128,23 @@ def make_policy(layers: int, width: int, dtype: str) -> Policy:
 def packed_arm(
     policy: Policy, rows: Sequence[Row], layout: Layout, budget: int, share: float
 ) -> Timing:
-    batches = list(microbatches(rows, budget)) if layout != "separate" else fixed(rows, budget)
-    return timed(batches, share, lambda batch: packed_pass(policy, batch, layout))
+    if layout != "separate":
+        batches = list(microbatches(rows, budget))
+        return timed(batches, share, lambda batch: packed_pass(policy, batch, layout))
+    with last_layer_everywhere(policy.model):
+        return timed(fixed(rows, budget), share, lambda batch: packed_pass(policy, batch, layout))
+
+
+@contextlib.contextmanager
+def last_layer_everywhere(model: Any) -> Iterator[None]:
+    """The decoder layer as transformers has it, as with other programs."""
+    layer = model.base_model.layers[-1]
+    ours = type(layer)
+    layer.__class__ = ours.__bases__[0]
+    try:
+        yield
+    finally:
+        layer.__class__ = ours
 
 
 def packed_pass(policy: Policy, batch: Sequence[Row], layout: Layout) -> int:
@@ -218,14 +237,18 @@ def matrix_rate(width: int) -> float:
 
 
 def operations(policy: Policy, rows: Sequence[Row], layout: Layout) -> float:
-    """Of the linear layers, attention and the vocabulary, forward and backward."""
+    """Of the linear layers, attention and the vocabulary, forward and backward. In the last layer
+    tokens that are not read have keys and values only."""
     trie, config = pack(policy, rows, layout), policy.model.config
     nodes = np.unique(
         np.concatenate([p[r.targets - 1] for p, r in zip(trie.paths, rows, strict=True)])
     )
     layer = policy.costs.token * trie.size + policy.costs.pair * trie.pairs
+    key_values = 12.0 * config.hidden_size * config.num_key_value_heads * config.head_dim
+    last = policy.costs.token * len(nodes) + policy.costs.pair * (trie.depth_N[nodes] + 1).sum()
+    last += key_values * (trie.size - len(nodes))
     head = 6.0 * config.hidden_size * config.vocab_size * len(nodes)
-    return float(config.num_hidden_layers * layer + head)
+    return float((config.num_hidden_layers - 1) * layer + last + head)
 
 
 # Tables

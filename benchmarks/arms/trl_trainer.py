@@ -25,7 +25,6 @@ from arms.generate import generate
 from arms.machine import clock
 from arms.turns import Reply, play
 from arms.world import Count, EndlessAlfWorld, Setting, Turn, load
-from untwine.config import PromptConfig
 from untwine.prompting.prompter import Prompter, system_text
 from untwine.records import TaskRef
 
@@ -198,7 +197,7 @@ def run_environment(setting: Setting, model: Path, turn: Turn) -> None:
         return [household._world.outcome for household in environments]
 
     opening = [
-        {"role": "system", "content": system_text(PromptConfig())},
+        {"role": "system", "content": system_text(setting.recipe().prompt)},
         {"role": "user", "content": ""},
     ]
     rows = [

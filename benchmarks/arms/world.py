@@ -4,6 +4,7 @@ that has been warmed up by imitation, so that it really acts."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from untwine.config import Recipe, make_recipe
+from untwine.demonstrations import play_experts
 from untwine.envs.alfworld.env import AlfWorldEnv, Catalogue
+from untwine.envs.pool import EnvPool
 from untwine.envs.protocol import EnvFamily, Reset
 from untwine.envs.splits import load_splits
 from untwine.progress import Display
@@ -23,6 +26,7 @@ from untwine.training.loop import train
 from untwine.workshop import TaskCursor, training_refs
 
 ENDLESS = "endless-alfworld"
+TASKS = ("look_at_obj_in_light",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,9 @@ class Setting:
     """What is the same for all arms.
 
     An iteration plays `groups * group_size` episodes of `turns` replies with at most `new_tokens`
-    tokens each. Forward passes with a token budget hold `microbatch_tokens`.
+    tokens each. Forward passes with a token budget hold `microbatch_tokens`. Every prompt begins
+    with `examples` worked games, as those for pretrained models do: ReAct (arXiv 2210.03629) shows
+    two or three.
     """
 
     groups: int
@@ -43,6 +49,7 @@ class Setting:
     repeats: int
     seed: int
     threads: int
+    examples: int = 0
     microbatch_tokens: int = 16384
     lr: float = 1e-5
 
@@ -70,16 +77,17 @@ class Setting:
                 "seed": self.seed,
                 "env": {
                     "name": "alfworld",
-                    "tasks": ["look_at_obj_in_light"],
+                    "tasks": list(TASKS),
                     "max_steps": self.turns,
                     "sessions": self.episodes,
                 },
+                "prompt": {"instructions": worked_examples(self.examples)},
                 "policy": {"device": "cpu", "threads": self.threads, "tiny": tiny},
                 "sampling": {"max_new_tokens": self.new_tokens},
                 "cold_start": {
                     "episodes": 256,
                     "steps": self.warm_up,
-                    "batch_tokens": 2048,
+                    "batch_tokens": 2048 * (1 + self.examples),
                     "optimizer": {"lr": 3e-3, "warmup": 10},
                 },
                 "rl": {
@@ -166,6 +174,23 @@ class EndlessAlfWorld(AlfWorldEnv):
         return dataclasses.replace(
             observation, score=self.outcome, outcome=self.outcome, done=False, success=False
         )
+
+
+@functools.cache
+def worked_examples(count: int) -> str:
+    """Episodes of an expert that searches, as text; of games that no arm plays (the set `dev`)."""
+    if not count:
+        return ""
+    refs = load_splits("alfworld", "default", {}, None).refs("dev", tasks=TASKS, limit=4 * count)
+    with EnvPool("alfworld", {}, workers=0, sessions=8, timeout_s=60) as pool:
+        played = play_experts(pool, refs, max_steps=30, searching=True)[:count]
+    shown = ["Examples of solved tasks:"]
+    for transcript in played:
+        lines = [f"Task: {transcript.goal}", transcript.moves[0].before.text]
+        for move in transcript.moves:
+            lines += [f"> {move.command.text}", move.after.text]
+        shown.append("\n".join(lines))
+    return "\n\n".join(shown)
 
 
 FAMILY = EnvFamily(Catalogue(), EndlessAlfWorld, ())

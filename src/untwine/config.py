@@ -57,6 +57,9 @@ class PromptConfig(Section):
     remind: bool = Field(False, description="repeat the task at the end of every question")
     list_admissible: bool = Field(False, description="list the admissible commands in the prompt")
     only_admissible: bool = Field(False, description="refuse commands outside the admissible list")
+    instructions: str = Field(
+        "", description="said to the agent first: rules of the environment, worked examples"
+    )
     max_tokens: Positive = Field(
         4096, description="longest prompt; an episode that outgrows it ends"
     )

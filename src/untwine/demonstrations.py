@@ -37,6 +37,8 @@ class Transcript:
     def texts(self, prompt: PromptConfig, told: Sequence[str] = ()) -> Iterator[str]:
         """Everything in it that a tokenizer should know, and the sentences an agent may be told."""
         yield from told
+        if prompt.instructions:
+            yield prompt.instructions
         if prompt.tags:
             yield from (written for written, _ in replies(self, prompt))
         yield self.goal

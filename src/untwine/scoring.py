@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from untwine.policy.loading import Policy
 from untwine.policy.trie import Layout, PackedTrie, build_trie
 
 LOGIT_BUDGET = 2**26  # logits that may be kept for the backward pass: 256 MiB in float32
+_IN_CACHE = 2**18  # logits that a CPU core works on at once: 1 MiB in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ def score(
         entropy_gradient,
     )
     with policy.autocast():
-        hidden_UD = policy.hidden_states_along(trie)[torch.from_numpy(places_U).to(device)]
+        hidden_UD = policy.hidden_states_along(trie, places_U)
         logprobs_N, entropies_N, likeliest_N = head.score(hidden_UD)
 
     def gather(name: str) -> torch.Tensor:
@@ -153,13 +155,19 @@ class _Head:
         self, hidden_UD: torch.Tensor, which_n: torch.Tensor, first: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The targets `which_n`, predicted at the places first, first + 1, ... of `hidden_UD`."""
-        logits_UV = self.policy.project(hidden_UD) / self.temperature
+        logits_UV = self.policy.project(hidden_UD)
+        if self.temperature != 1.0:
+            logits_UV = logits_UV / self.temperature
         place_n = self.place_N[which_n] - first
         ids_n = self.ids_N[which_n]
-        logprobs_n = logits_UV[place_n, ids_n] - logits_UV.logsumexp(-1)[place_n]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.entropy_gradient):
+        logprobs_n = _LogProbs.apply(logits_UV, place_n, ids_n)  # type: ignore[no-untyped-call]
+        if self.entropy_gradient:
             entropies_n = entropy(logits_UV)[place_n]
-        likeliest_n = logits_UV.argmax(-1)[place_n]
+        with torch.no_grad():
+            blocks = _blocks(logits_UV)
+            likeliest_n = torch.cat([block.argmax(-1) for block in blocks])[place_n]
+            if not self.entropy_gradient:
+                entropies_n = torch.cat([entropy(block) for block in blocks])[place_n]
         if self.choices_NC is None:
             return logprobs_n, entropies_n, likeliest_n
         choices_nC = self.choices_NC[which_n]
@@ -176,3 +184,45 @@ class _Head:
             entropies_n.index_copy(0, bound_m, spread_m),
             likeliest_n.index_copy(0, bound_m, best_m),
         )
+
+
+class _LogProbs(torch.autograd.Function):
+    """Log-probabilities (n,) of ids at rows of logits (U, V): logits[place, id] - logsumexp.
+
+    The same as autograd makes, with fewer passes over U x V numbers: their gradient is written
+    once, softmax times minus the summed gradients of the row, plus each gradient at its id.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_UV: torch.Tensor, place_n: torch.Tensor, ids_n: torch.Tensor
+    ) -> torch.Tensor:
+        lse_U = torch.cat([block.logsumexp(-1) for block in _blocks(logits_UV)])
+        ctx.save_for_backward(logits_UV, lse_U, place_n, ids_n)
+        return logits_UV[place_n, ids_n] - lse_U[place_n]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_n: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits_UV, lse_U, place_n, ids_n = ctx.saved_tensors
+        row_U1 = torch.zeros_like(lse_U).index_add_(0, place_n, grad_n)[:, None]
+        grad_UV = torch.empty_like(logits_UV)
+        for out, block, lse, row in zip(
+            *map(_blocks, (grad_UV, logits_UV)),
+            *(torch.split(x, _rows_at_once(logits_UV)) for x in (lse_U[:, None], row_U1)),
+            strict=True,
+        ):
+            torch.sub(block, lse, out=out).exp_().mul_(row).neg_()
+        grad_UV.index_put_((place_n, ids_n), grad_n, accumulate=True)
+        return grad_UV, None, None
+
+
+def _rows_at_once(logits_UV: torch.Tensor) -> int:
+    if logits_UV.device.type != "cpu":
+        return max(1, len(logits_UV))
+    return max(1, _IN_CACHE // logits_UV.shape[1])
+
+
+def _blocks(logits_UV: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows in pieces that stay in a core's cache while several operations run over them."""
+    return torch.split(logits_UV, _rows_at_once(logits_UV))

@@ -268,7 +268,7 @@ def test_the_report_shows_what_was_measured(  # type: ignore[no-untyped-def]
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     for command in (
         ("coupling", run, "--samples", 12, "--batches", 0),
-        ("separation", run, "--samples", 12),
+        ("separation", run, "--samples", 40),
         ("calibration", run, "--labels", "rule"),
     ):
         result = untwine(*command)

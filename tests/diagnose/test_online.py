@@ -31,7 +31,7 @@ SAMPLES = 12
 CHANGES = {
     "env": {**TINY["env"], "options": {"rooms": 4, "distractors": 0}, "variations": 3},
     "cold_start": {**TINY["cold_start"], "steps": 200, "optimizer": {"lr": 6.0e-3}},
-    "rl": {"iterations": 3, "groups": 3, "group_size": 8, "optimizer": {"lr": 1.0e-3}},
+    "rl": {"iterations": 3, "groups": 3, "group_size": 16, "optimizer": {"lr": 1.0e-3}},
     "sampling": {"constrained": True},
     "prompt": {"layout": "window", "history": 0},
     "evaluate": {"episodes": 0},
@@ -127,14 +127,17 @@ def test_probes_stay_the_same_and_move(watched: tuple[Path, str]) -> None:
 def test_calibration_is_that_of_the_command(watched: tuple[Path, str]) -> None:
     run, _ = watched
     recipe = load_recipe(run / "recipe.yaml")
+    measured = 0
     for iteration in (0, 2):
         offline = calibrate_run(run, recipe, iteration=iteration, labels="group")
         expected = json.loads(json.dumps(offline["methods"]["grpo"]["all"]))
         report = json.loads((run / "diagnose" / f"online-iter-00000{iteration}.json").read_text())
         assert report["calibration"] == {"source": "group", **expected}
         row = rows(run)[iteration]
-        assert row["miscalibration"] == expected["miscalibration"]["value"]
-        assert row["calibration_flawed"] == expected["flawed_mean"]["value"]
+        for name, key in (("miscalibration",) * 2, ("calibration_flawed", "flawed_mean")):
+            assert row[name] == (expected[key] and expected[key]["value"])  # None: nothing flawed
+            measured += row[name] is not None
+    assert measured
 
 
 def first_iteration(run: Path, recipe: Recipe) -> tuple[Workshop, list[Any], list[RunSample]]:

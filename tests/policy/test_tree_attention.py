@@ -70,13 +70,40 @@ def test_results_and_gradients_are_those_of_dense_attention(
         assert (a.double() - b.double()).norm() <= tolerance * (1 + b.double().norm())
 
 
+@settings(deadline=None)
+@given(
+    sequences(longest=40),
+    st.sampled_from(["trie", "separate"]),
+    st.sampled_from([(torch.float64, 1e-13), (torch.float32, 2e-6)]),
+    st.data(),
+)
+def test_wanted_tokens_alone_get_what_they_get_among_all(
+    rows: list[np.ndarray], layout: Any, kind: tuple[torch.dtype, float], data: st.DataObject
+) -> None:
+    dtype, tolerance = kind
+    trie = build_trie(rows, layout)
+    chosen = data.draw(st.sets(st.integers(0, trie.size - 1), min_size=1))
+    wanted_U = np.array(sorted(chosen))
+    query, key, value = operands(trie.size, dtype)
+    asking = query.detach()[:, :, wanted_U].requires_grad_()
+    plan = TreePlan(trie, CPU, wanted_U)
+    out = flash_tree(asking, key, value, plan, 0.3)
+    reference = dense([query, key, value], trie, 0.3)[wanted_U]
+    assert gap(out, reference) < tolerance
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got = torch.autograd.grad(out, [asking, key, value], weight)
+    of_query, *others = torch.autograd.grad(reference, [query, key, value], weight.double())
+    for a, b in zip(got, [of_query[:, :, wanted_U], *others], strict=True):
+        assert (a.double() - b.double()).norm() <= tolerance * (1 + b.double().norm())
+
+
 def test_short_chains_are_batched_and_padding_changes_nothing() -> None:
     rows = [np.array([1, *[k] * n]) for k, n in enumerate([40, 39, 33, 31, 7, 6, 300], start=2)]
     trie = build_trie(rows, "trie")
     plan = TreePlan(trie, CPU)
-    assert len(plan.buckets) == 2
-    assert len(plan.chains) == 1
-    assert any(len(bucket.padding) for bucket in plan.buckets)
+    assert len(plan.layout.buckets) == 2
+    assert len(plan.layout.chains) == 1
+    assert any(len(bucket.queries.padding) for bucket in plan.layout.buckets)
     qkv = operands(trie.size, torch.float64)
     out, wanted = flash_tree(*qkv, plan, 0.3), dense(qkv, trie, 0.3)
     assert gap(out, wanted) < 1e-13
@@ -159,6 +186,27 @@ def small_model(policy: Policy, implementation: str, family: str = "llama", **ex
 def adopted(policy: Policy, model: Any) -> Policy:
     chat = Chat(policy.tokenizer)
     return Policy(model, policy.tokenizer, chat, CPU, torch.float32, "adopted")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
+def test_the_last_layer_runs_where_it_is_read(policy: Policy, family: str) -> None:
+    """Hidden states and gradients of the wanted tokens are those of a pass over all, and the MLP of
+    the last layer sees only them; families that are not known keep their own last layer."""
+    extra = {"sliding_window": None} if family == "mistral" else {}
+    ours = adopted(policy, small_model(policy, "sdpa", family, **extra).double())
+    trie = build_trie([np.array(b) for b in BRANCHES], "trie")
+    wanted = np.array([1, 4, trie.size - 1])
+    seen: list[int] = []
+    mlp = ours.model.base_model.layers[-1].mlp
+    mlp.register_forward_hook(lambda _m, args, _out: seen.append(args[0].shape[1]))
+    found = []
+    for hidden in (ours.hidden_states_along(trie, wanted), ours.hidden_states_along(trie)[wanted]):
+        ours.model.zero_grad()
+        hidden.square().sum().backward()
+        found.append([hidden, *(p.grad.clone() for p in ours.model.base_model.parameters())])
+    assert seen == [trie.size if family == "gemma" else len(wanted), trie.size]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
 
 
 BRANCHES = [[5, 6, 7, 8, 9], [5, 6, 7, 20, 21, 22], [5, 6], [30, 31]]

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from untwine.errors import ModelError
+from untwine.policy.last_layer import narrow_last_layer, narrows
 
 NAME = "untwine"
 _UNKNOWN = ("softcap", "s_aux", "position_bias")  # attention that is not computed here
@@ -25,27 +26,34 @@ _UNKNOWN = ("softcap", "s_aux", "position_bias")  # attention that is not comput
 class Plan(Protocol):
     """How packed tokens attend in one forward pass, the same in all layers.
 
-    longest   tokens of the longest sequence that is read
+    longest      tokens of the longest sequence that is read
+    wanted       (U,) the packed tokens whose last hidden states are read, sorted; None: all
+    all_queries  whether `attend` needs all queries, or takes the wanted ones alone as well
     """
 
     longest: int
+    wanted: torch.Tensor | None
+    all_queries: bool
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Query (1, H, N, D), key and value (1, K, N, D) to (1, N, H, D)."""
+        """Query (1, H, N, D) or that of the wanted tokens (1, H, U, D), key and value (1, K, N, D)
+        to (1, N, H, D) or (1, U, H, D)."""
 
 
 def adopt(model: Any) -> None:
     """Let `model` attend through this module. Models that cannot are found by `check_exactness`."""
     model.set_attn_implementation(NAME)
+    narrow_last_layer(model)
 
 
 def packed_hidden_states(
     base_model: Any, ids_N: np.ndarray, positions_N: np.ndarray, plan: Plan, device: torch.device
 ) -> torch.Tensor:
-    """Last hidden states (N, D) of packed tokens; an adopted model without its head."""
-    return base_model(  # type: ignore[no-any-return]
+    """Last hidden states of packed tokens, (N, D), or of those that the plan wants, (U, D); an
+    adopted model without its head."""
+    hidden_ND = base_model(
         input_ids=torch.from_numpy(ids_N)[None].to(device),
         position_ids=torch.from_numpy(positions_N)[None].to(device),
         # Any 4D mask keeps transformers from making one of N x N; the plan stands for it.
@@ -53,6 +61,9 @@ def packed_hidden_states(
         use_cache=False,
         untwine_plan=plan,
     ).last_hidden_state[0]
+    if plan.wanted is None or narrows(base_model):
+        return hidden_ND  # type: ignore[no-any-return]
+    return hidden_ND[plan.wanted]  # type: ignore[no-any-return]
 
 
 def attend(

@@ -77,10 +77,13 @@ class Policy:
         """Last hidden states, shape (B, L, D), before the vocabulary projection."""
         return self.model.base_model(input_ids=input_ids, **kwargs).last_hidden_state  # type: ignore[no-any-return]
 
-    def hidden_states_along(self, trie: PackedTrie) -> torch.Tensor:
-        """Last hidden states of the nodes of a packed trie, shape (N, D)."""
+    def hidden_states_along(
+        self, trie: PackedTrie, wanted_U: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """Last hidden states of the nodes of a packed trie, shape (N, D); or of the nodes
+        `wanted_U`, sorted, shape (U, D), which spares the last layer the others."""
         with recomputing(self.model, torch.is_grad_enabled()):
-            return hidden_states_along(self.model.base_model, trie, self.device)
+            return hidden_states_along(self.model.base_model, trie, self.device, wanted_U)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Vocabulary logits, in float32 at least, of hidden states (..., D)."""
@@ -174,12 +177,16 @@ def check_exactness(policy: Policy, cached_logits: Callable[[Sequence[int]], tor
         projected = policy.project(policy.hidden_states(ids, use_cache=False)[:, -1])
         ends = torch.from_numpy(np.array([path[-1] for path in trie.paths])).to(policy.device)
         packed = policy.project(_along(policy, trie)[ends])
+        order = ends.argsort()
+        narrow = policy.hidden_states_along(trie, ends[order].cpu().numpy())
+        narrow = policy.project(narrow[order.argsort()])
     tolerance = _TOLERANCE[str(policy.dtype).removeprefix("torch.")]
     kept = cached_logits(ids[0].tolist())
     for what, other in (
         ("a kept cache", kept),
         ("a separate vocabulary projection", projected),
         ("attention along a packed trie", packed),
+        ("a last layer that is computed where it is read", narrow),
     ):
         wanted = plain if other.dim() == 2 else plain[0]
         gap = float((other.float().to(plain) - wanted).abs().max())

@@ -135,10 +135,22 @@ class RowPass:
     """One forward pass over packed tokens; made for all layers, handed to the model.
 
     longest   tokens that the longest of its rows holds afterwards
+    wanted    see `Plan`; None when all are
     """
 
-    def __init__(self, cache: RowCache, packed: Packed, device: torch.device) -> None:
+    def __init__(
+        self,
+        cache: RowCache,
+        packed: Packed,
+        device: torch.device,
+        wanted_U: np.ndarray | None = None,
+    ) -> None:
+        """wanted_U   the packed tokens whose output is read, sorted; None: all"""
         self._cache = cache
+        every = wanted_U is None or len(wanted_U) == len(packed.ids_N)
+        self._wanted_U = np.arange(len(packed.ids_N)) if wanted_U is None else wanted_U
+        self.wanted = None if every else torch.from_numpy(self._wanted_U).to(device)
+        self.all_queries = cache.batched
         self._packed = packed
         self._token_W = torch.from_numpy(packed.token_W).to(device)
         self._places: torch.Tensor | None = None
@@ -160,9 +172,15 @@ class RowPass:
             new_KWD = new[0].index_select(1, self._token_W)
             buffer.flatten(0, 2).index_copy_(0, self._places, new_KWD.flatten(0, 1))
         query_NHD = query[0].transpose(0, 1)
-        query_NKGD = query_NHD.reshape(len(query_NHD), key.shape[1], -1, query.shape[-1])
-        attention = self._padded if self._cache.batched else self._row_by_row
-        return attention(query_NKGD, keys, values, scale).flatten(1, 2)[None]
+        heads = key.shape[1], query.shape[1] // key.shape[1]
+        query_NKGD = query_NHD.reshape(len(query_NHD), *heads, query.shape[-1])
+        if self._cache.batched:
+            out = self._padded(query_NKGD, keys, values, scale)
+        elif len(query_NHD) == key.shape[2]:
+            out = self._row_by_row(query_NKGD, keys, values, scale)
+        else:
+            out = self._wanted_alone(query_NKGD, keys, values, scale)
+        return out.flatten(1, 2)[None]
 
     def _row_by_row(
         self, query_NKGD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
@@ -175,9 +193,8 @@ class RowPass:
             length = span.past + count
             q = query_KGND[:, :, span.first : span.end]
             k, v = keys[row, :, None, :length], values[row, :, None, :length]
-            if count == 1:  # the heads of a group are like several queries without a mask
-                o = scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale)
-                out.append(o.transpose(1, 2))
+            if count == 1:
+                out.append(_one_query(q, k, v, scale))
                 continue
             out.append(
                 scaled_dot_product_attention(
@@ -189,6 +206,22 @@ class RowPass:
                     scale=scale,
                 )
             )
+        return torch.cat(out, dim=2).permute(2, 0, 1, 3)
+
+    def _wanted_alone(
+        self, query_UKGD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """The wanted tokens only, each by itself: nearly always the last one of its row."""
+        query_KGUD = query_UKGD.permute(1, 2, 0, 3)
+        out = [torch.empty_like(query_KGUD[:, :, :0])]
+        u = 0
+        for span in self._packed.spans:
+            row = self._cache.row(span.slot)
+            while u < len(self._wanted_U) and self._wanted_U[u] < span.end:
+                length = span.past + int(self._wanted_U[u]) - span.first + 1
+                k, v = keys[row, :, None, :length], values[row, :, None, :length]
+                out.append(_one_query(query_KGUD[:, :, u : u + 1], k, v, scale))
+                u += 1
         return torch.cat(out, dim=2).permute(2, 0, 1, 3)
 
     def _mask(self, span: Span, like: torch.Tensor) -> torch.Tensor:
@@ -220,6 +253,12 @@ class RowPass:
             o = o.reshape(*o.shape[:2], groups, count, -1).permute(0, 3, 1, 2, 4)
             out[bucket.token_BM[bucket.real_BM]] = o[bucket.real_BM]
         return out
+
+
+def _one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """One query (K, G, 1, D) of a row: the heads of a group are like several without a mask."""
+    o = scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale)
+    return o.transpose(1, 2)
 
 
 @dataclass(frozen=True, slots=True)

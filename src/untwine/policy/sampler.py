@@ -211,17 +211,15 @@ class Sampler:
 
     def _hidden(self, packed: Packed, ends_U: np.ndarray) -> torch.Tensor:
         """Run the model; hidden states (U, D) at the packed tokens `ends_U`, which are sorted."""
-        device = self.policy.device
         found = []
         for first, part in packed.parts(PASS_TOKENS):
-            hidden_ND = self._forward(part)
             here = ends_U[(ends_U >= first) & (ends_U < first + len(part.ids_N))] - first
-            found.append(hidden_ND[torch.from_numpy(here).to(device)])
+            found.append(self._forward(part, here))
         return torch.cat(found)
 
-    def _forward(self, part: Packed) -> torch.Tensor:
+    def _forward(self, part: Packed, wanted_U: np.ndarray) -> torch.Tensor:
         device = self.policy.device
-        plan = RowPass(self._cache, part, device)
+        plan = RowPass(self._cache, part, device, wanted_U)
         model = self.policy.model.base_model
         return packed_hidden_states(model, part.ids_N, part.positions_N, plan, device)
 

@@ -10,13 +10,14 @@ backward of each call gives exactly its share of the gradient, since it needs on
 exp(s - l) and the row sums of dO * O (section B.4 there). Elsewhere FlexAttention is used with the
 mask  j reads i  <=>  i <= j < subtree_end[i].
 
-Shape suffixes: N tokens, K key heads, G query heads per key head, D head size.
+Shape suffixes: N tokens, U queries (N, or those of `TreePlan.wanted`), K key heads, G query heads
+per key head, D head size.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,11 @@ import numpy as np
 import torch
 
 from untwine.policy.attention import packed_hidden_states
-from untwine.policy.trie import Chain, Join, PackedTrie
+from untwine.policy.tree_layout import Bucket, Layout, Part, wanted_layout, whole_layout
+from untwine.policy.trie import PackedTrie
 
-_BATCHED = 192  # longest chain that is batched with others
 _BLOCK = 128  # queries and keys of a block of FlexAttention's mask
+_FEW = 0.8  # a larger share of wanted tokens is not worth a last layer of their own
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -36,14 +38,20 @@ class TreePlan:
     """How attention runs over one packed trie; handed to the model with each forward pass.
 
     size, longest   tokens; length of the longest path
+    wanted          see `Plan`
     """
 
-    def __init__(self, trie: PackedTrie, device: torch.device) -> None:
+    def __init__(
+        self, trie: PackedTrie, device: torch.device, wanted_U: np.ndarray | None = None
+    ) -> None:
+        """wanted_U   the tokens whose output is read, sorted; None: all"""
         self.size = trie.size
         self.longest = int(trie.depth_N.max()) + 1
         self.subtree_end_N = torch.from_numpy(trie.subtree_end_N).to(device)
-        self.joins: tuple[Join, ...] = trie.joins
-        self.chains, self.buckets = _bucketed(trie.chains)
+        self.wanted = None if wanted_U is None else torch.from_numpy(wanted_U).to(device)
+        self.all_queries = device.type != "cpu"
+        self.layout = whole_layout(trie)
+        self.narrow = None if wanted_U is None else wanted_layout(trie, wanted_U)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -86,18 +94,27 @@ class TreePlan:
         )
 
 
-def hidden_states_along(base_model: Any, trie: PackedTrie, device: torch.device) -> torch.Tensor:
-    """Last hidden states (N, D) of an adopted model without its head, for the nodes of a trie."""
-    plan = TreePlan(trie, device)
-    return packed_hidden_states(base_model, trie.tokens_N, trie.depth_N, plan, device)
+def hidden_states_along(
+    base_model: Any,
+    trie: PackedTrie,
+    device: torch.device,
+    wanted_U: np.ndarray | None = None,
+) -> torch.Tensor:
+    """Last hidden states of an adopted model without its head, for the nodes of a trie (N, D), or
+    for some of them (U, D), sorted."""
+    few = wanted_U is not None and len(wanted_U) <= _FEW * trie.size
+    plan = TreePlan(trie, device, wanted_U if few else None)
+    hidden = packed_hidden_states(base_model, trie.tokens_N, trie.depth_N, plan, device)
+    return hidden if few or wanted_U is None else hidden[torch.from_numpy(wanted_U).to(device)]
 
 
 def flash_tree(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: TreePlan, scale: float
 ) -> torch.Tensor:
-    """Attention over the trie on the CPU: (1, H, N, D) and twice (1, K, N, D) to (N, H, D)."""
-    query_KGND = query[0].view(key.shape[1], -1, *query.shape[2:])
-    return _FlashTree.apply(query_KGND, key[0], value[0], plan, scale)  # type: ignore[no-any-return, no-untyped-call]
+    """Attention over the trie on the CPU: (1, H, U, D) and twice (1, K, N, D) to (U, H, D)."""
+    query_KGUD = query[0].view(key.shape[1], -1, *query.shape[2:])
+    layout = plan.layout if query.shape[2] == plan.size else plan.narrow
+    return _FlashTree.apply(query_KGUD, key[0], value[0], layout, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def flex_tree(
@@ -130,9 +147,9 @@ class _Operands:
     """What the flash calls of one layer read. Query heads of one key head share its keys by a
     stride of 0, so grouped heads are never copied.
 
-    query, grad   (B, G, M, D), B being the key heads (times the chains of a bucket)
-    key, value    (B, M, D)
-    out, lse      merged results (B, G, M, D), (B, G, M)
+    query, grad   (B, G, U, D), B being the key heads (times the chains of a bucket)
+    key, value    (B, N, D)
+    out, lse      merged results (B, G, U, D), (B, G, U)
     """
 
     query: torch.Tensor
@@ -143,23 +160,24 @@ class _Operands:
     lse: torch.Tensor | None = None
     grad: torch.Tensor | None = None
 
-    def forward(self, part: Join, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b, c, d = part
+    def forward(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b, c, d = part.range
         return _flash(  # type: ignore[no-any-return]
             self.query[:, :, a:b],
             self._grouped(self.key[:, c:d]),
             self._grouped(self.value[:, c:d]),
             0.0,
-            causal,
+            part.causal,
+            attn_mask=self._mask(part),
             scale=self.scale,
         )
 
-    def backward(self, part: Join, causal: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of the queries (B, G, M, D), keys and values (B, M, D) of this part."""
+    def backward(self, part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of the queries (B, G, U, D), keys and values (B, N, D) of this part."""
         assert self.grad is not None
         assert self.out is not None
         assert self.lse is not None
-        a, b, c, d = part
+        a, b, c, d = part.range
         d_query, d_key, d_value = _flash_backward(
             self.grad[:, :, a:b],
             self.query[:, :, a:b],
@@ -168,102 +186,49 @@ class _Operands:
             self.out[:, :, a:b],
             self.lse[:, :, a:b],
             0.0,
-            causal,
+            part.causal,
+            attn_mask=self._mask(part),
             scale=self.scale,
         )
         return d_query, d_key.sum(1), d_value.sum(1)
+
+    def of_bucket(self, bucket: Bucket) -> _Operands:
+        """The operands of the chains of a bucket, one batch entry per key head and chain."""
+        queries, keys = bucket.queries, bucket.keys
+
+        def taken(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else queries.take(x.transpose(1, 2)).transpose(1, 2)
+
+        query, out, lse, grad = map(taken, (self.query, self.out, self.lse, self.grad))
+        assert query is not None
+        if lse is not None:
+            lse = lse.contiguous()
+        if grad is not None and len(queries.padding):
+            B, L = len(queries.place) // queries.width, queries.width
+            padding = torch.zeros(B * L, dtype=torch.bool)
+            padding[queries.padding] = True
+            grad = grad.masked_fill(
+                padding.view(B, L).repeat(len(grad) // B, 1)[:, None, :, None], 0
+            )
+        return _Operands(
+            query, keys.take(self.key), keys.take(self.value), self.scale, out, lse, grad
+        )
+
+    def _mask(self, part: Part) -> torch.Tensor | None:
+        if part.mask is None:
+            return None
+        # For operands in float64 the kernel would silently misread a mask in float32.
+        mask = part.mask.to(torch.promote_types(self.query.dtype, torch.float32))
+        if mask.dim() == 2:
+            return mask
+        return mask.repeat(len(self.query) // len(mask), 1, 1, 1)
 
     def _grouped(self, x: torch.Tensor) -> torch.Tensor:
         return x[:, None].expand(-1, self.query.shape[1], -1, -1)
 
 
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Chains of similar length, right-padded to a matrix so that one call serves them all.
-
-    place    tokens of each chain, the last one repeated as padding, flattened (B * L,)
-    real     where in `place` no padding is; padding: where there is
-    tokens   place[real]
-    width    L
-    """
-
-    place: torch.Tensor
-    real: torch.Tensor
-    padding: torch.Tensor
-    tokens: torch.Tensor
-    width: int
-
-    @classmethod
-    def of(cls, chains: Sequence[Chain]) -> Bucket:
-        lengths = np.array([b - a for a, b in chains])[:, None]
-        column = np.arange(lengths.max())[None]
-        place = np.array([a for a, _ in chains])[:, None] + np.minimum(column, lengths - 1)
-        real = (column < lengths).ravel()
-        where = torch.from_numpy(place.ravel())
-        return cls(
-            where,
-            torch.from_numpy(np.flatnonzero(real)),
-            torch.from_numpy(np.flatnonzero(~real)),
-            where[torch.from_numpy(real)],
-            column.shape[1],
-        )
-
-    @property
-    def call(self) -> Join:
-        return 0, self.width, 0, self.width
-
-    def take(self, x: _Operands) -> _Operands:
-        """The operands of the chains alone, one batch entry per key head and chain."""
-        grad = None
-        if x.grad is not None:
-            grad = self._rows(x.grad.transpose(1, 2)).index_fill_(1, self.padding, 0.0)
-        return _Operands(
-            self._heads(self._rows(x.query.transpose(1, 2))),
-            self._folded(self._rows(x.key)),
-            self._folded(self._rows(x.value)),
-            x.scale,
-            None if x.out is None else self._heads(self._rows(x.out.transpose(1, 2))),
-            None if x.lse is None else self._heads(self._rows(x.lse.transpose(1, 2))).contiguous(),
-            None if grad is None else self._heads(grad),
-        )
-
-    def put(self, part: torch.Tensor, into: torch.Tensor) -> None:
-        """Write results (K * B, G, L, ...) to their tokens in `into` (K, G, N, ...)."""
-        self.put_keys(part.transpose(1, 2), into.transpose(1, 2))
-
-    def put_keys(self, part: torch.Tensor, into: torch.Tensor) -> None:
-        """Write results (K * B, L, ...) to their tokens in `into` (K, N, ...)."""
-        rows = part.reshape(into.shape[0], -1, *part.shape[2:])
-        if len(self.padding):
-            rows = rows.index_select(1, self.real)
-        into.index_copy_(1, self.tokens, rows.to(into.dtype))
-
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        return x.index_select(1, self.place)
-
-    def _folded(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(-1, self.width, *x.shape[2:])
-
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return self._folded(x).transpose(1, 2)
-
-
-def _bucketed(chains: Sequence[Chain]) -> tuple[list[Chain], list[Bucket]]:
-    """Long chains alone; short ones together with others at most a quarter shorter."""
-    groups: list[list[Chain]] = []
-    for chain in sorted(chains, key=lambda c: c[0] - c[1]):
-        length = chain[1] - chain[0]
-        fits = groups and length <= _BATCHED
-        if fits and groups[-1][0][1] - groups[-1][0][0] <= min(_BATCHED, 1.25 * length + 4):
-            groups[-1].append(chain)
-        else:
-            groups.append([chain])
-    alone = [group[0] for group in groups if len(group) == 1]
-    return alone, [Bucket.of(group) for group in groups if len(group) > 1]
-
-
 class _FlashTree(torch.autograd.Function):
-    """Tree attention from flash calls: query (K, G, N, D), key and value (K, N, D) to (N, H, D)."""
+    """Tree attention from flash calls: query (K, G, U, D), key and value (K, N, D) to (U, H, D)."""
 
     @staticmethod
     def forward(
@@ -271,60 +236,62 @@ class _FlashTree(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        plan: TreePlan,
+        layout: Layout,
         scale: float,
     ) -> torch.Tensor:
-        K, G, N, D = query.shape
+        K, G, U, D = query.shape
         exact = torch.promote_types(query.dtype, torch.float32)  # half precision is merged in full
-        out_NHD = query.new_empty(N, K * G, D, dtype=exact)
-        out = out_NHD.view(N, K, G, D).permute(1, 2, 0, 3)
-        lse = query.new_empty(K, G, N, dtype=exact)
+        out_UHD = query.new_empty(U, K * G, D, dtype=exact)
+        out = out_UHD.view(U, K, G, D).permute(1, 2, 0, 3)
+        lse = query.new_empty(K, G, U, dtype=exact)
         whole = _Operands(query, key, value, scale)
-        for a, b in plan.chains:  # every token is in one chain, so these fill the buffers
-            out[:, :, a:b], lse[:, :, a:b] = whole.forward((a, b, a, b), causal=True)
-        for bucket in plan.buckets:
-            part, part_lse = bucket.take(whole).forward(bucket.call, causal=True)
-            bucket.put(part, out)
-            bucket.put(part_lse, lse)
-        for join in plan.joins:
-            here = slice(join[0], join[1])
-            part, part_lse = whole.forward(join, causal=False)
+        for chain in layout.chains:  # every query is in one chain, so these fill the buffers
+            a, b = chain.range[:2]
+            out[:, :, a:b], lse[:, :, a:b] = whole.forward(chain)
+        for bucket in layout.buckets:
+            part, part_lse = whole.of_bucket(bucket).forward(bucket.part)
+            bucket.queries.put(part.transpose(1, 2), out.transpose(1, 2))
+            bucket.queries.put(part_lse.transpose(1, 2), lse.transpose(1, 2))
+        for join in layout.joins:
+            here = slice(*join.range[:2])
+            part, part_lse = whole.forward(join)
             share = torch.sigmoid(part_lse - lse[:, :, here])
             out[:, :, here].lerp_(part.to(exact), share[..., None])
             lse[:, :, here] = torch.logaddexp(lse[:, :, here], part_lse)
-        out_NHD = out_NHD.to(query.dtype)
-        ctx.save_for_backward(query, key, value, out_NHD, lse)
-        ctx.plan, ctx.scale = plan, scale
-        return out_NHD
+        out_UHD = out_UHD.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out_UHD, lse)
+        ctx.layout, ctx.scale = layout, scale
+        return out_UHD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_NHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out_NHD, lse = ctx.saved_tensors
-        plan: TreePlan = ctx.plan
-        K, G, N, D = query.shape
+    def backward(ctx: Any, grad_UHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, out_UHD, lse = ctx.saved_tensors
+        layout: Layout = ctx.layout
+        K, G, U, D = query.shape
         exact = torch.promote_types(query.dtype, torch.float32)
 
-        def by_head(x_NHD: torch.Tensor) -> torch.Tensor:
-            return x_NHD.view(N, K, G, D).permute(1, 2, 0, 3)
+        def by_head(x_UHD: torch.Tensor) -> torch.Tensor:
+            return x_UHD.view(U, K, G, D).permute(1, 2, 0, 3)
 
-        grad = by_head(grad_NHD.contiguous())
-        whole = _Operands(query, key, value, ctx.scale, by_head(out_NHD), lse, grad)
-        d_query = by_head(query.new_empty(N, K * G, D, dtype=exact))
-        d_key = query.new_empty(N, K, D, dtype=exact).transpose(0, 1)
-        d_value = torch.empty_like(d_key)
-        for a, b in plan.chains:
-            parts = whole.backward((a, b, a, b), causal=True)
-            d_query[:, :, a:b], d_key[:, a:b], d_value[:, a:b] = parts
-        for bucket in plan.buckets:
-            of_query, of_key, of_value = bucket.take(whole).backward(bucket.call, causal=True)
-            bucket.put(of_query, d_query)
-            bucket.put_keys(of_key, d_key)
-            bucket.put_keys(of_value, d_value)
-        for join in plan.joins:
-            of_query, of_key, of_value = whole.backward(join, causal=False)
-            d_query[:, :, join[0] : join[1]] += of_query
-            d_key[:, join[2] : join[3]] += of_key
-            d_value[:, join[2] : join[3]] += of_value
+        grad = by_head(grad_UHD.contiguous())
+        whole = _Operands(query, key, value, ctx.scale, by_head(out_UHD), lse, grad)
+        d_query = by_head(query.new_empty(U, K * G, D, dtype=exact))
+        made = torch.empty if layout.every_key else torch.zeros
+        d_key, d_value = (made(key.shape[1], K, D, dtype=exact).transpose(0, 1) for _ in "kv")
+        for chain in layout.chains:
+            a, b, c, d = chain.range
+            d_query[:, :, a:b], d_key[:, c:d], d_value[:, c:d] = whole.backward(chain)
+        for bucket in layout.buckets:
+            of_query, of_key, of_value = whole.of_bucket(bucket).backward(bucket.part)
+            bucket.queries.put(of_query.transpose(1, 2), d_query.transpose(1, 2))
+            bucket.keys.put(of_key, d_key)
+            bucket.keys.put(of_value, d_value)
+        for join in layout.joins:
+            a, b, c, d = join.range
+            of_query, of_key, of_value = whole.backward(join)
+            d_query[:, :, a:b] += of_query
+            d_key[:, c:d] += of_key
+            d_value[:, c:d] += of_value
         half = query.dtype
         return d_query.to(half), d_key.to(half), d_value.to(half), None, None

@@ -29,13 +29,15 @@ PAIR_WORDS = {"first": "A", "second": "B"}
 
 
 def system_text(config: PromptConfig, told: Sequence[str] = ()) -> str:
-    """What the agent is told about itself and the form of its replies, and then `told`, sentence
-    by sentence. This is the beginning of every acting prompt in both layouts, so that what all
-    episodes of a group read alike stays as long as it can be."""
-    return " ".join([_role_text(config), *told])
+    """What the agent is told about the form of its replies, its instructions, and then `told`,
+    sentence by sentence. This is the beginning of every acting prompt in both layouts, so that what
+    all episodes of a group read alike stays as long as it can be."""
+    form = _form_of_replies(config)
+    parts = [form, config.instructions] if config.instructions else [form]
+    return " ".join(["\n\n".join(parts), *told])
 
 
-def _role_text(config: PromptConfig) -> str:
+def _form_of_replies(config: PromptConfig) -> str:
     role = "You act in a text environment to solve a task."
     if not config.reasons:
         return f"{role} Reply with one command."

@@ -61,14 +61,12 @@ class VerdictHead:
         """y z of each row, (n,): positive where the head is right."""
         policy = self._means.policy
         trie = build_trie([row.ids for row in rows], "auto", policy.costs)
+        nodes = [path[row.targets] for path, row in zip(trie.paths, rows, strict=True)]
+        places_U = np.unique(np.concatenate(nodes))
         with policy.autocast():
-            hidden_ND = policy.hidden_states_along(trie)
-        pooled = torch.stack(
-            [
-                hidden_ND[torch.from_numpy(path[row.targets]).to(policy.device)].float().mean(0)
-                for path, row in zip(trie.paths, rows, strict=True)
-            ]
-        )
+            hidden_UD = policy.hidden_states_along(trie, places_U)
+        where = [torch.from_numpy(np.searchsorted(places_U, n)).to(policy.device) for n in nodes]
+        pooled = torch.stack([hidden_UD[places].float().mean(0) for places in where])
         signs_n = torch.tensor([float(row.advantages[0]) for row in rows], device=policy.device)
         scores_n: torch.Tensor = self.linear(pooled)[:, 0]
         return scores_n * signs_n
