@@ -27,16 +27,16 @@ per pair) over time, against the best rate of a plain float32 product of like sh
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from arms.last_layer import last_layer_everywhere
 from arms.machine import clock, heading
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -133,18 +133,6 @@ def packed_arm(
         return timed(batches, share, lambda batch: packed_pass(policy, batch, layout))
     with last_layer_everywhere(policy.model):
         return timed(fixed(rows, budget), share, lambda batch: packed_pass(policy, batch, layout))
-
-
-@contextlib.contextmanager
-def last_layer_everywhere(model: Any) -> Iterator[None]:
-    """The decoder layer as transformers has it, as with other programs."""
-    layer = model.base_model.layers[-1]
-    ours = type(layer)
-    layer.__class__ = ours.__bases__[0]
-    try:
-        yield
-    finally:
-        layer.__class__ = ours
 
 
 def packed_pass(policy: Policy, batch: Sequence[Row], layout: Layout) -> int:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.policy.tries import reads, sequences
 from untwine.config import PolicyConfig, SamplingConfig
 from untwine.errors import ModelError
-from untwine.policy.attention import NAME
+from untwine.policy.attention import NAME, packed_hidden_states
 from untwine.policy.loading import Policy, load_policy
 from untwine.policy.sampler import Sampler
 from untwine.policy.tree_attention import TreePlan, flash_tree, flex_tree
@@ -207,6 +207,21 @@ def test_the_last_layer_runs_where_it_is_read(policy: Policy, family: str) -> No
     assert seen == [trie.size if family == "gemma" else len(wanted), trie.size]
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_where_attention_needs_all_queries_the_rest_is_left_out(policy: Policy) -> None:
+    """As with FlexAttention: attention over all tokens, what comes after it over the wanted ones."""
+    ours = adopted(policy, small_model(policy, "sdpa").double())
+    trie = build_trie([np.array(b) for b in BRANCHES], "trie")
+    wanted = np.array([1, 4, trie.size - 1])
+    plan = TreePlan(trie, CPU, wanted)
+    plan.all_queries = True
+    base = ours.model.base_model
+    found = packed_hidden_states(base, trie.tokens_N, trie.depth_N, plan, CPU)
+    torch.testing.assert_close(
+        found, ours.hidden_states_along(trie)[wanted], atol=1e-12, rtol=1e-10
+    )
 
 
 BRANCHES = [[5, 6, 7, 8, 9], [5, 6, 7, 20, 21, 22], [5, 6], [30, 31]]
