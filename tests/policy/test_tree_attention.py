@@ -211,7 +211,7 @@ def test_the_last_layer_runs_where_it_is_read(policy: Policy, family: str) -> No
 
 @torch.no_grad()
 def test_where_attention_needs_all_queries_the_rest_is_left_out(policy: Policy) -> None:
-    """As with FlexAttention: attention over all tokens, what comes after it over the wanted ones."""
+    """As with FlexAttention: attention over all tokens, all after it over the wanted ones."""
     ours = adopted(policy, small_model(policy, "sdpa").double())
     trie = build_trie([np.array(b) for b in BRANCHES], "trie")
     wanted = np.array([1, 4, trie.size - 1])
