@@ -111,9 +111,11 @@ def calibration(
     from untwine.diagnose.measure_calibration import calibrate_run
     from untwine.diagnose.recorded import recorded_recipe
     from untwine.diagnose.tables import print_calibration
+    from untwine.progress import Display
 
     recipe = recorded_recipe(run, list(overrides or []))
-    result = calibrate_run(run, recipe, iteration=iteration, labels=labels, seed=seed)
+    with Display() as display:
+        result = calibrate_run(run, recipe, display, iteration=iteration, labels=labels, seed=seed)
     _show(run, "calibration", result, print_calibration, as_json)
 
 

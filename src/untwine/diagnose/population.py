@@ -22,6 +22,7 @@ from untwine.scoring import score
 Stratum = Literal["", "kind", "position"]
 POSITIONS = ("early", "middle", "late")
 _RETURNS_ONLY = ("group", "branch")  # sources whose labels say nothing about the kind
+UNKNOWN_KIND = "other"
 PairKey = tuple[int, str, str]
 
 
@@ -70,7 +71,7 @@ def recorded_steps(groups: Sequence[Group], info: EnvInfo) -> list[RecordedStep]
 
 def _kind(step: Step, rule: str | None) -> str:
     seen = (label.kind for label in step.labels if label.source not in _RETURNS_ONLY)
-    return rule or next(seen, "other")
+    return rule or next(seen, UNKNOWN_KIND)
 
 
 def draw_steps(

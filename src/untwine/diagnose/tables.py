@@ -160,9 +160,25 @@ def print_calibration(result: dict[str, Any]) -> None:
         console.print(_parts(name, method))
         if method["lemma"]:
             _print_lemma(console, method["lemma"])
+    _print_plans(console, result["plans"])
     for name in result["methods"].keys() - methods.keys():
         reason = result["methods"][name]["not_applicable"]
         console.print(f"{escape(name)}: not applicable, {escape(reason)}", highlight=False)
+
+
+def _print_plans(console: Console, plans: dict[str, Any]) -> None:
+    """Whether kinds that need a planner were looked for."""
+    if plans["abstained"]:
+        text = f"no step is called off_plan here: {escape(plans['abstained'])}"
+    elif not plans["env_steps"]:
+        return
+    else:
+        text = (
+            f"{plans['steps']} steps of no other kind were compared with shortest plans: "
+            f"{plans['env_steps']} commands given anew; episodes that went otherwise: "
+            f"{plans['mismatches']}"
+        )
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _side_by_side(methods: dict[str, dict[str, Any]]) -> Table:
