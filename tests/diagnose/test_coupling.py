@@ -438,6 +438,35 @@ def test_the_head_alone() -> None:
     assert off_diagonal_correlation(found.K_NN, exact.K_NN) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("pairs", [0, 1 << 23])
+@pytest.mark.parametrize("tokens", ["few", "many"])
+def test_the_head_by_matrices_and_by_pairs_of_tokens(
+    pairs: int, tokens: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of them is taken is a matter of time only; blocks cut samples and the vocabulary."""
+    seen: list[str] = []
+    for way in ("dense", "dots"):
+        inside = getattr(sinks.GramSink, way)
+
+        def noted(self: Any, name: str, *rest: Any, way: str = way, inside: Any = inside) -> None:
+            seen.append(way)
+            inside(self, name, *rest)
+
+        monkeypatch.setattr(sinks.GramSink, way, noted)
+    monkeypatch.setattr(head, "_DOT_NUMBERS", pairs)
+    monkeypatch.setattr(head, "_DOT_ROWS", 5)
+    monkeypatch.setattr(head, "_DOT_COLUMNS", 7)
+    model, samples = small_model("llama", tie_word_embeddings=False), small_samples(9, narrow=True)
+    if tokens == "many":
+        samples = [StepSample(s.prompt_ids, s.action_ids * 15) for s in samples]
+        samples = [StepSample(s.prompt_ids, s.action_ids[:50]) for s in samples]
+    reference = gram_of(gradients(model, samples, ["lm_head.weight"], temperature=0.7))
+    found = head_gram(model, samples, temperature=0.7, chunk=4)
+    assert relative_error(found.K_NN, reference) < 1e-5
+    assert torch.equal(found.K_NN, found.K_NN.T)
+    assert set(seen) == {"dots" if pairs and tokens == "few" else "dense"}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_pushes_are_products_with_ordinary_gradients(tied: bool) -> None:
     model = small_model("llama", tie_word_embeddings=tied)
