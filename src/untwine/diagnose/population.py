@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +67,13 @@ def recorded_steps(groups: Sequence[Group], info: EnvInfo) -> list[RecordedStep]
         for episode, rules in zip(group.episodes, rule_labels(group, info), strict=True)
         for t, step in enumerate(episode.steps)
     ]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Each name once: positions as they follow each other, kinds by the alphabet."""
+    return sorted(
+        set(names), key=lambda name: (POSITIONS.index(name) if name in POSITIONS else -1, name)
+    )
 
 
 def _kind(step: Step, rule: str | None) -> str:
