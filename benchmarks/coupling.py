@@ -19,9 +19,9 @@ samples.
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -175,23 +175,25 @@ class Worker:
         self._process = context.Process(target=work, args=(name, tied, device, memory, there))
         self._process.start()
         there.close()  # so that a process that dies ends the wait
-        self._name, self._limit = name, limit
+        self._limit, self._alive = limit, True
 
     def measure(self, count: int) -> tuple[float, float]:
-        """Seconds, and MiB at the peak; scaled where there are more samples than the limit."""
+        """Seconds, and MiB at the peak; scaled where there are more samples than the limit. NaN
+        once the process has died."""
+        if not self._alive:
+            return math.nan, math.nan
         done = min(count, self._limit or count)
         self._pipe.send(done)
         try:
             took, most = self._pipe.recv()
-        except EOFError:
-            sys.exit(
-                f"the process of {self._name!r} died at {done} samples; take fewer, or leave "
-                "it out with --without"
-            )
+        except EOFError:  # killed for want of memory, as a rule
+            self._alive = False
+            return math.nan, math.nan
         return took * count / done, most * count / done
 
     def close(self) -> None:
-        self._pipe.send(0)
+        if self._alive:
+            self._pipe.send(0)
         self._process.join()
 
 
@@ -268,6 +270,9 @@ def show(
         for count in counts:
             took, base = (statistics.median(t for t, _ in found[n, count]) for n in (name, STEP))
             peak = max(m for _, m in found[name, count])
+            if math.isnan(took):
+                cells += " killed | | |"
+                continue
             mark = "~" if name == SEPARATE and count > limit else ""
             cells += f" {mark}{took:.3g} | {mark}{took / base:.2f} | {mark}{peak:,.0f} |"
         print(f"| {name} |{cells}")
