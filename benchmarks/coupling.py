@@ -1,6 +1,6 @@
 """The coupling Gram against training steps and separate backward passes over the same samples.
 
-    python benchmarks/coupling.py [--samples 64,128,256] [--repeats 2] [--memory-mib 64] [--tied]
+    python benchmarks/coupling.py [--samples 64,128,256] [--memory-mib 64,1024] [--tied]
 
 A Llama of eight layers (6.8 million parameters, 7.9 untied); samples of 250 prompt and 8 action
 tokens. Every arm has a process of its own; they take turns, so that all meet the same machine, in
@@ -8,14 +8,18 @@ turned order from repetition to repetition. The table gives medians of seconds (
 a CPU), their ratio to the training step in micro-batches of 16, and the peak of memory above what
 libraries and model take: on a CPU the resident set without cached files (RssAnon of
 /proc/self/status, looked at every 20 ms), with CUDA what is allocated. The Grams may keep
-`--memory-mib` between passes; the rest is in a temporary file. Separate passes, which are slow, are
-done once. `error` is the largest |K - K'| / (|g_i| |g_j|) against separate backward
-passes in float64, on the first `--exact` samples.
+`--memory-mib` between passes, each of these in a row of its own; the rest is in a temporary file.
+Separate passes are slow and keep all gradients, so they are done once, on `--separate` samples at
+most; beyond, seconds and memory are scaled by the number of samples and marked with ~. Their last
+product grows with its square, so that is a lower bound. `error` is the largest
+|K - K'| / (|g_i| |g_j|) against separate backward passes in float64, on the first `--exact`
+samples.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import statistics
 import threading
@@ -71,34 +75,45 @@ def training_step(model: Any, samples: Sequence[StepSample]) -> Any:
 
 def separate_passes(model: Any, samples: Sequence[StepSample]) -> Any:
     """N backward passes, all gradients stored, one product at the end."""
-    rows = []
-    for sample in samples:
+    matrix_NP: Any = None
+    for i, sample in enumerate(samples):
         grads = weighted_gradient(model, [sample], torch.ones(1))
-        rows.append(torch.cat([g.flatten() for g in grads.values()]))
-    matrix = torch.stack(rows)
-    return matrix @ matrix.T
+        row_P = torch.cat([g.flatten() for g in grads.values()])
+        if matrix_NP is None:
+            matrix_NP = row_P.new_empty(len(samples), len(row_P))
+        matrix_NP[i] = row_P
+    return matrix_NP @ matrix_NP.T
 
 
 STEP, SEPARATE = "training step, micro-batches of 16", "separate passes, gradients stored"
 
 
-def arms(memory_mib: float) -> dict[str, Arm]:
-    kept: dict[str, Any] = {"chunk": MICROBATCH, "memory_mib": memory_mib}
+def arms(memory: Sequence[float]) -> dict[str, Arm]:
+    def exact(memory_mib: float, recompute: bool) -> Arm:
+        return lambda model, samples: gram(
+            model,
+            samples,
+            chunk=MICROBATCH,
+            memory_mib=memory_mib,
+            recompute=recompute,
+            check=False,
+        )
+
     return {
         STEP: training_step,
-        "exact Gram": lambda model, samples: gram(model, samples, check=False, **kept),
-        "exact Gram, recompute": lambda model, samples: gram(
-            model, samples, recompute=True, check=False, **kept
+        **{f"exact Gram, {m:g} MiB": exact(m, False) for m in memory},
+        **{f"recompute, {m:g} MiB": exact(m, True) for m in memory[:1]},
+        "head only, forward": lambda model, samples: head_gram(
+            model, samples, chunk=MICROBATCH, memory_mib=memory[0]
         ),
-        "head only, forward": lambda model, samples: head_gram(model, samples, **kept),
         SEPARATE: separate_passes,
     }
 
 
-def work(name: str, tied: bool, device: str, memory_mib: float, pipe: Any) -> None:
+def work(name: str, tied: bool, device: str, memory: Sequence[float], pipe: Any) -> None:
     """What the process of an arm does: for each number that comes, one measurement."""
     torch.set_num_threads(1)
-    model, arm = make_model(tied, device), arms(memory_mib)[name]
+    model, arm = make_model(tied, device), arms(memory)[name]
     training_step(model, make_samples(2))
     before = resident() if device == "cpu" else torch.cuda.memory_allocated() / 2**20
     while count := pipe.recv():
@@ -151,21 +166,34 @@ class Peak:
 class Worker:
     """The process of one arm, from outside."""
 
-    def __init__(self, name: str, tied: bool, device: str, memory_mib: float) -> None:
+    def __init__(
+        self, name: str, tied: bool, device: str, memory: Sequence[float], limit: int
+    ) -> None:
+        """limit: samples at most; 0: no limit."""
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
-        self._process = context.Process(target=work, args=(name, tied, device, memory_mib, there))
+        self._process = context.Process(target=work, args=(name, tied, device, memory, there))
         self._process.start()
         there.close()  # so that a process that dies ends the wait
+        self._limit, self._alive = limit, True
 
     def measure(self, count: int) -> tuple[float, float]:
-        """Seconds, and MiB at the peak."""
-        self._pipe.send(count)
-        found: tuple[float, float] = self._pipe.recv()
-        return found
+        """Seconds, and MiB at the peak; scaled where there are more samples than the limit. NaN
+        once the process has died."""
+        if not self._alive:
+            return math.nan, math.nan
+        done = min(count, self._limit or count)
+        self._pipe.send(done)
+        try:
+            took, most = self._pipe.recv()
+        except EOFError:  # killed for want of memory, as a rule
+            self._alive = False
+            return math.nan, math.nan
+        return took * count / done, most * count / done
 
     def close(self) -> None:
-        self._pipe.send(0)
+        if self._alive:
+            self._pipe.send(0)
         self._process.join()
 
 
@@ -184,13 +212,15 @@ def main() -> None:
     parser.add_argument("--samples", default="64,128,256")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--exact", type=int, default=8)
-    parser.add_argument("--memory-mib", type=float, default=64, help="kept between passes")
+    parser.add_argument("--memory-mib", default="64,1024", help="kept between passes; a list")
+    parser.add_argument("--separate", type=int, default=32, help="samples passed separately")
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--without", default="", help="arms to leave out, by first letters")
     options = parser.parse_args()
     left_out = tuple(w for w in options.without.split(",") if w)
-    names = [n for n in arms(0) if n == STEP or not n.startswith(left_out or "-")]
+    memory = [float(m) for m in options.memory_mib.split(",")]
+    names = [n for n in arms(memory) if n == STEP or not n.startswith(left_out or "-")]
     counts = [int(n) for n in options.samples.split(",")]
     size = sum(p.numel() for p in make_model(options.tied, "cpu").parameters())
     head = "tied" if options.tied else "untied"
@@ -199,13 +229,19 @@ def main() -> None:
         heading(
             "coupling.py",
             f"{head} head, {size:,} parameters; {PROMPT} + {ACTION} tokens a sample; "
-            f"{options.memory_mib:g} MiB kept in memory between passes; "
             f"{options.repeats} repetitions, seed 0, {device}",
         ),
         flush=True,
     )
     workers = {
-        name: Worker(name, options.tied, options.device, options.memory_mib) for name in names
+        name: Worker(
+            name,
+            options.tied,
+            options.device,
+            memory,
+            options.separate if name == SEPARATE else 0,
+        )
+        for name in names
     }
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for repeat in range(options.repeats):
@@ -215,14 +251,17 @@ def main() -> None:
                     found.setdefault((name, count), []).append(workers[name].measure(count))
     for worker in workers.values():
         worker.close()
-    show(found, names, counts)
+    show(found, names, counts, options.separate)
     gap, correlation = error(options.tied, options.exact)
     print(f"\nerror {gap:.1e} (float64, {options.exact} samples)  ")
     print(f"correlation of the head's Gram with the exact one: {correlation:.3f}")
 
 
 def show(
-    found: dict[tuple[str, int], list[tuple[float, float]]], names: list[str], counts: list[int]
+    found: dict[tuple[str, int], list[tuple[float, float]]],
+    names: list[str],
+    counts: list[int],
+    limit: int,
 ) -> None:
     print("| |" + "".join(f" N={n}: s | ratio | MiB |" for n in counts))
     print("|---|" + "---:|" * 3 * len(counts))
@@ -231,7 +270,11 @@ def show(
         for count in counts:
             took, base = (statistics.median(t for t, _ in found[n, count]) for n in (name, STEP))
             peak = max(m for _, m in found[name, count])
-            cells += f" {took:.3g} | {took / base:.2f} | {peak:,.0f} |"
+            if math.isnan(took):
+                cells += " killed | | |"
+                continue
+            mark = "~" if name == SEPARATE and count > limit else ""
+            cells += f" {mark}{took:.3g} | {mark}{took / base:.2f} | {mark}{peak:,.0f} |"
         print(f"| {name} |{cells}")
 
 

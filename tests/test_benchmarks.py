@@ -61,10 +61,18 @@ def cells(printed: str) -> dict[str, list[str]]:
 
 @pytest.mark.slow
 def test_coupling_runs() -> None:
-    printed = run("coupling.py", "--samples", "2,3", "--repeats", "2", "--exact", "3")
+    sizes = ("--samples", "2,3", "--repeats", "2", "--exact", "3", "--separate", "2")
+    printed = run("coupling.py", *sizes, "--memory-mib", "4,64")
     table = cells(printed)
-    for name in ("exact Gram", "exact Gram, recompute", "head only, forward"):
+    for name in (
+        "exact Gram, 4 MiB",
+        "exact Gram, 64 MiB",
+        "recompute, 4 MiB",
+        "head only, forward",
+    ):
         assert len(table[name]) == 6
+    separate = table["separate passes, gradients stored"]
+    assert [cell.startswith("~") for cell in separate] == [False] * 3 + [True] * 3  # scaled
     assert [row[1] for name, row in table.items() if name.startswith("training step")] == ["1.00"]
     found = re.search(r"^error ([\d.e-]+) \(float64, 3 samples\)", printed, re.MULTILINE)
     assert found

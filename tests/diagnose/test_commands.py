@@ -104,6 +104,31 @@ def test_coupling_of_the_last_iteration(untwine, finished: Path) -> None:  # typ
         )
 
 
+def test_coupling_in_float64(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]
+    """Digits of separate backward passes in float64, of whatever the command measures."""
+    options = ("--samples", 8, "--batches", 1, "--dtype", "float64", "--json")
+    result = untwine("coupling", finished, *options, "--metric", "adam")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["honesty"]["correlation"] > 0.99
+    result = untwine("coupling", finished, *options)
+    assert result.code == 0, result.err
+    numbers = json.loads(result.out)
+    assert numbers["dtype"] == "float64"
+    assert numbers["honesty"]["correlation"] > 0.99
+    assert numbers["mean_push"]["batches"] == 1
+    recipe = load_recipe(finished / "recipe.yaml")
+    policy = load_policy(
+        recipe.policy.model_copy(update={"model": str(finished / "model")}), tuple, 0
+    )
+    load_weights(finished / "checkpoints" / "rl-000002", policy.model)
+    groups = read_groups(finished / "episodes" / "iter-000002.jsonl.gz")
+    chosen = draw_samples(distinct_samples(groups, "token"), 8, 0)
+    names = [n for n, _ in policy.model.named_parameters()]
+    reference = gram_of(gradients(policy.model, [s.sample for s in chosen], names))
+    tensors = load_file(finished / "diagnose" / "coupling.safetensors")
+    assert relative_error(tensors["K_NN"], reference) < 1e-10
+
+
 def test_points_for_the_region_plot(  # type: ignore[no-untyped-def]
     untwine, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +263,8 @@ def test_bad_input_is_refused_and_nothing_is_overwritten(  # type: ignore[no-unt
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("diagnose"))
     assert_refused(untwine("coupling", tmp_path), 5, "no run directory")
     assert_refused(untwine("coupling", run, "--iteration", 7), 5, "iteration 7", "0, 1, 2")
+    kept = ("keeps no checkpoint rl-000099", "rl-000002, rl-000003")
+    assert_refused(untwine("coupling", run, "--checkpoint", "rl-000099"), 5, *kept)
     assert_refused(untwine("coupling", run, "--metric", "adamw"), 2, "--metric", "adam")
     assert_refused(untwine("coupling", run, "--parameters", "*lora*"), 2, "'*lora*'")
     assert_refused(untwine("separation", run, "--pool", "first"), 2, "--pool", "mean")

@@ -129,7 +129,9 @@ def test_calibration_is_that_of_the_command(watched: tuple[Path, str]) -> None:
     recipe = load_recipe(run / "recipe.yaml")
     measured = 0
     for iteration in (0, 2):
-        offline = calibrate_run(run, recipe, iteration=iteration, labels="group")
+        offline = calibrate_run(
+            run, recipe, Display(quiet=True), iteration=iteration, labels="group"
+        )
         expected = json.loads(json.dumps(offline["methods"]["grpo"]["all"]))
         report = json.loads((run / "diagnose" / f"online-iter-00000{iteration}.json").read_text())
         assert report["calibration"] == {"source": "group", **expected}

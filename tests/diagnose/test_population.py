@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from tests.builders import REF, make_episode, make_step
-from untwine.diagnose.population import RecordedStep, draw_steps, recorded_steps
+from untwine.diagnose.population import RecordedStep, draw_steps, in_order, recorded_steps
 from untwine.envs.protocol import EnvInfo
 from untwine.errors import ConfigError
 from untwine.records import Group, Label
@@ -49,6 +49,11 @@ def test_kinds_and_positions() -> None:
     ]  # fmt: skip
     assert steps[0].pair == steps[-1].pair  # the same command in the same state
     assert len({s.pair for s in steps}) == 10
+
+
+def test_order_in_tables() -> None:
+    assert in_order(["late", "middle", "early", "late"]) == ["early", "middle", "late"]
+    assert in_order(["undo", "invalid", "undo"]) == ["invalid", "undo"]
 
 
 def test_uniform_samples_are_unbiased() -> None:

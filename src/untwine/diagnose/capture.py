@@ -184,7 +184,10 @@ class Capture:
         if left.shape[-1] * right.shape[-1] * wide.itemsize * len(left) <= (
             left.nbytes + right.nbytes
         ):
-            self.ready(name, rows, torch.bmm(left.to(wide).transpose(1, 2), right.to(wide)))
+            left, right = left.to(wide).transpose(1, 2), right.to(wide)
+            shape = (len(rows), left.shape[1], right.shape[2])
+            formed = self._store.fill(shape, wide, lambda into: torch.bmm(left, right, out=into))
+            self._add(name, _Piece(rows, formed))
             return
         keep = self._store.keep
         self._add(name, _Piece(rows, None, (keep(left), keep(right))))

@@ -111,9 +111,11 @@ def calibration(
     from untwine.diagnose.measure_calibration import calibrate_run
     from untwine.diagnose.recorded import recorded_recipe
     from untwine.diagnose.tables import print_calibration
+    from untwine.progress import Display
 
     recipe = recorded_recipe(run, list(overrides or []))
-    result = calibrate_run(run, recipe, iteration=iteration, labels=labels, seed=seed)
+    with Display() as display:
+        result = calibrate_run(run, recipe, display, iteration=iteration, labels=labels, seed=seed)
     _show(run, "calibration", result, print_calibration, as_json)
 
 
@@ -180,6 +182,10 @@ def coupling(
     folder: Annotated[
         Path | None, typer.Option(help="For that file [default: that of temporary files].")
     ] = None,
+    dtype: Annotated[
+        Literal["recipe", "float64"],
+        typer.Option(help="Compute as the run did, or in float64: more digits, slower."),
+    ] = "recipe",
     diffs: Annotated[
         int, typer.Option(min=0, help="Worst offenders shown with both prompts; 0: none.")
     ] = 3,
@@ -218,6 +224,7 @@ def coupling(
             iteration=iteration,
             checkpoint=checkpoint,
             adam=metric == "adam",
+            double=dtype == "float64",
         )
     _show(run, "coupling", numbers, lambda found: print_coupling(found, diffs), as_json)
 

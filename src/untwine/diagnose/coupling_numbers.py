@@ -29,7 +29,8 @@ LARGEST_CHANGE = 0.01  # nats: the step at which changes are given
 
 def context_of(policy: Policy) -> Context:
     """The context forward passes of a policy run in."""
-    return contextlib.nullcontext if policy.dtype == torch.float32 else policy.autocast
+    exact = policy.dtype in (torch.float32, torch.float64)
+    return contextlib.nullcontext if exact else policy.autocast
 
 
 def reinforced_numbers(

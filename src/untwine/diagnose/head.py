@@ -3,11 +3,14 @@
 For an action token y read off hidden state h, the gradient of log softmax(W h)_y in the logits is
 the residual e_y - p, so dW_i = sum over the sample's tokens of (e_y - p) h^T, and a tied embedding
 adds its own rows to the same matrix. These matrices are formed for a slice of the vocabulary at a
-time, from the hidden states and the normalisers; residuals are never kept.
+time, from the hidden states and the normalisers; residuals are never kept. Where actions are short
+it takes fewer operations to multiply tokens with tokens: <dW_i, dW_j> is the sum of
+<r_l, r_m> <h_l, h_m> over the tokens l of i and m of j, with residuals r.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,11 +20,14 @@ from torch import nn
 from untwine.diagnose.capture import SparseRows
 from untwine.diagnose.samples import Chunk
 from untwine.diagnose.scoring import log_softmax_at
-from untwine.diagnose.sinks import Sink, rows_of
+from untwine.diagnose.sinks import DotBlock, Sink, rows_of
 from untwine.diagnose.store import Store
 
 _SLICE_NUMBERS = 1 << 24  # numbers in the gradients of one slice of the vocabulary
 _LOGIT_NUMBERS = 1 << 25  # logits at a time
+_DOT_NUMBERS = 1 << 23  # products of pairs of tokens; where there are more, matrices are formed
+_DOT_ROWS = 256
+_DOT_COLUMNS = 1 << 12  # of a product in float32; sums of more lose digits
 
 Narrow = tuple[int, int, int, float]  # sample of the chunk, place, id, entry of the residual
 
@@ -41,6 +47,13 @@ class _Kept:
     lse_BL: torch.Tensor
     where: torch.Tensor
     values_U: torch.Tensor
+
+    @property
+    def present_BL(self) -> torch.Tensor:
+        """Where there is a token."""
+        present_BL = torch.zeros_like(self.lse_BL, dtype=torch.bool)
+        present_BL[self.where[0], self.where[1]] = True
+        return present_BL
 
     def residual(self, logits_BLV: torch.Tensor, first: int) -> torch.Tensor:
         """e_y - p for the ids from `first` on."""
@@ -131,6 +144,10 @@ class Head:
             return
         weight = self.linear.weight
         vocabulary, width = weight.shape
+        alone = tied is None and list(names) == ["weight"]
+        if alone and sink.takes_dots(names["weight"]) and self._dots_are_fewer(count):
+            sink.dots(names["weight"], *self._dots())
+            return
         wider = max(width, *(kept.hidden_BLD.shape[1] for kept in self._kept))
         step = min(vocabulary, max(1, _SLICE_NUMBERS // (count * wider)))
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -149,6 +166,48 @@ class Head:
             if "bias" in names:
                 sink.dense(names["bias"], biases[:, :size].clone(), first)
 
+    def _dots_are_fewer(self, count: int) -> bool:
+        """Whether multiplying tokens takes fewer operations than multiplying matrices; half of each
+        product is needed, and matrices have to be formed first."""
+        vocabulary, width = self.linear.weight.shape
+        tokens = sum(int(kept.present_BL.sum()) for kept in self._kept)
+        matrices = count * (count + 2 * tokens / count) * vocabulary * width
+        return tokens**2 <= min(_DOT_NUMBERS, matrices / (vocabulary + width))
+
+    def _dots(self) -> tuple[torch.Tensor, Iterator[DotBlock]]:
+        """The sample of each token, and <r_l, r_m> <h_l, h_m> in blocks; see `Sink.dots`."""
+        weight = self.linear.weight
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        samples, hidden = [], []
+        for kept in self._kept:
+            rows_B = torch.arange(kept.rows.start, kept.rows.stop, device=weight.device)
+            samples.append(rows_B[:, None].expand(kept.lse_BL.shape)[kept.present_BL])
+            hidden.append(self._store.back(kept.hidden_BLD)[kept.present_BL].to(wide))
+        hidden_MD = torch.cat(hidden)
+        size = len(hidden_MD)
+        dots_MM = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
+        for first in range(0, len(weight), _DOT_COLUMNS):
+            last = min(first + _DOT_COLUMNS, len(weight))
+            parts = [self._residual(k, first, last)[1][k.present_BL] for k in self._kept]
+            residual_MV = torch.cat(parts)
+            for row in range(0, size, _DOT_ROWS):
+                block = residual_MV[row : row + _DOT_ROWS] @ residual_MV[row:].T
+                dots_MM[row : row + _DOT_ROWS, row:] += block
+
+        def blocks() -> Iterator[DotBlock]:
+            for row in range(0, size, _DOT_ROWS):
+                hidden_LM = hidden_MD[row : row + _DOT_ROWS] @ hidden_MD[row:].T
+                yield row, dots_MM[row : row + _DOT_ROWS, row:] * hidden_LM
+
+        return torch.cat(samples), blocks()
+
+    def _residual(self, kept: _Kept, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states of one chunk, and residuals in the ids `first` to `last`."""
+        hidden_BLD = self._store.back(kept.hidden_BLD)
+        bias = None if self.linear.bias is None else self.linear.bias[first:last]
+        logits = nn.functional.linear(hidden_BLD, self.linear.weight[first:last], bias)
+        return hidden_BLD, kept.residual(self._scaled(logits), first).div_(self.temperature)
+
     def _form(
         self,
         kept: _Kept,
@@ -158,13 +217,10 @@ class Head:
         biases_NV: torch.Tensor,
     ) -> None:
         """Gradients of one chunk's samples in the ids `first` to `last`."""
-        hidden_BLD = self._store.back(kept.hidden_BLD)
-        bias = None if self.linear.bias is None else self.linear.bias[first:last]
-        logits = nn.functional.linear(hidden_BLD, self.linear.weight[first:last], bias)
-        residual_BLV = kept.residual(self._scaled(logits), first).div_(self.temperature)
+        hidden_BLD, residual_BLV = self._residual(kept, first, last)
         rows = slice(kept.rows.start, kept.rows.stop)
         torch.bmm(residual_BLV.transpose(1, 2), hidden_BLD.to(grad_NVD), out=grad_NVD[rows])
-        if bias is not None:
+        if self.linear.bias is not None:
             torch.sum(residual_BLV, 1, out=biases_NV[rows, : last - first])
 
 

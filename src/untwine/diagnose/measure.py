@@ -95,6 +95,7 @@ def find_coupling(
     iteration: int | None = None,
     checkpoint: str = "",
     adam: bool = False,
+    double: bool = False,
 ) -> dict[str, Any]:
     """Measure one iteration of a run, save what was found, and return the numbers.
 
@@ -102,6 +103,7 @@ def find_coupling(
     iteration   by default the last one
     checkpoint  the policy; by default the one that played the episodes, or else RUN/model
     adam        in the metric of the optimizer at the checkpoint
+    double      compute in float64, whatever the run computed in
     """
     iteration, file = episode_file(run, iteration)
     found = load_recorded_policy(run, recipe, iteration, checkpoint, or_last=True)
@@ -111,10 +113,11 @@ def find_coupling(
         temperature=recipe.sampling.temperature,
         preconditioner=recorded_adam(found, recipe) if adam else None,
     )
+    policy = in_float64(found.policy) if double else found.policy
     files = iteration_files(run)
     near = sorted(files.keys() - {iteration}, key=lambda k: (abs(k - iteration), k))
     report = measure_coupling(
-        found.policy,
+        policy,
         read_recorded(file, recipe),
         [read_recorded(files[k], recipe) for k in sorted(near[: options.batches])],
         options,
@@ -125,10 +128,16 @@ def find_coupling(
         "iteration": iteration,
         "policy": found.source,
         "metric": "adam" if adam else "sgd",
+        "dtype": str(policy.dtype).removeprefix("torch."),
         **report.numbers,
     }
     save_results(run, "coupling", numbers, report.tensors)
     return numbers
+
+
+def in_float64(policy: Policy) -> Policy:
+    """The same policy, its weights and computations in float64; `policy` itself is used up."""
+    return dataclasses.replace(policy, model=policy.model.double(), dtype=torch.float64)
 
 
 def measure_coupling(

@@ -3,6 +3,7 @@ truth files, or against labels where there is no truth."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,8 @@ from untwine.config import Recipe
 from untwine.credit import check_credit, credit_method, credit_names
 from untwine.diagnose.calibration import Floats, Judged, calibrate, lemma_advantage
 from untwine.diagnose.output import results_folder, to_json, write_text
-from untwine.diagnose.population import RecordedStep, recorded_steps
+from untwine.diagnose.plan_kinds import PlanKinds, plan_kinds
+from untwine.diagnose.population import UNKNOWN_KIND, RecordedStep, in_order, recorded_steps
 from untwine.diagnose.recorded import (
     chosen_files,
     is_foreign,
@@ -27,7 +29,8 @@ from untwine.diagnose.truth_file import TruthRow, files_with_truth, read_truth, 
 from untwine.envs.protocol import EnvInfo
 from untwine.errors import ConfigError, UntwineError
 from untwine.gcd.labels import label_group, label_sources
-from untwine.records import Group, Step, Verdict
+from untwine.progress import Display
+from untwine.records import Episode, Group, Step, Verdict
 
 _SIGNS: Mapping[str, int] = {"good": 1, "flawed": -1, "neutral": 0}
 _EPS = 1e-6
@@ -57,10 +60,18 @@ class _Item:
 
 
 def calibrate_run(
-    run: Path, recipe: Recipe, *, iteration: int | None = None, labels: str = "", seed: int = 0
+    run: Path,
+    recipe: Recipe,
+    display: Display,
+    *,
+    iteration: int | None = None,
+    labels: str = "",
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Measures of every method, in all and by kind and position, saved as
     RUN/diagnose/calibration.json; keys are explained in docs/diagnose/calibration.md.
+
+    Where the environment can plan anew, it is asked about steps of no other kind.
 
     iteration  by default all that have a truth file (with `labels`: all)
     labels     whose labels to take instead of the truth
@@ -85,6 +96,7 @@ def calibrate_run(
             if labels
             else f"the truth files of {run} hold no step; run `untwine diagnose truth` again"
         )
+    items, plans = _with_plan_kinds(items, recipe, info, display)
     numbers = {
         "format": "untwine-calibration-1",
         "source": labels or "truth",
@@ -94,10 +106,37 @@ def calibrate_run(
         "flawed": sum(item.verdict == "flawed" for item in items),
         "good": sum(item.verdict == "good" for item in items),
         "flawed_by_chance": None if labels else chance,
+        "plans": {
+            "steps": sum(item.at in plans.kinds for item in items),
+            "env_steps": plans.env_steps,
+            "mismatches": plans.mismatches,
+            "abstained": plans.abstained or None,
+        },
         "methods": _methods(recipe, groups, items, seed, foreign=is_foreign(run)),
     }
     write_text(results_folder(run) / "calibration.json", to_json(numbers))
     return numbers
+
+
+def _with_plan_kinds(
+    items: Sequence[_Item], recipe: Recipe, info: EnvInfo, display: Display
+) -> tuple[list[_Item], PlanKinds]:
+    """The same items; those of no kind have the one that plans give them, where they do."""
+    episodes: dict[int, dict[str, Episode]] = {}
+    for item in items:
+        if item.step.kind == UNKNOWN_KIND:
+            own = episodes.setdefault(item.iteration, {})
+            own[item.step.episode.id] = item.step.episode
+    wanted = {k: list(own.values()) for k, own in episodes.items()}
+    plans = plan_kinds(recipe, info, wanted, display) if wanted else PlanKinds()
+
+    def renamed(item: _Item) -> _Item:
+        kind = plans.kinds.get(item.at)
+        if kind is None or item.step.kind != UNKNOWN_KIND:
+            return item
+        return dataclasses.replace(item, step=dataclasses.replace(item.step, kind=kind))
+
+    return [renamed(item) for item in items], plans
 
 
 def _methods(
@@ -240,7 +279,7 @@ def _measures(
         **{
             part: {
                 name: calibrate(judged.where(np.array(names) == name), seed=seed)
-                for name in sorted(set(names))
+                for name in in_order(names)
             }
             for part, names in parts.items()
         },

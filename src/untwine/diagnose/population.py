@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,7 @@ from untwine.scoring import score
 Stratum = Literal["", "kind", "position"]
 POSITIONS = ("early", "middle", "late")
 _RETURNS_ONLY = ("group", "branch")  # sources whose labels say nothing about the kind
+UNKNOWN_KIND = "other"
 PairKey = tuple[int, str, str]
 
 
@@ -68,9 +69,16 @@ def recorded_steps(groups: Sequence[Group], info: EnvInfo) -> list[RecordedStep]
     ]
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Each name once: positions as they follow each other, kinds by the alphabet."""
+    return sorted(
+        set(names), key=lambda name: (POSITIONS.index(name) if name in POSITIONS else -1, name)
+    )
+
+
 def _kind(step: Step, rule: str | None) -> str:
     seen = (label.kind for label in step.labels if label.source not in _RETURNS_ONLY)
-    return rule or next(seen, "other")
+    return rule or next(seen, UNKNOWN_KIND)
 
 
 def draw_steps(

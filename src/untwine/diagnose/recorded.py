@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,9 @@ def load_recorded_policy(
 def _source(run: Path, iteration: int, named: str, or_last: bool) -> str:
     if named:
         kept = run / "checkpoints" / named
+        if re.fullmatch(r"[a-z_]+-\d{6}", named) and not kept.is_dir() and not Path(named).exists():
+            known = ", ".join(sorted(p.name for p in kept.parent.glob("*-*") if p.is_dir()))
+            raise CheckpointError(f"{run} keeps no checkpoint {named}; it has {known or 'none'}")
         return str(kept) if kept.is_dir() else named
     folder = policy_folder(run, iteration) or (run / "model" if or_last else None)
     if folder is None:

@@ -6,7 +6,7 @@ A sink is given the gradients g_i of one parameter (or of some of its columns) f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -15,6 +15,8 @@ from untwine.errors import UntwineError
 
 _COLUMNS = 1 << 12  # of a product in float32; sums of more lose digits
 _ROWS = 64
+
+DotBlock = tuple[int, torch.Tensor]  # first of the l, dots_LM
 
 
 class Sink(Protocol):
@@ -26,6 +28,13 @@ class Sink(Protocol):
     ) -> None:
         """Rows `row_U` of the (V, D) parameter `name`, each (sample, row) at most once. The vectors
         may be those of a store, of which only some are to be in memory at a time."""
+
+    def takes_dots(self, name: str) -> bool:
+        """Whether `dots` will do instead of `dense`."""
+
+    def dots(self, name: str, sample_M: torch.Tensor, blocks: Iterable[DotBlock]) -> None:
+        """g_i is the sum of the outer products x_m y_m^T of the sample's tokens m; a block holds
+        <x_l, x_m> <y_l, y_m> for some l, and for all m from the first of them on."""
 
 
 def rows_of(vectors_UD: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -77,6 +86,22 @@ class GramSink:
         check_finite(name, part_NN.diagonal())
         self.K_NN += part_NN.triu() + part_NN.triu(1).T
 
+    def takes_dots(self, name: str) -> bool:
+        return self._roots is None
+
+    def dots(self, name: str, sample_M: torch.Tensor, blocks: Iterable[DotBlock]) -> None:
+        upper_NN, both_NN = torch.zeros_like(self.K_NN), torch.zeros_like(self.K_NN)
+        for first, dots_LM in blocks:
+            height, wide = len(dots_LM), dots_LM.double()
+            rows_NM = wide.new_zeros(len(self.K_NN), dots_LM.shape[1])
+            rows_NM.index_add_(0, sample_M[first : first + height], wide)
+            inside = sample_M[first : first + height]
+            both_NN.index_add_(1, inside, rows_NM[:, :height])
+            upper_NN.index_add_(1, sample_M[first + height :], rows_NM[:, height:])
+        part_NN = both_NN + upper_NN + upper_NN.T
+        check_finite(name, part_NN.diagonal())
+        self.K_NN += part_NN.triu() + part_NN.triu(1).T
+
 
 class PushSink:
     """<g_i, d_b> for given directions d_b, summed over parameters in float64."""
@@ -105,6 +130,12 @@ class PushSink:
                 values = (rows_of(vectors_UD, at) * along_VD[row_U[at]]).sum(-1).double()
                 self.push_NB[:, b].index_add_(0, sample_U[at], values)
         check_finite(name, self.push_NB.sum(-1))
+
+    def takes_dots(self, name: str) -> bool:
+        return False
+
+    def dots(self, name: str, sample_M: torch.Tensor, blocks: Iterable[DotBlock]) -> None:
+        raise NotImplementedError
 
 
 class NotFinite(UntwineError):

@@ -7,12 +7,13 @@ soon as the last tensor that reads it is gone.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class Store:
         self._segments: list[tuple[int, Bytes]] = []  # first byte, mapping
         self._free: list[tuple[int, int]] = []  # first byte, bytes; in order, never touching
         self._used = 0
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
         self._here: set[int] = set()  # addresses of storages that are counted or in the file
         self._copies: dict[int, weakref.ref[Bytes]] = {}
         # Garbage may be collected in the midst of anything, so it only leaves a note.
@@ -102,6 +104,24 @@ class Store:
         if storage.nbytes() > 2 * tensor.nbytes:  # a small view: its storage is not worth keeping
             return self._written([tensor.contiguous()], tensor.shape)
         return self._copy_of(tensor, storage)
+
+    def fill(
+        self, shape: tuple[int, ...], dtype: torch.dtype, write: Callable[[torch.Tensor], object]
+    ) -> torch.Tensor:
+        """What `write` puts into a tensor of this shape, kept. Beyond the budget it is written into
+        a buffer that is used again and again: new pages cost as much as a product that fills them.
+        """
+        size = math.prod(shape) * dtype.itemsize
+        self._bury()
+        if size < _SMALL or self._used + size <= self._budget:
+            fresh = torch.empty(shape, dtype=dtype, device=self.device)
+            write(fresh)
+            return self.keep(fresh)
+        if len(self._buffer) < size:
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
+        filled = self._buffer[:size].view(dtype).view(shape)
+        write(filled)
+        return self._written([filled], filled.shape)
 
     def cat(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """`torch.cat` along the first axis, kept."""

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from untwine.diagnose.population import in_order
 from untwine.diagnose.truth_file import Truth, TruthRow
 from untwine.prompt_diff import prompt_diff
 
@@ -37,8 +38,8 @@ def print_truth(truth: Truth) -> None:
         parts: dict[str, list[TruthRow]] = defaultdict(list)
         for row in rows:
             parts[getattr(row, attribute)].append(row)
-        for name, part in sorted(parts.items()):
-            _row(table, name, part)
+        for name in in_order(parts):
+            _row(table, name, parts[name])
     console.print(table)
     flawed = head["labels"]["flawed"]
     console.print(
@@ -160,9 +161,25 @@ def print_calibration(result: dict[str, Any]) -> None:
         console.print(_parts(name, method))
         if method["lemma"]:
             _print_lemma(console, method["lemma"])
+    _print_plans(console, result["plans"])
     for name in result["methods"].keys() - methods.keys():
         reason = result["methods"][name]["not_applicable"]
         console.print(f"{escape(name)}: not applicable, {escape(reason)}", highlight=False)
+
+
+def _print_plans(console: Console, plans: dict[str, Any]) -> None:
+    """Whether kinds that need a planner were looked for."""
+    if plans["abstained"]:
+        text = f"no step is called off_plan here: {escape(plans['abstained'])}"
+    elif not plans["env_steps"]:
+        return
+    else:
+        text = (
+            f"{plans['steps']} steps of no other kind were compared with shortest plans: "
+            f"{plans['env_steps']} commands given anew; episodes that went otherwise: "
+            f"{plans['mismatches']}"
+        )
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _side_by_side(methods: dict[str, dict[str, Any]]) -> Table:
@@ -200,14 +217,19 @@ def _parts(name: str, method: dict[str, Any]) -> Table:
     for part in ("by_kind", "by_position"):
         table.add_section()
         for title, row in method[part].items():
-            means = ("mean_estimate", "flawed_mean", "miscalibration")
+            means = ("mean_estimate", "flawed_mean")
             table.add_row(
                 escape(title),
                 *(str(row[key]) for key in ("steps", "flawed", "good")),
                 _with_interval(row["mean_advantage"]),
                 *("–" if row[key] is None else f"{row[key]['value']:+.2f}" for key in means),
+                _share_of(row["miscalibration"]),
             )
     return table
+
+
+def _share_of(found: dict[str, Any] | None) -> str:
+    return "–" if found is None else f"{found['value']:.2f}"
 
 
 def _print_lemma(console: Console, lemma: dict[str, float]) -> None:

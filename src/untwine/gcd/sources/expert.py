@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 
 from untwine.demonstrations import play_experts
 from untwine.envs.guiding import Advice
-from untwine.envs.pool import AdviceRequest
+from untwine.envs.pool import AdviceRequest, EnvPool
 from untwine.errors import ConfigError
 from untwine.gcd.sources.protocol import Bench, Source, Table
 from untwine.records import Episode, Group, Label, Step, TaskRef
@@ -49,23 +49,11 @@ class ExpertSource(Source):
         if not self._bench.info.replans:
             return self._along_the_way(groups), {}
         episodes = [episode for group in groups for episode in group.episodes]
-        requests = [
-            AdviceRequest(
-                e.ref.task,
-                e.ref.variation,
-                tuple(s.command for s in e.steps if s.command is not None),
-                self._searching,
-                self._bench.recipe.seed,
-            )
-            for e in episodes
-        ]
-        ways = self._bench.pool.advice(requests)
-        rows = [plan_labels(e, way) for e, way in zip(episodes, ways, strict=True)]
-        mismatches = sum(_mismatch(e, way) for e, way in zip(episodes, ways, strict=True))
+        rows, counts = judge_by_plans(
+            self._bench.pool, episodes, searching=self._searching, seed=self._bench.recipe.seed
+        )
         left = iter(rows)
-        tables = [[next(left) for _ in group.episodes] for group in groups]
-        env_steps = sum(len(request.commands) for request in requests)
-        return tables, {"expert_mismatches": mismatches, "label_env_steps": env_steps}
+        return [[next(left) for _ in group.episodes] for group in groups], counts
 
     def _along_the_way(self, groups: Sequence[Group]) -> list[Table]:
         new = [ref for ref in dict.fromkeys(g.ref for g in groups) if ref not in self._ways]
@@ -79,6 +67,32 @@ class ExpertSource(Source):
             [[_way_label(s, self._ways[g.ref]) for s in e.steps] for e in g.episodes]
             for g in groups
         ]
+
+
+def judge_by_plans(
+    pool: EnvPool, episodes: Sequence[Episode], *, searching: bool = False, seed: int = 0
+) -> tuple[Table, dict[str, float]]:
+    """Labels of episodes whose commands are given anew in an environment that `replans`, and how
+    many episodes could not be repeated to their end (`expert_mismatches`), of how many commands
+    (`label_env_steps`).
+
+    searching  ask the expert that knows only what has been read; `seed` decides its luck
+    """
+    requests = [
+        AdviceRequest(
+            e.ref.task,
+            e.ref.variation,
+            tuple(s.command for s in e.steps if s.command is not None),
+            searching,
+            seed,
+        )
+        for e in episodes
+    ]
+    ways = pool.advice(requests)
+    rows = [plan_labels(e, way) for e, way in zip(episodes, ways, strict=True)]
+    mismatches = sum(_mismatch(e, way) for e, way in zip(episodes, ways, strict=True))
+    env_steps = sum(len(request.commands) for request in requests)
+    return rows, {"expert_mismatches": mismatches, "label_env_steps": env_steps}
 
 
 def plan_labels(episode: Episode, way: Sequence[Advice]) -> list[Label | None]:
