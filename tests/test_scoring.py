@@ -209,7 +209,7 @@ def test_a_large_vocabulary_is_looked_at_in_parts(
     hook.remove()
     assert widest <= max(budget, policy.vocabulary)
     for a, b in zip(parts, whole, strict=True):
-        assert float((a - b).norm()) <= 1e-5 * float(b.norm())
+        assert float((a - b).detach().norm()) <= 1e-5 * float(b.detach().norm())
 
 
 def test_entropy_and_likeliest_token(policy: Policy) -> None:
