@@ -135,7 +135,7 @@ class PushSink:
         return False
 
     def dots(self, name: str, sample_M: torch.Tensor, blocks: Iterable[DotBlock]) -> None:
-        raise NotImplementedError
+        raise AssertionError("a direction is needed here, not products: `takes_dots` says so")
 
 
 class NotFinite(UntwineError):
