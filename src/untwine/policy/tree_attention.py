@@ -51,7 +51,9 @@ class TreePlan:
         self.wanted = None if wanted_U is None else torch.from_numpy(wanted_U).to(device)
         self.all_queries = device.type != "cpu"
         self.layout = whole_layout(trie)
-        self.narrow = None if wanted_U is None else wanted_layout(trie, wanted_U)
+        self.narrow: Layout | None = None
+        if wanted_U is not None and not self.all_queries:
+            self.narrow = wanted_layout(trie, wanted_U)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -196,22 +198,17 @@ class _Operands:
         """The operands of the chains of a bucket, one batch entry per key head and chain."""
         queries, keys = bucket.queries, bucket.keys
 
-        def taken(x: torch.Tensor | None) -> torch.Tensor | None:
-            return None if x is None else queries.take(x.transpose(1, 2)).transpose(1, 2)
+        def taken(x: torch.Tensor, clear: bool = False) -> torch.Tensor:
+            return queries.take(x.transpose(1, 2), clear=clear).transpose(1, 2)
 
-        query, out, lse, grad = map(taken, (self.query, self.out, self.lse, self.grad))
-        assert query is not None
-        if lse is not None:
-            lse = lse.contiguous()
-        if grad is not None and len(queries.padding):
-            B, L = len(queries.place) // queries.width, queries.width
-            padding = torch.zeros(B * L, dtype=torch.bool)
-            padding[queries.padding] = True
-            grad = grad.masked_fill(
-                padding.view(B, L).repeat(len(grad) // B, 1)[:, None, :, None], 0
-            )
         return _Operands(
-            query, keys.take(self.key), keys.take(self.value), self.scale, out, lse, grad
+            taken(self.query),
+            keys.take(self.key),
+            keys.take(self.value),
+            self.scale,
+            None if self.out is None else taken(self.out),
+            None if self.lse is None else taken(self.lse).contiguous(),
+            None if self.grad is None else taken(self.grad, clear=True),
         )
 
     def _mask(self, part: Part) -> torch.Tensor | None:

@@ -60,9 +60,12 @@ class Padded:
             column.shape[1],
         )
 
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        """(K, M, ...) to (K * B, L, ...)."""
-        return x.index_select(1, self.place).reshape(-1, self.width, *x.shape[2:])
+    def take(self, x: torch.Tensor, *, clear: bool = False) -> torch.Tensor:
+        """(K, M, ...) to (K * B, L, ...); padding is 0 if it is to be `clear`."""
+        rows = x.index_select(1, self.place)
+        if clear:
+            rows.index_fill_(1, self.padding, 0.0)
+        return rows.reshape(-1, self.width, *x.shape[2:])
 
     def put(self, part: torch.Tensor, into: torch.Tensor) -> None:
         """Write (K * B, L, ...) to its places in `into` (K, M, ...)."""
