@@ -7,8 +7,7 @@ A Llama with random weights and 16 episodes side by side: a first prompt of abou
 token, so that all replies have that length. Arms:
 
 kept       the sampler of this package
-re-read    the same sampler, made to forget all it holds before every turn, and to run the last
-           layer over every token, as other samplers do
+re-read    the same sampler, made to forget all it holds before every turn
 generate   Hugging Face `generate` at every turn, histories padded on the left
 
 They take turns in one process. Times are medians, with one thread those of the processor. The run
@@ -21,13 +20,11 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 from arms.generate import generate
-from arms.last_layer import last_layer_everywhere
 from arms.machine import clock, heading
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -103,9 +100,7 @@ def arms(policy: Policy, reply: int) -> dict[str, Callable[[], Replier]]:
             if forgetful:
                 for slot in prompts:
                     sampler.forget(slot)
-            everywhere = last_layer_everywhere(policy.model) if forgetful else nullcontext()
-            with everywhere:
-                samples = sampler.sample(prompts)
+            samples = sampler.sample(prompts)
             if forgetful and sampler.computed_tokens < sampler.prompt_tokens:
                 sys.exit("'re-read' did not read everything")
             return [samples[slot].ids for slot in prompts]

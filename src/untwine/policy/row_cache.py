@@ -4,9 +4,10 @@ A forward pass that carries a `RowPass` (attention.py) writes its keys and value
 lets each token read its own row. Tokens come
 packed (packing.py), so linear layers see no padding.
 
-On the CPU each row is one attention call over exactly what it holds; no key is copied and none is
-masked but those of the row's own new tokens. Elsewhere, where calls are dear and arithmetic is not,
-rows with about the same number of new tokens are padded to one call.
+On the CPU each row attends over exactly what it holds; no key is copied and none is masked but
+those of the row's own new tokens. Rows with one new token each are done together (one_query.py).
+Elsewhere, where calls are dear and arithmetic is not, rows with about the same number of new tokens
+are padded to one call.
 
 Shape suffixes: N packed tokens, H query heads, K key heads, G = H / K, D head size, R rows,
 C capacity.
@@ -15,12 +16,13 @@ C capacity.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from untwine.policy.one_query import one_query
 from untwine.policy.packing import Copy, Packed, Span
 
 
@@ -185,44 +187,39 @@ class RowPass:
     def _row_by_row(
         self, query_NKGD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        query_KGND = query_NKGD.permute(1, 2, 0, 3)
-        groups = query_KGND.shape[1]
-        out = []
+        groups = query_NKGD.shape[2]
+        out, singles = torch.empty_like(query_NKGD), _Queries()
         for span in self._packed.spans:
-            row, count = self._cache.row(span.slot), span.end - span.first
-            length = span.past + count
-            q = query_KGND[:, :, span.first : span.end]
-            k, v = keys[row, :, None, :length], values[row, :, None, :length]
-            if count == 1:
-                out.append(_one_query(q, k, v, scale))
+            row, length = self._cache.row(span.slot), span.past + span.end - span.first
+            if span.end - span.first == 1:
+                singles.add(span.first, row, length)
                 continue
-            out.append(
-                scaled_dot_product_attention(
-                    q,
-                    k.expand(-1, groups, -1, -1),
-                    v.expand(-1, groups, -1, -1),
-                    attn_mask=self._mask(span, query_NKGD) if span.past else None,
-                    is_causal=not span.past,
-                    scale=scale,
-                )
+            k, v = keys[row, :, None, :length], values[row, :, None, :length]
+            o = scaled_dot_product_attention(
+                query_NKGD[span.first : span.end].permute(1, 2, 0, 3),
+                k.expand(-1, groups, -1, -1),
+                v.expand(-1, groups, -1, -1),
+                attn_mask=self._mask(span, query_NKGD) if span.past else None,
+                is_causal=not span.past,
+                scale=scale,
             )
-        return torch.cat(out, dim=2).permute(2, 0, 1, 3)
+            out[span.first : span.end] = o.permute(2, 0, 1, 3)
+        singles.attend(query_NKGD, keys, values, scale, out)
+        return out
 
     def _wanted_alone(
         self, query_UKGD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """The wanted tokens only, each by itself: nearly always the last one of its row."""
-        query_KGUD = query_UKGD.permute(1, 2, 0, 3)
-        out = [torch.empty_like(query_KGUD[:, :, :0])]
+        out, singles = torch.empty_like(query_UKGD), _Queries()
         u = 0
         for span in self._packed.spans:
             row = self._cache.row(span.slot)
             while u < len(self._wanted_U) and self._wanted_U[u] < span.end:
-                length = span.past + int(self._wanted_U[u]) - span.first + 1
-                k, v = keys[row, :, None, :length], values[row, :, None, :length]
-                out.append(_one_query(query_KGUD[:, :, u : u + 1], k, v, scale))
+                singles.add(u, row, span.past + int(self._wanted_U[u]) - span.first + 1)
                 u += 1
-        return torch.cat(out, dim=2).permute(2, 0, 1, 3)
+        singles.attend(query_UKGD, keys, values, scale, out)
+        return out
 
     def _mask(self, span: Span, like: torch.Tensor) -> torch.Tensor:
         """What to add to the scores (M, past + M): a part of one band."""
@@ -255,10 +252,32 @@ class RowPass:
         return out
 
 
-def _one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """One query (K, G, 1, D) of a row: the heads of a group are like several without a mask."""
-    o = scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale)
-    return o.transpose(1, 2)
+@dataclass(frozen=True, slots=True)
+class _Queries:
+    """Queries that are alone in their rows: their places, rows, and how much they read of them."""
+
+    places: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+    def add(self, place: int, row: int, length: int) -> None:
+        self.places.append(place)
+        self.rows.append(row)
+        self.lengths.append(length)
+
+    def attend(
+        self,
+        query_NKGD: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        out_NKGD: torch.Tensor,
+    ) -> None:
+        if len(self.places) == len(query_NKGD):
+            out_NKGD.copy_(one_query(query_NKGD, keys, values, self.rows, self.lengths, scale))
+        elif self.places:
+            asked = query_NKGD[self.places]
+            out_NKGD[self.places] = one_query(asked, keys, values, self.rows, self.lengths, scale)
 
 
 @dataclass(frozen=True, slots=True)
