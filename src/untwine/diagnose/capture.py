@@ -8,12 +8,13 @@ whose backward keeps the sample axis:
     norms            the scale (and shift) is repeated per sample, so autograd gives g_i directly
     Embedding        the gradient of the output, summed per (sample, token)
 
-The gradients of a chunk of samples are kept in a `Store`; those of a matrix as a_it and b_it where
-these are smaller. Once all N samples have theirs, they are handed to the sink a slice at a time.
+The gradients of a chunk of samples are kept in a `Store`: as rows of one table per parameter, or,
+where these are smaller, as a_it and b_it. Once all N samples have theirs, they go to the sink.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from untwine.diagnose.sinks import Sink
-from untwine.diagnose.store import Store
+from untwine.diagnose.store import Store, Table
 from untwine.errors import ModelError
 
 _SLICE_NUMBERS = 1 << 24  # numbers in a slice whose gradients are to be formed; fewer are slower
-_READY_NUMBERS = 1 << 21  # in one that is only read; more would leave the processor's caches
 
 Deliver = Callable[[torch.Tensor, torch.Tensor], None]
 SparseRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # sample_U, row_U, vectors_UD
@@ -35,19 +35,20 @@ SparseRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # sample_U, row_U,
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Gradients of `rows`: those themselves (B, X, Y), or left^T right of (B, T, X), (B, T, Y)."""
+    """Gradients of `rows`: left^T right of (B, T, X), (B, T, Y), or rows of the table."""
 
     rows: range
-    ready: torch.Tensor | None
     factors: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def write(self, first: int, last: int, into_BXY: torch.Tensor) -> None:
-        """Rows `first` to `last` of each gradient."""
-        if self.ready is not None:
-            into_BXY.copy_(self.ready[:, first:last])
-        elif self.factors is not None:
+    def write(self, table_NP: torch.Tensor | None, first: int, into_BXY: torch.Tensor) -> None:
+        """Rows `first` and on of each gradient, as many as there is room for."""
+        _, height, width = into_BXY.shape
+        if self.factors is not None:
             left, right = (f.to(into_BXY) for f in self.factors)
-            torch.bmm(left[..., first:last].transpose(1, 2), right, out=into_BXY)
+            torch.bmm(left[..., first : first + height].transpose(1, 2), right, out=into_BXY)
+        elif table_NP is not None:
+            here_BP = table_NP[self.rows.start : self.rows.stop]
+            into_BXY.copy_(here_BP[:, first * width : (first + height) * width].view_as(into_BXY))
 
 
 class Gate(torch.autograd.Function):
@@ -114,6 +115,7 @@ class Capture:
         self._chosen, self._count, self._sink = chosen, count, sink
         self._store = store
         self._pieces: dict[str, list[_Piece]] = {}
+        self._tables: dict[str, Table] = {}
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
         self._got: dict[str, set[int]] = {}
         self.anchor = torch.zeros((), requires_grad=True)
@@ -181,47 +183,50 @@ class Capture:
     def product(self, name: str, rows: range, left: torch.Tensor, right: torch.Tensor) -> None:
         """The gradients (B, X, Y) of `rows` are left^T right, from (B, T, X) and (B, T, Y)."""
         wide = self.wide(name)
-        if left.shape[-1] * right.shape[-1] * wide.itemsize * len(left) <= (
-            left.nbytes + right.nbytes
+        if (
+            left.shape[-1] * right.shape[-1] * wide.itemsize * len(left)
+            > left.nbytes + right.nbytes
         ):
-            left, right = left.to(wide).transpose(1, 2), right.to(wide)
-            shape = (len(rows), left.shape[1], right.shape[2])
-            formed = self._store.fill(shape, wide, lambda into: torch.bmm(left, right, out=into))
-            self._add(name, _Piece(rows, formed))
+            self._claim(name, rows)
+            keep = self._store.keep
+            self._add(name, _Piece(rows, (keep(left), keep(right))))
             return
-        keep = self._store.keep
-        self._add(name, _Piece(rows, None, (keep(left), keep(right))))
+        left, right = left.to(wide).transpose(1, 2), right.to(wide)
+        shape = (len(rows), left.shape[1], right.shape[2])
+        self._write(name, rows, lambda into_BP: torch.bmm(left, right, out=into_BP.view(shape)))
 
     def ready(self, name: str, rows: range, gradients: torch.Tensor) -> None:
-        """The gradients of `rows` are (B, X, Y), or (B, P) of a parameter of P numbers."""
-        wide = gradients.to(self.wide(name))
-        self._add(name, _Piece(rows, self._store.keep(wide if wide.dim() == 3 else wide[:, None])))
+        """The gradients of `rows` are (B, P), of a parameter of P numbers."""
+        self._write(name, rows, lambda into_BP: into_BP.copy_(gradients))
+
+    def _write(self, name: str, rows: range, write: Callable[[torch.Tensor], object]) -> None:
+        self._claim(name, rows)
+        if name not in self._tables:
+            shape = (self._count, self._chosen[name].numel())
+            self._tables[name] = self._store.table(shape, self.wide(name))
+        self._tables[name].write(rows, write)
+        self._add(name, _Piece(rows))
 
     def _add(self, name: str, piece: _Piece) -> None:
-        self._claim(name, piece.rows)
         self._pieces.setdefault(name, []).append(piece)
         self._missing[name] -= len(piece.rows)
         if self._missing[name] == 0:
-            self._hand_over(name, self._pieces.pop(name))
+            table = self._tables.pop(name, None)
+            self._hand_over(name, self._pieces.pop(name), None if table is None else table.rows_NP)
 
-    def _hand_over(self, name: str, pieces: list[_Piece]) -> None:
-        flat = [
-            _Piece(p.rows, p.ready.flatten(1)[..., None]) for p in pieces if p.ready is not None
-        ]
-        if len(flat) == len(pieces):  # nothing has to be formed, so that slices need not be rows
-            pieces, numbers = flat, _READY_NUMBERS
-            height, width = self._chosen[name].numel(), 1
-        else:
-            left, right = next(p.factors for p in pieces if p.factors is not None)
-            numbers, height, width = _SLICE_NUMBERS, left.shape[-1], right.shape[-1]
-        step = min(height, max(1, numbers // (self._count * width)))
+    def _hand_over(self, name: str, pieces: list[_Piece], table_NP: torch.Tensor | None) -> None:
+        factors = [piece.factors for piece in pieces if piece.factors is not None]
+        if not factors and table_NP is not None:
+            self._sink.dense(name, table_NP)
+            return
+        height, width = factors[0][0].shape[-1], factors[0][1].shape[-1]
+        step = min(height, max(1, _SLICE_NUMBERS // (self._count * width)))
         scratch = self._scratch_of(self.wide(name), self._count * step * width)
         for first in range(0, height, step):
-            last = min(first + step, height)
-            shape = (self._count, last - first, width)
-            slice_NXY = scratch[: self._count * (last - first) * width].view(shape)
+            shape = (self._count, min(step, height - first), width)
+            slice_NXY = scratch[: math.prod(shape)].view(shape)
             for piece in pieces:
-                piece.write(first, last, slice_NXY[piece.rows.start : piece.rows.stop])
+                piece.write(table_NP, first, slice_NXY[piece.rows.start : piece.rows.stop])
             self._sink.dense(name, slice_NXY.flatten(1), first * width)
 
     def _scratch_of(self, dtype: torch.dtype, size: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ DotBlock = tuple[int, torch.Tensor]  # first of the l, dots_LM
 
 class Sink(Protocol):
     def dense(self, name: str, gradients_NP: torch.Tensor, first: int = 0) -> None:
-        """Columns `first` and on of the flattened parameter `name`; may be written over."""
+        """Columns `first` and on of the flattened parameter `name`; they may be in a file."""
 
     def sparse(
         self, name: str, sample_U: torch.Tensor, row_U: torch.Tensor, vectors_UD: torch.Tensor
@@ -56,12 +56,12 @@ class GramSink:
         )
 
     def dense(self, name: str, gradients_NP: torch.Tensor, first: int = 0) -> None:
-        if self._roots is not None:
-            root = self._roots[name].flatten()[first : first + gradients_NP.shape[1]]
-            gradients_NP = gradients_NP.mul_(root)
+        root_P = None if self._roots is None else self._roots[name].flatten()[first:]
         part_NN = torch.zeros_like(self.K_NN)
         for column in range(0, gradients_NP.shape[1], _COLUMNS):
-            block = gradients_NP[:, column : column + _COLUMNS]
+            block = gradients_NP[:, column : column + _COLUMNS].to(part_NN.device)
+            if root_P is not None:
+                block = block * root_P[column : column + block.shape[1]]
             for row in range(0, len(block), _ROWS):  # the upper triangle is enough
                 part_NN[row : row + _ROWS, row:] += block[row : row + _ROWS] @ block[row:].T
         check_finite(name, part_NN.diagonal())
@@ -114,9 +114,9 @@ class PushSink:
 
     def dense(self, name: str, gradients_NP: torch.Tensor, first: int = 0) -> None:
         for b, direction in enumerate(self._directions):
-            along = direction[name].flatten().to(gradients_NP)
+            along = direction[name].flatten().to(self.push_NB.device, gradients_NP.dtype)
             for column in range(0, gradients_NP.shape[1], _COLUMNS):
-                block = gradients_NP[:, column : column + _COLUMNS]
+                block = gradients_NP[:, column : column + _COLUMNS].to(along.device)
                 start = first + column
                 self.push_NB[:, b] += block @ along[start : start + block.shape[1]]
         check_finite(name, self.push_NB.sum(-1))

@@ -14,6 +14,7 @@ import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,23 +106,28 @@ class Store:
             return self._written([tensor.contiguous()], tensor.shape)
         return self._copy_of(tensor, storage)
 
-    def fill(
-        self, shape: tuple[int, ...], dtype: torch.dtype, write: Callable[[torch.Tensor], object]
-    ) -> torch.Tensor:
-        """What `write` puts into a tensor of this shape, kept. Beyond the budget it is written into
-        a buffer that is used again and again: new pages cost as much as a product that fills them.
-        """
+    def table(self, shape: tuple[int, int], dtype: torch.dtype) -> Table:
+        """Room for (N, P) numbers, to be written some rows at a time."""
         size = math.prod(shape) * dtype.itemsize
         self._bury()
         if size < _SMALL or self._used + size <= self._budget:
-            fresh = torch.empty(shape, dtype=dtype, device=self.device)
-            write(fresh)
-            return self.keep(fresh)
-        if len(self._buffer) < size:
-            self._buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
-        filled = self._buffer[:size].view(dtype).view(shape)
+            rows_NP = torch.empty(shape, dtype=dtype, device=self.device)
+            if size >= _SMALL:
+                self._count(rows_NP.untyped_storage())
+            return Table(self, rows_NP)
+        first, region = self._region(size)
+        return Table(self, self._mapped(region, dtype).view(shape), first)
+
+    def write_rows(
+        self, first: int, like: torch.Tensor, write: Callable[[torch.Tensor], object]
+    ) -> None:
+        """Let `write` fill a tensor like `like`, and write that to the file at byte `first`. The
+        tensor is used again and again: new pages cost as much as a product that fills them."""
+        if len(self._buffer) < like.nbytes:
+            self._buffer = torch.empty(like.nbytes, dtype=torch.uint8, device=self.device)
+        filled = self._buffer[: like.nbytes].view(like.dtype).view(like.shape)
         write(filled)
-        return self._written([filled], filled.shape)
+        self._write(first, [filled])
 
     def cat(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """`torch.cat` along the first axis, kept."""
@@ -147,17 +153,19 @@ class Store:
         region = known() if known is not None else None
         if region is None:
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            region = self._region([whole])
+            region = self._kept([whole])
             self._copies[address] = weakref.ref(region)
             self._note(storage, "copied", address, 0)
-        flat = torch.from_numpy(region).view(tensor.dtype)
-        self._here.add(flat.untyped_storage().data_ptr())
+        flat = self._mapped(region, tensor.dtype)
         return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def _written(self, tensors: Sequence[torch.Tensor], shape: torch.Size) -> torch.Tensor:
-        flat = torch.from_numpy(self._region(tensors)).view(tensors[0].dtype)
+        return self._mapped(self._kept(tensors), tensors[0].dtype).view(shape)
+
+    def _mapped(self, region: Bytes, dtype: torch.dtype) -> torch.Tensor:
+        flat = torch.from_numpy(region).view(dtype)
         self._here.add(flat.untyped_storage().data_ptr())
-        return flat.view(shape)
+        return flat
 
     def _bury(self) -> None:
         while self._dead:
@@ -176,12 +184,26 @@ class Store:
         address: int = mapping.ctypes.data
         return address + first - begin
 
-    def _region(self, tensors: Sequence[torch.Tensor]) -> Bytes:
+    def _kept(self, tensors: Sequence[torch.Tensor]) -> Bytes:
         """Contiguous tensors, one after the other, as bytes in the file."""
-        size = sum(t.nbytes for t in tensors)
+        first, region = self._region(sum(t.nbytes for t in tensors))
+        self._write(first, tensors)
+        return region
+
+    def _region(self, size: int) -> tuple[int, Bytes]:
+        """Room for so many bytes in the file: where it begins, and its mapping."""
         room = -(-size // _ALIGN) * _ALIGN
         try:
             first = self._take(room)
+        except OSError as error:
+            raise self._full(error) from error
+        begin, mapping = next(s for s in reversed(self._segments) if s[0] <= first)
+        region: Bytes = mapping[first - begin : first - begin + size]
+        self._note(region, "region", first, room)
+        return first, region
+
+    def _write(self, first: int, tensors: Sequence[torch.Tensor]) -> None:
+        try:
             self._file.seek(first)
             for tensor in tensors:
                 flat: Any = tensor.detach().cpu().flatten().view(torch.uint8).numpy()
@@ -189,15 +211,14 @@ class Store:
                 while raw:
                     raw = raw[self._file.write(raw) :]
         except OSError as error:
-            raise UntwineError(
-                f"{self.file_bytes >> 20} MiB of gradients are kept in {self._folder} and no more "
-                f"can be written there ({error.strerror}): name another folder, give more "
-                "`memory_mib`, or take fewer samples"
-            ) from error
-        begin, mapping = next(s for s in reversed(self._segments) if s[0] <= first)
-        region: Bytes = mapping[first - begin : first - begin + size]
-        self._note(region, "region", first, room)
-        return region
+            raise self._full(error) from error
+
+    def _full(self, error: OSError) -> UntwineError:
+        return UntwineError(
+            f"{self.file_bytes >> 20} MiB of gradients are kept in {self._folder} and no more "
+            f"can be written there ({error.strerror}): name another folder, give more "
+            "`memory_mib`, or take fewer samples"
+        )
 
     def _take(self, room: int) -> int:
         for n, (first, size) in enumerate(self._free):
@@ -237,3 +258,25 @@ class Store:
             else:
                 joined.append((begin, length))
         self._free = joined
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows that are written some at a time.
+
+    rows_NP   all of them; those not written yet are anything
+    first     where they are in the file of the store; None: in memory
+    """
+
+    store: Store
+    rows_NP: torch.Tensor
+    first: int | None = None
+
+    def write(self, rows: range, write: Callable[[torch.Tensor], object]) -> None:
+        """Let `write` fill a contiguous tensor that becomes these rows."""
+        here = self.rows_NP[rows.start : rows.stop]
+        if self.first is None:
+            write(here)
+        else:
+            begin = self.first + rows.start * self.rows_NP.shape[1] * self.rows_NP.itemsize
+            self.store.write_rows(begin, here, write)
