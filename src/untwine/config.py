@@ -147,12 +147,22 @@ class OptimizerConfig(Section):
     )
 
 
+class LessonConfig(Section):
+    """Steps of a cold start that imitate some kinds of commands only, each equally often."""
+
+    steps: Positive
+    commands: list[str] = Field(min_length=1, description="first words of what is imitated")
+
+
 class ColdStartConfig(Section):
     """Imitation of expert episodes, mixed with verdict data."""
 
     episodes: Natural = Field(0, description="expert episodes; 0 skips the cold start")
     steps: Natural = Field(200, description="optimizer steps")
     batch_tokens: Positive = Field(4096, description="tokens per optimizer step")
+    lessons: list[LessonConfig] = Field(
+        default_factory=list, description="what the first steps imitate; then everything"
+    )
     verdict_weight: Rate = Field(0.0, description="weight of the verdict loss; 0 leaves it out")
     verdict_share: Rate = Field(
         0.25, description="tokens of verdict data per token of imitation in each step"
@@ -176,6 +186,13 @@ class ColdStartConfig(Section):
         0.0, description="share of episodes with a copy that is told not to do what it does not do"
     )
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, warmup=20)
+
+    @model_validator(mode="after")
+    def _lessons_fit(self) -> ColdStartConfig:
+        taught = sum(lesson.steps for lesson in self.lessons)
+        if taught > self.steps:
+            raise ValueError(f"lessons take {taught} steps, and steps says {self.steps}")
+        return self
 
 
 class CreditConfig(Section):

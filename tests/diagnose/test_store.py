@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,29 @@ def test_a_disk_that_is_full_is_one_sentence(tmp_path: Path) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert torch.equal(kept, numbers(5000))
+
+
+def _copied(given: torch.Tensor, into: torch.Tensor) -> None:
+    into.copy_(given)
+
+
+@pytest.mark.parametrize("memory_mib", [0, 1])
+def test_a_table_is_written_some_rows_at_a_time(
+    memory_mib: float, tmp_path: Path, small: None
+) -> None:
+    rows = numbers(50 * 700).view(50, 700)
+    with Store(CPU, memory_mib, tmp_path) as store:
+        table = store.table((50, 700), torch.float32)
+        assert (store.file_bytes > 0) == (memory_mib == 0)
+        for part in (range(30, 50), range(0, 1), range(1, 30)):
+            given = rows[part.start : part.stop]
+            table.write(part, partial(_copied, given))
+        other = store.keep(numbers(1000, 3))  # goes elsewhere
+        assert torch.equal(table.rows_NP, rows)
+        assert torch.equal(other, numbers(1000, 3))
+        size = store.file_bytes
+        del table, other
+        again = store.table((50, 700), torch.float32)  # the room is free again
+        assert store.file_bytes == size
+        again.write(range(50), lambda into: into.zero_())
+        assert not again.rows_NP.any()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -11,35 +13,55 @@ from untwine.errors import ConfigError
 from untwine.policy.loading import Policy, load_policy
 
 
-def load(init: str, seed: int = 0) -> Policy:
+def load(init: Literal["normal", "mimetic"], seed: int = 0) -> Policy:
     tiny = TinyConfig(
-        hidden_size=32,
+        hidden_size=64,
         layers=2,
-        heads=2,
-        kv_heads=2,
+        heads=4,
+        kv_heads=4,
         vocab_size=300,
-        init=init,  # type: ignore[arg-type]
+        init=init,
     )
     return load_policy(PolicyConfig(model="tiny", tiny=tiny), lambda: TEXTS, seed)
 
 
-def copies_attention(policy: Policy) -> float:
-    """Share of the attention that tokens give, in the first layer, to earlier copies of
-    themselves, relative to even attention; by hooks, on a text in which every token comes twice."""
-    model = policy.model
-    model.set_attn_implementation("eager")
+def attention(policy: Policy, ids: torch.Tensor) -> torch.Tensor:
+    """What the heads of the first layer look at, (heads, query, key)."""
+    policy.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = policy.model(input_ids=ids[None], output_attentions=True)
+    weights: torch.Tensor = found.attentions[0][0]
+    return weights
+
+
+def twice() -> tuple[torch.Tensor, torch.Tensor]:
+    """A text in which every token comes twice, and where each was before."""
     half = torch.arange(5, 37)
     ids = torch.cat([half, half[torch.randperm(32, generator=torch.Generator().manual_seed(0))]])
-    with torch.no_grad():
-        weights = model(input_ids=ids[None], output_attentions=True).attentions[0][0]
+    return ids, torch.tensor([int((half == i).nonzero()) for i in ids[32:]])
+
+
+def copies_attention(policy: Policy) -> float:
+    """Share of the attention that tokens give to earlier copies of themselves, relative to even
+    attention, in the last two heads of the first layer."""
+    ids, earlier = twice()
     later = torch.arange(32, 64)
-    earlier = torch.tensor([int((half == i).nonzero()) for i in ids[32:]])
-    return float((weights[:, later, earlier] * (later + 1)).mean())
+    return float((attention(policy, ids)[2:, later, earlier] * (later + 1)).mean())
 
 
 def test_mimetic_attention_looks_for_copies_of_its_own_token() -> None:
     assert copies_attention(load("normal")) == pytest.approx(1.0, abs=0.1)
     assert copies_attention(load("mimetic")) > 2.0
+
+
+def test_mimetic_heads_of_the_first_layer_look_back() -> None:
+    """Everywhere in a long text, and whatever the tokens are."""
+    ids = torch.randint(5, 250, (300,), generator=torch.Generator().manual_seed(1))
+    for back, weights in enumerate(attention(load("mimetic"), ids)[:2], 1):
+        before = weights.diagonal(-back)[20:]
+        assert float(before.mean()) > 0.4
+        most = weights[20 + back :].argmax(-1)
+        assert float((most == torch.arange(20, 300 - back)).float().mean()) > 0.8
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:

@@ -20,7 +20,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from untwine.diagnose.capture import Capture, Gate
 from untwine.diagnose.head import Head
-from untwine.diagnose.heap import EVERY, give_back
 from untwine.diagnose.samples import Chunk
 from untwine.diagnose.scoring import Context, LanguageModel, Progress, log_softmax_at
 from untwine.diagnose.sinks import check_finite
@@ -161,9 +160,7 @@ def _sweep(
     passes, logprobs = [], []
     done = 0
     total = len(chunks) * (2 + len(blocks))
-    for number, chunk in enumerate(chunks):
-        if number and number % EVERY == 0:
-            give_back()
+    for chunk in chunks:
         capture.rows, blocks.cuts = chunk.rows, []
         seed, logprobs_B = _forward(parts, chunk, head, temperature, context)
         check_finite("", logprobs_B, chunk.rows.start)

@@ -7,6 +7,7 @@ with it works with a large one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,7 +24,16 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% endif %}"
 )
 # Words keep their leading space, digits stand alone, runs of white space stay together.
+_ROLES = ["system\nuser\nassistant\n"] * 1000  # every prompt has them: let each be one token
 _LOOK, _HAND_ON = 1.5, 0.5  # scales of queries and keys, of values and outputs
+_NEAR = (
+    6.5,
+    2.5,
+    2.5,
+    2.5,
+    2.5,
+    2.5,
+)  # how much the quickest pairs of a rotary head add to a score
 _WORDS = Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
 
 
@@ -43,7 +53,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(itertools.chain(_ROLES, texts), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -84,8 +94,11 @@ def _imitate_trained_attention(model: Any) -> None:
     """Start attention where training tends to bring it: queries equal keys, so that a token looks
     for its own earlier copies, and values are handed on unchanged (after Trockman and Kolter,
     "Mimetic Initialization of Self-Attention Layers", arXiv 2305.09828; here with orthogonal
-    matrices and without their negative identity). Copying words of the task into commands is then
-    learnt in hundreds of steps, where random weights had not begun after as many (docs/log.md)."""
+    matrices and without their negative identity). Where there are several layers, half of the heads
+    of the first one, two at most, look at the token before, or the one before that: with them,
+    what follows an earlier copy can be read (induction heads, Olsson et al., arXiv 2209.11895).
+    Copying words of the task into commands is then learnt in hundreds of steps, where random
+    weights had not begun after as many (docs/log.md)."""
     with torch.no_grad():
         for layer in model.model.layers:
             attention = layer.self_attn
@@ -93,3 +106,32 @@ def _imitate_trained_attention(model: Any) -> None:
             torch.nn.init.orthogonal_(attention.v_proj.weight, gain=_HAND_ON)
             attention.k_proj.weight.copy_(attention.q_proj.weight)
             attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+        if len(model.model.layers) > 1:
+            _look_back(model)
+
+
+def _look_back(model: Any) -> None:
+    """Heads of the first layer whose score depends on the distance only: all embeddings get a
+    common part, which these heads alone read; queries turn it by the rotation of their position,
+    keys by that of the position `back` later, so that they agree `back` tokens before."""
+    config = model.config
+    attention = model.model.layers[0].self_attn
+    size = attention.head_dim
+    common = torch.randn(config.hidden_size)
+    common /= common.norm()
+    model.model.embed_tokens.weight.add_(common)
+    for layer in model.model.layers:
+        for reads in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight):
+            reads -= torch.outer(reads @ common, common)
+    felt = (config.hidden_size / 2) ** 0.5  # the common part of a normed embedding of norm 1
+    pairs = torch.arange(min(len(_NEAR), size // 2))
+    rates = config.rope_parameters["rope_theta"] ** (-2.0 * pairs / size)
+    scale = (torch.tensor(_NEAR[: len(pairs)]) * size**0.5).sqrt() / felt
+    for back in range(1, 1 + min(2, config.num_attention_heads // 2)):
+        query, key = torch.zeros(size), torch.zeros(size)
+        query[pairs] = scale
+        key[pairs] = scale * torch.cos(back * rates)
+        key[pairs + size // 2] = scale * torch.sin(back * rates)
+        head = slice((back - 1) * size, back * size)
+        attention.q_proj.weight[head] = torch.outer(query, common)
+        attention.k_proj.weight[head] = torch.outer(key, common)

@@ -1,5 +1,10 @@
 """Cold start: imitation of expert episodes, mixed with verdict data from the same episodes at a
-stated ratio of tokens."""
+stated ratio of tokens.
+
+What an agent does rarely it learns late, or not at all: one step in ten takes something, and only
+there can be learnt what to take. Lessons are a curriculum against that (docs/log.md): first steps
+that imitate certain commands only, each equally often. The rest of their episodes is context.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,7 @@ from untwine.gcd.objectives.protocol import Means
 from untwine.gcd.questions import PAIRS, VERDICTS
 from untwine.policy.loading import Policy
 from untwine.prompting.corrections import instructions
-from untwine.records import Episode, Group
+from untwine.records import Episode, Group, Step
 from untwine.rollout import Collector
 from untwine.training.measures import Measures
 from untwine.training.update import Updater
@@ -52,9 +57,12 @@ class ColdStart:
         sentences = instructed(episodes, info, recipe)
         told = [played(*entry) for entry in zip(transcripts, sentences, strict=True) if entry[1]]
         _check_room(episodes, recipe)
-        self.rows: list[Row] = [
-            row for e in [*episodes, *told] for row in imitation_rows(e, self._config.text_weight)
-        ]
+        self._episodes = [*episodes, *told]
+        self.rows = self._rows_of(self._episodes)
+        self._taught: dict[str, list[Row]] = {}
+        for lesson in self._config.lessons:
+            for word in lesson.commands:
+                self._taught[word] = self._only(word)
         self.verdicts: list[Row] = []
         self._objective: CrossEntropy | None = None
         if self._config.verdict_weight > 0 and self._config.verdict_share > 0:
@@ -66,13 +74,35 @@ class ColdStart:
     def step(self, updater: Updater) -> Measures:
         """One optimizer step on freshly drawn rows."""
         config = self._config
-        rows = _draw(self.rows, config.batch_tokens, self._rng)
-        drawn = _draw(self.verdicts, int(config.batch_tokens * config.verdict_share), self._rng)
+        rows = _draw(self._pools(updater.steps), config.batch_tokens, self._rng)
+        drawn = _draw([self.verdicts], int(config.batch_tokens * config.verdict_share), self._rng)
         exercise = None
         if drawn and self._objective is not None:
             scale = len(self.verdicts) / len(drawn)
             exercise = self._objective.drawn(_rescaled(drawn, scale))
         return updater.imitate(rows, exercise, config.verdict_weight)
+
+    def _pools(self, step: int) -> list[list[Row]]:
+        """What step number `step` draws from, each pool equally often."""
+        for lesson in self._config.lessons:
+            if step < lesson.steps:
+                return [self._taught[word] for word in lesson.commands]
+            step -= lesson.steps
+        return [self.rows]
+
+    def _rows_of(self, episodes: Sequence[Episode]) -> list[Row]:
+        return [row for e in episodes for row in imitation_rows(e, self._config.text_weight)]
+
+    def _only(self, word: str) -> list[Row]:
+        """Rows that imitate commands with this first word. ConfigError when there are none."""
+        rows = self._rows_of([_masked(episode, word) for episode in self._episodes])
+        if not rows:
+            imitated = {_first_word(s) for e in self._episodes for s in e.steps if s.advantage}
+            raise ConfigError(
+                f"cold_start.lessons names {word!r}, and no expert step to imitate begins so; they "
+                f"begin with: {', '.join(sorted(imitated))}"
+            )
+        return rows
 
 
 def instructed(episodes: Sequence[Episode], info: EnvInfo, recipe: Recipe) -> list[tuple[str, ...]]:
@@ -115,6 +145,19 @@ def _check_room(episodes: Sequence[Episode], recipe: Recipe) -> None:
         )
 
 
+def _first_word(step: Step) -> str:
+    return (step.command or "").partition(" ")[0]
+
+
+def _masked(episode: Episode, word: str) -> Episode:
+    """The episode with no advantage but at commands with this first word."""
+    steps = [
+        step if _first_word(step) == word else dataclasses.replace(step, advantage=None)
+        for step in episode.steps
+    ]
+    return dataclasses.replace(episode, steps=tuple(steps))
+
+
 def _judged(episode: Episode, info: EnvInfo) -> Episode:
     """The episode with its own labels, and those of the rules for flawed noise steps without."""
     ruled = label_group(Group(episode.ref, (episode,)), ["rule"], info).episodes[0]
@@ -125,12 +168,14 @@ def _judged(episode: Episode, info: EnvInfo) -> Episode:
     return Group(episode.ref, (episode,)).with_labels([labels]).episodes[0]
 
 
-def _draw(rows: Sequence[Row], tokens: int, rng: random.Random) -> list[Row]:
-    """Random rows with about `tokens` tokens, at least one."""
+def _draw(pools: Sequence[Sequence[Row]], tokens: int, rng: random.Random) -> list[Row]:
+    """Random rows with about `tokens` tokens, at least one where there are any; every pool is as
+    likely as the others."""
     drawn: list[Row] = []
     used = 0
-    while rows and (not drawn or used < tokens):
-        row = rng.choice(rows)
+    filled = [pool for pool in pools if pool]
+    while filled and (not drawn or used < tokens):
+        row = rng.choice(filled[0] if len(filled) == 1 else rng.choice(filled))
         drawn.append(row)
         used += row.length
     return drawn

@@ -1,0 +1,109 @@
+"""Lessons: a cold start that imitates some kinds of commands before all of them."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tests.gcd.test_training import recipe
+from untwine.batch import Row
+from untwine.config import ColdStartConfig, Recipe
+from untwine.errors import ConfigError
+from untwine.progress import Display
+from untwine.training.cold_start import ColdStart
+from untwine.training.measures import Measures
+from untwine.workshop import Workshop
+
+
+def taught(*lessons: dict[str, Any], **prompt: Any) -> Recipe:
+    cold = {"steps": 50, "batch_tokens": 1024, "lessons": list(lessons)}
+    return recipe(0, cold_start=cold, prompt={"layout": "window", "history": 1} | prompt)
+
+
+class Recorder:
+    """Stands where the updater does and keeps what it is to imitate."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.seen: list[Sequence[Row]] = []
+
+    def imitate(self, rows: Sequence[Row], exercise: Any, weight: float) -> Measures:
+        self.seen.append(rows)
+        self.steps += 1
+        return Measures()
+
+
+def imitated(workshop: Workshop, steps: int) -> list[Counter[str]]:
+    """First words of the commands that each step imitates."""
+    own = workshop.recipe
+    data = ColdStart(
+        *(own, workshop.info, workshop.transcripts, workshop.policy, workshop.collector),
+        random.Random(0),
+    )
+    updater: Any = Recorder()
+    for _ in range(steps):
+        data.step(updater)
+    return [Counter(word for row in rows for word in words(workshop, row)) for rows in updater.seen]
+
+
+def words(workshop: Workshop, row: Row) -> list[str]:
+    """Of the commands in a row: a target whose token before it is no target begins one."""
+    acted = [int(t) for t, a in zip(row.targets, row.advantages, strict=True) if a]
+    begins = [t for t in acted if t - 1 not in acted]
+    decode = workshop.policy.tokenizer.decode
+    return [decode(row.ids[t : t + 12]).split()[0] for t in begins]
+
+
+def test_lessons_first_and_then_everything() -> None:
+    own = taught({"steps": 20, "commands": ["open"]}, {"steps": 20, "commands": ["open", "go"]})
+    own = own.model_copy(
+        update={"sampling": own.sampling.model_copy(update={"constrained": False})}
+    )
+    with Workshop(own, Display(quiet=True)) as workshop:
+        all_words = {move.command.text.split()[0] for t in workshop.transcripts for move in t.moves}
+        steps = imitated(workshop, 50)
+    first, second, rest = (sum(part, Counter()) for part in (steps[:20], steps[20:40], steps[40:]))
+    assert set(first) == {"open"}
+    assert set(second) == {"open", "go"}
+    assert second["open"] / second["go"] == pytest.approx(1.0, abs=0.4)
+    assert {"open", "go"} < set(rest) <= all_words
+
+
+def test_growing_chats_give_only_what_is_taught() -> None:
+    own = taught({"steps": 5, "commands": ["open"]}, layout="append")
+    own = own.model_copy(
+        update={"sampling": own.sampling.model_copy(update={"constrained": False})}
+    )
+    with Workshop(own, Display(quiet=True)) as workshop:
+        assert set(sum(imitated(workshop, 5), Counter())) == {"open"}
+
+
+def test_a_command_that_no_expert_gives() -> None:
+    with (
+        Workshop(taught({"steps": 5, "commands": ["dance"]}), Display(quiet=True)) as workshop,
+        pytest.raises(ConfigError, match=r"names 'dance'.*they begin with: .*go"),
+    ):
+        imitated(workshop, 1)
+
+
+def test_more_lessons_than_steps() -> None:
+    with pytest.raises(ValidationError, match="lessons take 30 steps, and steps says 20"):
+        ColdStartConfig.model_validate(
+            {"steps": 20, "lessons": [{"steps": 30, "commands": ["go"]}]}
+        )
+
+
+def test_words_of_every_prompt_are_single_tokens() -> None:
+    """The tokenizer has read prompts as agents and judges read them."""
+    own = taught()
+    tiny = own.policy.tiny.model_copy(update={"vocab_size": 1024})
+    own = own.model_copy(update={"policy": own.policy.model_copy(update={"tiny": tiny})})
+    with Workshop(own, Display(quiet=True)) as workshop:
+        tokenizer = workshop.policy.tokenizer
+    for word in ("assistant", "system", "user", "Task", " environment", "Good", "bad"):
+        assert len(tokenizer.encode(word, add_special_tokens=False)) == 1, word
