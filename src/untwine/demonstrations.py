@@ -13,7 +13,14 @@ from untwine.envs.protocol import Reset
 from untwine.envs.wandering import Command
 from untwine.errors import EnvError
 from untwine.policy.choices import CommandChoices, allowed_along
-from untwine.prompting.prompter import Prompter
+from untwine.prompting.prompter import (
+    COMPARE_SYSTEM,
+    JUDGE_SYSTEM,
+    JUDGING_WORDS,
+    Prompter,
+    state_text,
+    system_text,
+)
 from untwine.prompting.tags import expert_tags
 from untwine.records import Episode, Label, Observation, Step, TaskRef
 
@@ -35,17 +42,14 @@ class Transcript:
     moves: tuple[Move, ...]
 
     def texts(self, prompt: PromptConfig, told: Sequence[str] = ()) -> Iterator[str]:
-        """Everything in it that a tokenizer should know, and the sentences an agent may be told."""
-        yield from told
-        if prompt.instructions:
-            yield prompt.instructions
+        """Everything that a tokenizer should know: the prompts and replies of the episode, written
+        as an agent reads them, and the sentences it may be told."""
+        yield system_text(prompt, told)
+        yield from (JUDGE_SYSTEM, COMPARE_SYSTEM, JUDGING_WORDS)
         if prompt.tags:
             yield from (written for written, _ in replies(self, prompt))
-        yield self.goal
-        for move in self.moves:
-            yield move.before.text
-            yield move.command.text
-        yield self.moves[-1].after.text
+        past = [(move.before.text, move.command.text) for move in self.moves]
+        yield state_text(self.goal, past, self.moves[-1].after.text)
 
 
 def play_experts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import random
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,36 @@ def test_what_is_kept_in_a_file_comes_back_the_same(
     assert len(sizes) == 4
     assert min(sizes) > 0
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_short_and_long_samples_of_one_parameter(
+    recompute: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Gradients of short samples are kept as factors and those of long ones as rows of a table."""
+    mixed: list[str] = []
+    hand_over = capture.Capture._hand_over
+
+    def noted(self: capture.Capture, name: str, pieces: list[Any], table_NP: Any) -> None:
+        if len({piece.factors is None for piece in pieces}) == 2:
+            mixed.append(name)
+        hand_over(self, name, pieces, table_NP)
+
+    monkeypatch.setattr(capture.Capture, "_hand_over", noted)
+    rng = random.Random(0)
+    samples = [
+        StepSample(*(tuple(rng.randrange(VOCABULARY) for _ in range(n)) for n in (length, 3)))
+        for length in (3, 4, 5, 6, 12, 14, 20, 40, 50, 60)
+    ]
+    model = small_model("llama")
+    names = trained(model)
+    reference = gram_of(gradients(model, samples, names))
+    for memory_mib in (0, 1024):
+        found = gram(
+            model, samples, chunk=2, recompute=recompute, memory_mib=memory_mib, folder=tmp_path
+        )
+        assert relative_error(found.K_NN, reference) < 1e-5
+    assert len(mixed) > 10
 
 
 def watch_files(monkeypatch: pytest.MonkeyPatch) -> list[int]:

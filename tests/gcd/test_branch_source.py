@@ -42,7 +42,7 @@ def collector(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Colle
 
 @pytest.fixture
 def groups(collector: Collector) -> list[Group]:
-    return collector.collect(REFS, 4, torch.Generator().manual_seed(1))[0]
+    return collector.collect(REFS, 12, torch.Generator().manual_seed(1))[0]
 
 
 def source(collector: Collector, run: Path, **branch: Any) -> BranchSource:

@@ -96,3 +96,14 @@ def test_more_lessons_than_steps() -> None:
         ColdStartConfig.model_validate(
             {"steps": 20, "lessons": [{"steps": 30, "commands": ["go"]}]}
         )
+
+
+def test_words_of_every_prompt_are_single_tokens() -> None:
+    """The tokenizer has read prompts as agents and judges read them."""
+    own = taught()
+    tiny = own.policy.tiny.model_copy(update={"vocab_size": 1024})
+    own = own.model_copy(update={"policy": own.policy.model_copy(update={"tiny": tiny})})
+    with Workshop(own, Display(quiet=True)) as workshop:
+        tokenizer = workshop.policy.tokenizer
+    for word in ("assistant", "system", "user", "Task", " environment", "Good", "bad"):
+        assert len(tokenizer.encode(word, add_special_tokens=False)) == 1, word

@@ -7,6 +7,7 @@ with it works with a large one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% endif %}"
 )
 # Words keep their leading space, digits stand alone, runs of white space stay together.
+_ROLES = ["system\nuser\nassistant\n"] * 1000  # every prompt has them: let each be one token
 _LOOK, _HAND_ON = 1.5, 0.5  # scales of queries and keys, of values and outputs
 _NEAR = (
     6.5,
@@ -51,7 +53,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(itertools.chain(_ROLES, texts), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

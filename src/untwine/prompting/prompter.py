@@ -24,6 +24,7 @@ COMPARE_SYSTEM = (
     "You compare two actions in a text environment. Say which one helps more to solve the task: "
     "A or B."
 )
+JUDGING_WORDS = "Action:\nGood or bad?\ngood\nbad\n\nA: B:\nA or B?"  # for tokenizers
 VERDICT_WORDS = {"good": "good", "flawed": "bad"}
 PAIR_WORDS = {"first": "A", "second": "B"}
 
@@ -77,7 +78,7 @@ class Prompter:
         admissible: Sequence[str] | None,
         told: Sequence[str] = (),
     ) -> tuple[int, ...]:
-        user = _state_text(goal, past, self._seen(goal, observation, admissible))
+        user = state_text(goal, past, self._seen(goal, observation, admissible))
         return self.chat.opening(system_text(self.config, told), user)
 
     def follow_up_ids(
@@ -178,10 +179,10 @@ def past_text(episode: Episode, t: int, history: int) -> str:
         (s.observation, action_as_shown(s.command, s.text))
         for s in episode.steps[max(0, t - history) : t]
     ]
-    return _state_text(episode.goal, past, episode.steps[t].observation)
+    return state_text(episode.goal, past, episode.steps[t].observation)
 
 
-def _state_text(goal: str, past: Sequence[tuple[str, str]], now: str) -> str:
+def state_text(goal: str, past: Sequence[tuple[str, str]], now: str) -> str:
     """The task, past (observation, action) pairs, and what is there now."""
     parts = [f"Task: {goal}"]
     parts += [f"{observation}\n> {action}" for observation, action in past]
