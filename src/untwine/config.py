@@ -52,6 +52,9 @@ class PromptConfig(Section):
         "append", description="a growing chat, or the last `history` steps"
     )
     history: Natural = Field(2, description="past (observation, action) pairs shown by `window`")
+    tried: bool = Field(
+        False, description="`window` lists the commands given so far, each once, before these pairs"
+    )
     thoughts: bool = Field(False, description="let the model think before it acts")
     tags: bool = Field(False, description="let the model say what a step is for, in one of 4 tags")
     remind: bool = Field(False, description="repeat the task at the end of every question")
@@ -63,6 +66,12 @@ class PromptConfig(Section):
     max_tokens: Positive = Field(
         4096, description="longest prompt; an episode that outgrows it ends"
     )
+
+    @model_validator(mode="after")
+    def _only_windows_forget(self) -> PromptConfig:
+        if self.tried and self.layout == "append":
+            raise ValueError("tried is for layout: window; a growing chat holds every command")
+        return self
 
     @property
     def reasons(self) -> bool:

@@ -49,7 +49,7 @@ class Transcript:
         if prompt.tags:
             yield from (written for written, _ in replies(self, prompt))
         past = [(move.before.text, move.command.text) for move in self.moves]
-        yield state_text(self.goal, past, self.moves[-1].after.text)
+        yield state_text(self.goal, past, self.moves[-1].after.text, len(past), prompt.tried)
 
 
 def play_experts(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from pydantic import ValidationError
 
+from tests.builders import REF, make_episode, make_step
 from untwine.config import PromptConfig
 from untwine.policy.loading import Policy
 from untwine.prompting.chat import Chat
@@ -73,6 +75,31 @@ def test_the_task_ends_every_question_when_asked_for(policy: Policy, layout: str
         )
         reply = (*policy.chat.word_ids("go"), policy.tokenizer.eos_token_id)
         conversation.advance(reply, "go", f"obs-{t}")
+
+
+def test_commands_tried_are_listed_once_in_the_order_of_their_first_use(policy: Policy) -> None:
+    config = PromptConfig(layout="window", history=1, tried=True)
+    conversation = Prompter(policy.chat, config).begin("fetch it", "obs-0")
+    reply = (*policy.chat.word_ids("go"), policy.tokenizer.eos_token_id)
+    prompts = []
+    for t, command in enumerate(("go left", "go right", "go left", "take it"), 1):
+        conversation.advance(reply, command, f"obs-{t}")
+        prompts.append(policy.tokenizer.decode(conversation.prompt_ids))
+    middle = (
+        "Task: fetch it\n\nTried:\n> go left\n> go right\n> take it\n\nobs-3\n> take it\n\nobs-4"
+    )
+    assert middle in prompts[-1]
+    for prompt in prompts[1:]:
+        assert prompt.startswith(middle[: middle.index("> take it")], prompt.index("Task:"))
+
+    steps = [make_step(t, state=f"s{t}", command=f"go {t % 2}") for t in range(4)]
+    question = Prompter(policy.chat, config).verdict_ids(make_episode(0.0, steps, ref=REF), 3)
+    assert "Tried:\n> go 0\n> go 1\n\n" in policy.tokenizer.decode(question)
+
+
+def test_a_chat_needs_no_list_of_commands() -> None:
+    with pytest.raises(ValidationError, match="a growing chat holds every command"):
+        PromptConfig(tried=True)
 
 
 @pytest.mark.parametrize("layout", ["append", "window"])

@@ -78,7 +78,12 @@ class Prompter:
         admissible: Sequence[str] | None,
         told: Sequence[str] = (),
     ) -> tuple[int, ...]:
-        user = state_text(goal, past, self._seen(goal, observation, admissible))
+        """The prompt of a conversation that begins here.
+
+        past   all (observation, action) pairs of the episode; the window chooses what is shown
+        """
+        seen = self._seen(goal, observation, admissible)
+        user = state_text(goal, past, seen, self.config.history, self.config.tried)
         return self.chat.opening(system_text(self.config, told), user)
 
     def follow_up_ids(
@@ -95,12 +100,12 @@ class Prompter:
 
         command   the action in question; by default the one that was taken
         """
-        user = verdict_text(episode, t, self.config.history, command)
+        user = verdict_text(episode, t, self.config.history, command, tried=self.config.tried)
         return self.chat.opening(JUDGE_SYSTEM, user)
 
     def pair_ids(self, episode: Episode, t: int, first: str, second: str) -> tuple[int, ...]:
         """Prompt that asks which of two actions in the state before step `t` is better."""
-        past = past_text(episode, t, self.config.history)
+        past = past_text(episode, t, self.config.history, self.config.tried)
         return self.chat.opening(COMPARE_SYSTEM, f"{past}\n\nA: {first}\nB: {second}\nA or B?")
 
     def _seen(self, goal: str, observation: str, admissible: Sequence[str] | None) -> str:
@@ -157,35 +162,43 @@ class Conversation:
             glue = prompter.follow_up_ids(self._goal, reply_ids, observation, admissible)
             self.prompt_ids = self.prompt_ids + reply_ids + glue
         else:
-            past = self._past[-prompter.config.history :] if prompter.config.history else []
             self.prompt_ids = prompter.opening_ids(
-                self._goal, past, observation, admissible, self.told
+                self._goal, self._past, observation, admissible, self.told
             )
 
 
-def verdict_text(episode: Episode, t: int, history: int, command: str | None = None) -> str:
+def verdict_text(
+    episode: Episode, t: int, history: int, command: str | None = None, *, tried: bool = False
+) -> str:
     """The question whether an action of step `t` is good, after the last `history` pairs.
 
     command   the action in question; by default the one that was taken
     """
     step = episode.steps[t]
     candidate = command if command is not None else action_as_shown(step.command, step.text)
-    return f"{past_text(episode, t, history)}\n\nAction: {candidate}\nGood or bad?"
+    return f"{past_text(episode, t, history, tried)}\n\nAction: {candidate}\nGood or bad?"
 
 
-def past_text(episode: Episode, t: int, history: int) -> str:
-    """Task, the last `history` (observation, action) pairs before step `t`, its observation."""
-    past = [
-        (s.observation, action_as_shown(s.command, s.text))
-        for s in episode.steps[max(0, t - history) : t]
-    ]
-    return state_text(episode.goal, past, episode.steps[t].observation)
+def past_text(episode: Episode, t: int, history: int, tried: bool = False) -> str:
+    """Task, what is shown of the steps before `t`, and the observation of step `t`."""
+    past = [(s.observation, action_as_shown(s.command, s.text)) for s in episode.steps[:t]]
+    return state_text(episode.goal, past, episode.steps[t].observation, history, tried)
 
 
-def state_text(goal: str, past: Sequence[tuple[str, str]], now: str) -> str:
-    """The task, past (observation, action) pairs, and what is there now."""
+def state_text(
+    goal: str, past: Sequence[tuple[str, str]], now: str, history: int, tried: bool = False
+) -> str:
+    """The task, the last `history` pairs of (observation, action), and what is there now.
+
+    tried   list all commands of the past before the pairs, each where it was first given, so that
+            what an episode's prompts say alike grows
+    """
     parts = [f"Task: {goal}"]
-    parts += [f"{observation}\n> {action}" for observation, action in past]
+    if tried:
+        commands = dict.fromkeys(action for _, action in past)
+        parts.append("\n".join(["Tried:", *(f"> {command}" for command in commands)]))
+    shown = past[-history:] if history else []
+    parts += [f"{observation}\n> {action}" for observation, action in shown]
     parts.append(now)
     return "\n\n".join(parts)
 
