@@ -57,7 +57,10 @@ class PromptConfig(Section):
     )
     thoughts: bool = Field(False, description="let the model think before it acts")
     tags: bool = Field(False, description="let the model say what a step is for, in one of 4 tags")
-    remind: bool = Field(False, description="repeat the task at the end of every question")
+    task: Literal["start", "end", "both"] = Field(
+        "start",
+        description="where a prompt states the task: first, or at the end of every question",
+    )
     list_admissible: bool = Field(False, description="list the admissible commands in the prompt")
     only_admissible: bool = Field(False, description="refuse commands outside the admissible list")
     instructions: str = Field(
@@ -86,6 +89,7 @@ class TinyConfig(Section):
     layers: Positive = 4
     heads: Positive = 6
     kv_heads: Positive = 3
+    head_dim: Natural = Field(0, description="width of a head; 0: hidden_size / heads")
     intermediate_size: Positive = 512
     vocab_size: Positive = Field(2048, description="BPE vocabulary, special tokens included")
     positions: Positive = Field(4096, description="longest context")
@@ -95,8 +99,10 @@ class TinyConfig(Section):
 
     @model_validator(mode="after")
     def _divisible(self) -> TinyConfig:
-        if self.hidden_size % self.heads or self.heads % self.kv_heads:
+        if self.heads % self.kv_heads or (not self.head_dim and self.hidden_size % self.heads):
             raise ValueError("hidden_size must be a multiple of heads, and heads of kv_heads")
+        if (self.head_dim or self.hidden_size // self.heads) % 2:
+            raise ValueError("the width of a head (hidden_size / heads) must be even")
         if self.init == "mimetic" and self.heads != self.kv_heads:
             raise ValueError("init: mimetic needs as many kv_heads as heads")
         return self

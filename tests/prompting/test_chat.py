@@ -65,14 +65,20 @@ def test_a_tokenizer_without_template_and_system_role_still_works(policy: Policy
     assert text == "[user]rules\n\nquestion<|end|>[assistant]"
 
 
+@pytest.mark.parametrize("task", ["end", "both"])
 @pytest.mark.parametrize("layout", ["append", "window"])
-def test_the_task_ends_every_question_when_asked_for(policy: Policy, layout: str) -> None:
-    config = PromptConfig(layout=layout, remind=True)  # type: ignore[arg-type]
+def test_the_task_ends_every_question_when_asked_for(
+    policy: Policy, layout: str, task: str
+) -> None:
+    config = PromptConfig(layout=layout, task=task)  # type: ignore[arg-type]
     conversation = Prompter(policy.chat, config).begin("fetch it", "obs-0")
     for t in range(1, 4):
         assert policy.tokenizer.decode(conversation.prompt_ids).endswith(
             f"obs-{t - 1}\n\nTask: fetch it<|end|><|start|>assistant\n"
         )
+        questions = t if layout == "append" else 1
+        stated = policy.tokenizer.decode(conversation.prompt_ids).count("Task: fetch it")
+        assert stated == questions + (task == "both")
         reply = (*policy.chat.word_ids("go"), policy.tokenizer.eos_token_id)
         conversation.advance(reply, "go", f"obs-{t}")
 

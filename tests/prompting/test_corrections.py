@@ -54,7 +54,7 @@ def prompts(
     policy: Policy, layout: str, told: tuple[str, ...], goal: str = "fetch it", way: str = "a"
 ) -> list[tuple[int, ...]]:
     """All prompts of an episode of four steps; `way` is in what it does and sees."""
-    config = PromptConfig(layout=layout, history=1, remind=True)  # type: ignore[arg-type]
+    config = PromptConfig(layout=layout, history=1, task="both")  # type: ignore[arg-type]
     conversation = Prompter(policy.chat, config).begin(goal, "obs-0", None, told)
     found = [conversation.prompt_ids]
     reply = (*policy.chat.word_ids("go"), policy.tokenizer.eos_token_id)

@@ -26,14 +26,13 @@ TEMPLATE = (
 # Words keep their leading space, digits stand alone, runs of white space stay together.
 _ROLES = ["system\nuser\nassistant\n"] * 1000  # every prompt has them: let each be one token
 _LOOK, _HAND_ON = 1.5, 0.5  # scales of queries and keys, of values and outputs
-_NEAR = (
-    6.5,
-    2.5,
-    2.5,
-    2.5,
-    2.5,
-    2.5,
-)  # how much the quickest pairs of a rotary head add to a score
+# How much the quickest pairs of a rotary head add to the score of the token looked back at.
+_NEAR = (6.5, 2.5, 2.5, 2.5, 2.5, 2.5)
+_SLOW = 0.02  # radians per token of the pairs that compare tokens wherever they stand
+_SAME = 18.0  # score of a token with its copies
+_TELL = 6.0  # scale of what tells that there is no copy
+_COMMON, _MARK = 0, 1  # columns of the embeddings with a meaning
+_STARTS = 1  # id of START
 _WORDS = Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
 
 
@@ -77,6 +76,7 @@ def build_model(config: TinyConfig, tokenizer: Any, seed: int) -> Any:
                 num_hidden_layers=config.layers,
                 num_attention_heads=config.heads,
                 num_key_value_heads=config.kv_heads,
+                head_dim=config.head_dim or config.hidden_size // config.heads,
                 max_position_embeddings=config.positions,
                 tie_word_embeddings=True,
                 initializer_range=config.hidden_size**-0.5 if mimetic else 0.02,
@@ -96,42 +96,98 @@ def _imitate_trained_attention(model: Any) -> None:
     "Mimetic Initialization of Self-Attention Layers", arXiv 2305.09828; here with orthogonal
     matrices and without their negative identity). Where there are several layers, half of the heads
     of the first one, two at most, look at the token before, or the one before that: with them,
-    what follows an earlier copy can be read (induction heads, Olsson et al., arXiv 2209.11895).
-    Copying words of the task into commands is then learnt in hundreds of steps, where random
-    weights had not begun after as many (docs/log.md)."""
+    what follows an earlier copy can be read (induction heads, Olsson et al., arXiv 2209.11895); and
+    its last head tells whether a token has stood before, where heads are wide enough (32). Copying
+    words of the task into commands is then learnt in hundreds of steps, where random weights had
+    not begun after as many (docs/log.md).
+
+    Embeddings begin as random signs, so that all tokens are equally like themselves, behind two
+    columns: one that is the same for all tokens, and one that marks the start of a message."""
+    config = model.config
     with torch.no_grad():
         for layer in model.model.layers:
             attention = layer.self_attn
-            torch.nn.init.orthogonal_(attention.q_proj.weight, gain=_LOOK)
+            inside = config.num_attention_heads * config.head_dim
+            looks = _LOOK * max(1.0, inside / config.hidden_size) ** 0.5
+            torch.nn.init.orthogonal_(attention.q_proj.weight, gain=looks)
             torch.nn.init.orthogonal_(attention.v_proj.weight, gain=_HAND_ON)
             attention.k_proj.weight.copy_(attention.q_proj.weight)
             attention.o_proj.weight.copy_(attention.v_proj.weight.T)
-        if len(model.model.layers) > 1:
+        if len(model.model.layers) > 1 and config.num_attention_heads > 1:
+            _mark_embeddings(model)
             _look_back(model)
+            _notice_copies(model)
+
+
+def _mark_embeddings(model: Any) -> None:
+    table = model.model.embed_tokens.weight
+    table.copy_(2.0 * torch.randint(0, 2, table.shape) - 1.0)
+    table *= (table.shape[1] - 2) ** -0.5
+    table[_STARTS] = 0
+    table[:, :2] = 0
+    table[:, _COMMON] = 1
+    table[_STARTS, _MARK] = 1
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight[:, :2] = 0
+        layer.self_attn.k_proj.weight[:, :2] = 0
 
 
 def _look_back(model: Any) -> None:
-    """Heads of the first layer whose score depends on the distance only: all embeddings get a
-    common part, which these heads alone read; queries turn it by the rotation of their position,
-    keys by that of the position `back` later, so that they agree `back` tokens before."""
+    """Heads of the first layer whose score depends on the distance only: they read the column that
+    all embeddings share; queries turn it by the rotation of their position, keys by that of the
+    position `back` later, so that they agree `back` tokens before."""
     config = model.config
     attention = model.model.layers[0].self_attn
     size = attention.head_dim
-    common = torch.randn(config.hidden_size)
-    common /= common.norm()
-    model.model.embed_tokens.weight.add_(common)
-    for layer in model.model.layers:
-        for reads in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight):
-            reads -= torch.outer(reads @ common, common)
-    felt = (config.hidden_size / 2) ** 0.5  # the common part of a normed embedding of norm 1
     pairs = torch.arange(min(len(_NEAR), size // 2))
-    rates = config.rope_parameters["rope_theta"] ** (-2.0 * pairs / size)
-    scale = (torch.tensor(_NEAR[: len(pairs)]) * size**0.5).sqrt() / felt
+    rates = _rates(config)[pairs]
+    scale = (torch.tensor(_NEAR[: len(pairs)]) * size**0.5).sqrt() / _felt(config)
     for back in range(1, 1 + min(2, config.num_attention_heads // 2)):
-        query, key = torch.zeros(size), torch.zeros(size)
-        query[pairs] = scale
-        key[pairs] = scale * torch.cos(back * rates)
-        key[pairs + size // 2] = scale * torch.sin(back * rates)
         head = slice((back - 1) * size, back * size)
-        attention.q_proj.weight[head] = torch.outer(query, common)
-        attention.k_proj.weight[head] = torch.outer(key, common)
+        for weight in (attention.q_proj.weight, attention.k_proj.weight):
+            weight[head] = 0
+        attention.q_proj.weight[head][pairs, _COMMON] = scale
+        attention.k_proj.weight[head][pairs, _COMMON] = scale * torch.cos(back * rates)
+        attention.k_proj.weight[head][pairs + size // 2, _COMMON] = scale * torch.sin(back * rates)
+
+
+def _notice_copies(model: Any) -> None:
+    """The last head of the first layer shares its attention among the token itself, its earlier
+    copies and the starts of messages, and hands on only what the starts get: the more copies, the
+    less. Tokens are compared in the slow pairs of the rotation, so that distance counts little."""
+    config = model.config
+    attention = model.model.layers[0].self_attn
+    size, width = attention.head_dim, config.hidden_size
+    pairs = [k for k, rate in enumerate(_rates(config)[:-1]) if rate < _SLOW]
+    rows = [*pairs, *(k + size // 2 for k in pairs)]
+    columns = 2 + torch.randperm(width - 2)[: len(rows)]
+    own_square = _felt(config) ** 2 * len(columns) / (width - 2)
+    head = slice((config.num_attention_heads - 1) * size, config.num_attention_heads * size)
+    query, key, value, out = (
+        attention.q_proj.weight[head],
+        attention.k_proj.weight[head],
+        attention.v_proj.weight[head],
+        attention.o_proj.weight[:, head],
+    )
+    for weight in (query, key, value, out):
+        weight.zero_()
+    for weight in (query, key):
+        weight[rows[: len(columns)], columns] = (_SAME * size**0.5 / own_square) ** 0.5
+    slowest = size // 2 - 1
+    query[slowest, _COMMON] = 1.0
+    key[slowest, _MARK] = (_SAME - 1.0) * size**0.5 / _felt(config) ** 2
+    value[0, _MARK] = 1.0
+    direction = torch.randn(width)
+    out[:, 0] = _TELL * direction / direction.norm() / _felt(config)
+
+
+def _rates(config: Any) -> torch.Tensor:
+    """Radians per token of each pair of a head."""
+    pairs = torch.arange(config.head_dim // 2)
+    rates: torch.Tensor = config.rope_parameters["rope_theta"] ** (-2.0 * pairs / config.head_dim)
+    return rates
+
+
+def _felt(config: Any) -> float:
+    """A marked column, and the length of the rest, after the norm in front of a layer."""
+    return float((config.hidden_size / 2) ** 0.5)

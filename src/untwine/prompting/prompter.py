@@ -82,8 +82,9 @@ class Prompter:
 
         past   all (observation, action) pairs of the episode; the window chooses what is shown
         """
+        first = goal if self.config.task != "end" else None
         seen = self._seen(goal, observation, admissible)
-        user = state_text(goal, past, seen, self.config.history, self.config.tried)
+        user = state_text(first, past, seen, self.config.history, self.config.tried)
         return self.chat.opening(system_text(self.config, told), user)
 
     def follow_up_ids(
@@ -112,7 +113,7 @@ class Prompter:
         parts = [observation]
         if self.config.list_admissible and admissible is not None:
             parts.append(f"Possible commands: {'; '.join(admissible)}")
-        if self.config.remind:
+        if self.config.task != "start":
             parts.append(f"Task: {goal}")
         return "\n\n".join(parts)
 
@@ -186,14 +187,18 @@ def past_text(episode: Episode, t: int, history: int, tried: bool = False) -> st
 
 
 def state_text(
-    goal: str, past: Sequence[tuple[str, str]], now: str, history: int, tried: bool = False
+    goal: str | None,
+    past: Sequence[tuple[str, str]],
+    now: str,
+    history: int,
+    tried: bool = False,
 ) -> str:
-    """The task, the last `history` pairs of (observation, action), and what is there now.
+    """The task, if any, the last `history` pairs of (observation, action), and what is there now.
 
     tried   list all commands of the past before the pairs, each where it was first given, so that
             what an episode's prompts say alike grows
     """
-    parts = [f"Task: {goal}"]
+    parts = [f"Task: {goal}"] if goal is not None else []
     if tried:
         commands = dict.fromkeys(action for _, action in past)
         parts.append("\n".join(["Tried:", *(f"> {command}" for command in commands)]))
