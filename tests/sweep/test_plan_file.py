@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,12 @@ def test_a_plan_is_levels_times_arms_with_their_seeds(tmp_path: Path) -> None:
     )
 
 
+def test_an_arm_may_be_trained_at_some_levels_only(tmp_path: Path) -> None:
+    arms = {"grpo": {}, "head": {"set": {"gcd.objective": "head"}, "levels": ["many"]}}
+    plan = read_plan(written(tmp_path, arms=arms, looks={}))
+    assert [arm.name for arm in plan.arms] == ["few.grpo", "many.grpo", "many.head"]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -76,6 +83,7 @@ def test_a_plan_is_levels_times_arms_with_their_seeds(tmp_path: Path) -> None:
         ({"colour": 1}, "colour"),
         ({"looks": {"x": {"command": ["truth"], "arms": ["gdc"]}}}, "gdc.*gcd"),
         ({"arms": {"a": {"seeds": {"fwe": 2}}}}, "fwe.*few"),
+        ({"arms": {"a": {"levels": ["mnay"]}}}, "mnay.*many"),
     ],
 )
 def test_faults_of_a_plan_are_named(tmp_path: Path, changes: dict[str, object], words: str) -> None:
@@ -102,29 +110,37 @@ def test_the_plan_of_the_study_is_complete(tmp_path: Path) -> None:
     plan = read_plan(STUDY)
     planned = plan_sweep(plan.recipe, [], plan.arms, plan.seeds, tmp_path)
     runs = [one for one in planned if one.job.after]
-    assert len(runs) == 247
+    assert len(runs) == 117
     for arm in ("wrong.grpo", "wrong.gcd-ce"):
         assert sum(one.arm == arm for one in runs) == 16
-    assert all(one.job.recipe.evaluate.episodes >= 1500 for one in runs)
+    assert all(one.job.recipe.evaluate.episodes >= 480 for one in runs)
     assert len({one.job.recipe.rl.token_budget for one in runs}) == 1
     shared = {one.job.after for one in runs if one.arm in ("wrong.grpo", "wrong.gcd-ce")}
     assert len(shared) == 16
-    assert len({one.job.after for one in runs}) == 71
+    assert len({one.job.after for one in runs}) == 41
     own = {one.arm: one.job.recipe for one in runs}
-    for level in ("short", "wrong", "full"):
-        for alike in (["grpo-told-start", "correction"], ["grpo-tags", "rlvmr", "rlvmr-gcd"]):
-            arms = {f"{level}.{arm}" for arm in alike}
-            assert len({one.job.after for one in runs if one.arm in arms}) == 5
-        for name in ("rlvmr", "rlvmr-gcd"):  # as the recipes of the same name
-            recipe, named = own[f"{level}.{name}"], load_recipe(RECIPES / f"{name}.yaml")
-            check_credit(recipe.credit.name, recipe.prompt)
-            credit_method(recipe.credit.name, recipe.credit.options)
-            assert (recipe.credit, recipe.sampling) == (named.credit, named.sampling)
-            assert (recipe.prompt, recipe.gcd.objective) == (named.prompt, named.gcd.objective)
-        assert set(own[f"{level}.correction"].correction.kinds) <= set(
-            instructions(own[f"{level}.correction"].correction)
-        )
-        assert own[f"{level}.grpo-told-start"].correction == CorrectionConfig()
+    first = read_plan(STUDY.with_name("primary.yaml"))
+    begun = plan_sweep(first.recipe, [], first.arms, first.seeds, tmp_path)
+    wanted = {one.job.run: one.job.recipe for one in planned}
+    assert len(begun) == 48
+    assert all(wanted[one.job.run] == one.job.recipe for one in begun)
+    assert first.looks == tuple(
+        replace(look, arms=tuple(arm for arm in look.arms if arm in {a.name for a in first.arms}))
+        for look in plan.looks
+    )
+    for alike in (["grpo-told-start", "correction"], ["grpo-tags", "rlvmr", "rlvmr-gcd"]):
+        arms = {f"wrong.{arm}" for arm in alike}
+        assert len({one.job.after for one in runs if one.arm in arms}) == 5
+    for name in ("rlvmr", "rlvmr-gcd"):  # as the recipes of the same name
+        recipe, named = own[f"wrong.{name}"], load_recipe(RECIPES / f"{name}.yaml")
+        check_credit(recipe.credit.name, recipe.prompt)
+        credit_method(recipe.credit.name, recipe.credit.options)
+        assert (recipe.credit, recipe.sampling) == (named.credit, named.sampling)
+        assert (recipe.prompt, recipe.gcd.objective) == (named.prompt, named.gcd.objective)
+    assert set(own["wrong.correction"].correction.kinds) <= set(
+        instructions(own["wrong.correction"].correction)
+    )
+    assert own["wrong.grpo-told-start"].correction == CorrectionConfig()
 
 
 def test_sentences_of_its_own_make_a_cold_start_of_its_own() -> None:

@@ -1,7 +1,7 @@
 """Arms that tie several keys together: `--arm` options, and plan files.
 
-A plan file is a sweep as YAML (docs/sweeps.md): a recipe, seeds, named arms, levels at which every
-arm is trained, and looks through the microscope that are taken of every finished run.
+A plan file is a sweep as YAML (docs/sweeps.md): a recipe, seeds, named arms, levels at which they
+are trained, and looks through the microscope that are taken of every finished run.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ class _Part(BaseModel):
 class _ArmEntry(_Part):
     set: Changes = Field(default_factory=dict)
     seeds: Positive | dict[str, Positive] = Field(default_factory=dict)
+    levels: list[str] = Field(default_factory=list)
+
+    def is_at(self, level: str) -> bool:
+        """Without levels of its own an arm is trained at all of them."""
+        return not self.levels or level in self.levels
 
 
 class _LookEntry(_Part):
@@ -74,6 +79,7 @@ def read_plan(path: Path) -> PlanFile:
     for name, arm in entry.arms.items():
         counts = arm.seeds if isinstance(arm.seeds, dict) else {}
         _check_known(f"plan {path}: seeds of arm {name!r}", counts, entry.levels)
+        _check_known(f"plan {path}: levels of arm {name!r}", arm.levels, entry.levels)
     for name, look in entry.looks.items():
         _check_known(f"plan {path}: look {name!r}", look.arms, entry.arms)
     return PlanFile(
@@ -83,6 +89,7 @@ def read_plan(path: Path) -> PlanFile:
             Arm(_arm_name(level, name), _overrides(changes | arm.set), _seeds(arm, level))
             for level, changes in levels.items()
             for name, arm in entry.arms.items()
+            if arm.is_at(level)
         ),
         tuple(
             Look(name, tuple(look.command), _arm_names(levels, look.arms))
