@@ -28,6 +28,7 @@ _ROLES = ["system\nuser\nassistant\n"] * 1000  # every prompt has them: let each
 _LOOK, _HAND_ON = 1.5, 0.5  # scales of queries and keys, of values and outputs
 # How much the quickest pairs of a rotary head add to the score of the token looked back at.
 _NEAR = (6.5, 2.5, 2.5, 2.5, 2.5, 2.5)
+_WIDE = 32  # narrower heads cannot tell a copy from the noise of other tokens
 _SLOW = 0.02  # radians per token of the pairs that compare tokens wherever they stand
 _SAME = 18.0  # score of a token with its copies
 _TELL = 6.0  # scale of what tells that there is no copy
@@ -97,7 +98,7 @@ def _imitate_trained_attention(model: Any) -> None:
     matrices and without their negative identity). Where there are several layers, half of the heads
     of the first one, two at most, look at the token before, or the one before that: with them,
     what follows an earlier copy can be read (induction heads, Olsson et al., arXiv 2209.11895); and
-    its last head tells whether a token has stood before, where heads are wide enough (32). Copying
+    its last head, where heads are at least 32 wide, tells whether a token has stood before. Copying
     words of the task into commands is then learnt in hundreds of steps, where random weights had
     not begun after as many (docs/log.md).
 
@@ -116,7 +117,8 @@ def _imitate_trained_attention(model: Any) -> None:
         if len(model.model.layers) > 1 and config.num_attention_heads > 1:
             _mark_embeddings(model)
             _look_back(model)
-            _notice_copies(model)
+            if config.head_dim >= _WIDE:
+                _notice_copies(model)
 
 
 def _mark_embeddings(model: Any) -> None:

@@ -60,9 +60,8 @@ class ColdStart:
         self._episodes = [*episodes, *told]
         self.rows = self._rows_of(self._episodes)
         self._taught: dict[str, list[Row]] = {}
-        for lesson in self._config.lessons:
-            for word in lesson.commands:
-                self._taught[word] = self._only(word)
+        for word in {word: None for lesson in self._config.lessons for word in lesson.commands}:
+            self._taught[word] = self._only(word)
         self.verdicts: list[Row] = []
         self._objective: CrossEntropy | None = None
         if self._config.verdict_weight > 0 and self._config.verdict_share > 0:
