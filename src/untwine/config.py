@@ -61,6 +61,9 @@ class PromptConfig(Section):
         "start",
         description="where a prompt states the task: first, or at the end of every question",
     )
+    verb_last: bool = Field(
+        False, description="replies say the first word of a command last: the thing, then the deed"
+    )
     list_admissible: bool = Field(False, description="list the admissible commands in the prompt")
     only_admissible: bool = Field(False, description="refuse commands outside the admissible list")
     instructions: str = Field(
@@ -74,6 +77,14 @@ class PromptConfig(Section):
     def _only_windows_forget(self) -> PromptConfig:
         if self.tried and self.layout == "append":
             raise ValueError("tried is for layout: window; a growing chat holds every command")
+        return self
+
+    @model_validator(mode="after")
+    def _bare_commands(self) -> PromptConfig:
+        if self.verb_last and self.reasons:
+            raise ValueError(
+                "verb_last is for replies that are only a command, without thoughts or tags"
+            )
         return self
 
     @property

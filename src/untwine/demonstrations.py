@@ -22,6 +22,7 @@ from untwine.prompting.prompter import (
     system_text,
 )
 from untwine.prompting.tags import expert_tags
+from untwine.prompting.word_order import verb_last
 from untwine.records import Episode, Label, Observation, Step, TaskRef
 
 
@@ -179,7 +180,8 @@ def replies(transcript: Transcript, prompt: PromptConfig) -> list[tuple[str, str
     Tags come by rule (prompting/tags.py)."""
     commands = [move.command for move in transcript.moves]
     if not prompt.reasons:
-        return [(command.text, None) for command in commands]
+        order = verb_last if prompt.verb_last else str
+        return [(order(command.text), None) for command in commands]
     actions = [f"<action>{command.text}</action>" for command in commands]
     if not prompt.tags:
         return [(action, None) for action in actions]

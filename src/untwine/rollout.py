@@ -29,6 +29,7 @@ from untwine.policy.loading import Policy
 from untwine.policy.sampler import Sample, Sampler
 from untwine.prompting.parser import PROBLEM_FEEDBACK, Reply, parse_reply
 from untwine.prompting.prompter import Conversation, Prompter, action_as_shown
+from untwine.prompting.word_order import verb_first
 from untwine.records import Episode, Group, Observation, Step, TaskRef
 
 _MAX_RETRIES = 5
@@ -121,7 +122,7 @@ class Collector:
         self.sampling = sampling
         self.prompter = Prompter(policy.chat, prompt)
         self._longest = min(prompt.max_tokens, policy.max_positions - sampling.max_new_tokens)
-        self.choices = CommandChoices(policy.chat) if sampling.constrained else None
+        self.choices = CommandChoices(self.prompter.reply_ids) if sampling.constrained else None
         waves = sampling.waves or (2 if self.info.remote else 1)
         self.waves = min(waves, pool.slots) if pool.workers else 1
         if lists_commands(prompt, sampling) and not self.info.lists_commands:
@@ -210,7 +211,7 @@ class Collector:
         """What a reply says."""
         text, over = self.policy.chat.decode(sample.ids)
         reply = parse_reply(
-            text,
+            verb_first(text) if self.prompt.verb_last else text,
             ended=over,
             thoughts=self.prompt.thoughts,
             tags=self.prompt.tags,

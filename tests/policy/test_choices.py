@@ -49,7 +49,7 @@ def draw(
 
 
 def test_the_trie_holds_the_commands_and_nothing_else(policy: Policy) -> None:
-    choices = CommandChoices(policy.chat)
+    choices = CommandChoices(policy.chat.reply_ids)
     trie = choices.trie(COMMANDS)
 
     def replies(node: Node) -> list[tuple[int, ...]]:
@@ -65,7 +65,7 @@ def test_the_trie_holds_the_commands_and_nothing_else(policy: Policy) -> None:
 
 
 def test_allowed_along_a_reply(policy: Policy) -> None:
-    choices = CommandChoices(policy.chat)
+    choices = CommandChoices(policy.chat.reply_ids)
     ids = policy.chat.reply_ids("go to kitchen")
     allowed = allowed_along(choices.trie(COMMANDS), ids)
     assert allowed is not None
@@ -76,7 +76,7 @@ def test_allowed_along_a_reply(policy: Policy) -> None:
 
 
 def test_logprobs_follow_the_definition_over_turns(policy: Policy) -> None:
-    choices = CommandChoices(policy.chat)
+    choices = CommandChoices(policy.chat.reply_ids)
     generator = torch.Generator().manual_seed(0)
     sampler = Sampler(policy, SamplingConfig(), generator)
     prompts = {s: [5 + s, 9, 30, *range(3, 3 + 4 * s)] for s in range(4)}
@@ -99,7 +99,7 @@ def test_the_probabilities_of_all_commands_sum_to_one(policy: Policy) -> None:
     logprobs = [plain_choice_logprob(policy, prompt, replies, r) for r in replies]
     assert sum(map(math.exp, logprobs)) == pytest.approx(1.0, abs=1e-9)
     n = 3000
-    trie = CommandChoices(policy.chat).trie(COMMANDS)
+    trie = CommandChoices(policy.chat.reply_ids).trie(COMMANDS)
     drawn = [s.ids for s in draw(policy, dict.fromkeys(range(n), prompt), trie, 1).values()]
     statistic = sum(
         (drawn.count(r) - n * math.exp(p)) ** 2 / (n * math.exp(p))
@@ -110,7 +110,7 @@ def test_the_probabilities_of_all_commands_sum_to_one(policy: Policy) -> None:
 
 
 def test_the_only_command_costs_no_forward_pass(policy: Policy) -> None:
-    trie = CommandChoices(policy.chat).trie(["look"])
+    trie = CommandChoices(policy.chat.reply_ids).trie(["look"])
     generator = torch.Generator()
     sampler = Sampler(policy, SamplingConfig(), generator)
     sample = sampler.sample({0: [5, 6, 7]}, {0: trie})[0]
@@ -136,7 +136,7 @@ def test_greedy_takes_the_most_likely_token_of_each_choice(
     policy: Policy, words: list[list[str]], seed: int
 ) -> None:
     commands = [" ".join(w) for w in words]
-    trie = CommandChoices(policy.chat).trie(commands)
+    trie = CommandChoices(policy.chat.reply_ids).trie(commands)
     prompt = [3 + seed, 11, 4]
     sampler = Sampler(policy, SamplingConfig(), torch.Generator(), greedy=True)
     sample = sampler.sample({0: prompt}, {0: trie})[0]

@@ -201,12 +201,12 @@ class _States:
         """What can be said, and what was said, in the state of a step, by `action_key`."""
         if self._collector.prompt.reasons:
             return {}
-        chat, blocked = self._collector.policy.chat, self._collector.info.blocked
+        prompter, blocked = self._collector.prompter, self._collector.info.blocked
         node = self._collector.choices_among(step.admissible, ref, step.index)
         replies: dict[str, Reply] = {}
         for command in step.admissible or ():
             if command not in blocked:
-                ids = chat.reply_ids(command)
+                ids = prompter.reply_ids(command)
                 allowed = None if node is None else allowed_along(node, ids)
                 replies[command.lower()] = Reply(command, ids, allowed)
         if node is None:  # otherwise they are among the admissible ones

@@ -13,19 +13,20 @@ is forced: its log-probability is 0, and the model need not be asked.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
-
-from untwine.prompting.chat import Chat
+from collections.abc import Callable, Iterable, Sequence
 
 Node = dict[int, "Node"]  # the children of a node by token id; a leaf has none
 _REMEMBERED = 500
 
 
 class CommandChoices:
-    """Tries of commands for one tokenizer. They are remembered: do not change them."""
+    """Tries of commands for one tokenizer. They are remembered: do not change them.
 
-    def __init__(self, chat: Chat) -> None:
-        self._chat = chat
+    reply_ids   ids of the reply that is a command (`Prompter.reply_ids`)
+    """
+
+    def __init__(self, reply_ids: Callable[[str], tuple[int, ...]]) -> None:
+        self._reply_ids = reply_ids
         self._trie = functools.lru_cache(_REMEMBERED)(self._built)
 
     def trie(self, commands: Iterable[str]) -> Node:
@@ -39,7 +40,7 @@ class CommandChoices:
         root: Node = {}
         for command in commands:
             node = root
-            for token in self._chat.reply_ids(command):
+            for token in self._reply_ids(command):
                 node = node.setdefault(token, {})
         return root
 

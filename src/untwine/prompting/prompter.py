@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from untwine.config import PromptConfig
 from untwine.prompting.chat import Chat
 from untwine.prompting.tags import TAG_USES
+from untwine.prompting.word_order import verb_last
 from untwine.records import Episode
 
 JUDGE_SYSTEM = (
@@ -41,7 +42,8 @@ def system_text(config: PromptConfig, told: Sequence[str] = ()) -> str:
 def _form_of_replies(config: PromptConfig) -> str:
     role = "You act in a text environment to solve a task."
     if not config.reasons:
-        return f"{role} Reply with one command."
+        order = ", its first word last" if config.verb_last else ""
+        return f"{role} Reply with one command{order}."
     before = ["think inside <think></think>"] if config.thoughts else []
     if config.tags:
         uses = ", ".join(f"<{tag}></{tag}> {use}" for tag, use in TAG_USES.items())
@@ -95,6 +97,10 @@ class Prompter:
         admissible: Sequence[str] | None,
     ) -> tuple[int, ...]:
         return self.chat.follow_up(reply_ids, self._seen(goal, observation, admissible))
+
+    def reply_ids(self, command: str) -> tuple[int, ...]:
+        """Ids of the reply that is only this command."""
+        return self.chat.reply_ids(verb_last(command) if self.config.verb_last else command)
 
     def verdict_ids(self, episode: Episode, t: int, command: str | None = None) -> tuple[int, ...]:
         """Prompt that asks whether an action of step `t` is good or bad.

@@ -89,7 +89,7 @@ def test_luck_is_not_imitated(policy: Policy) -> None:
     with EnvPool("alfworld", {"list_commands": True}, workers=0, sessions=4, timeout_s=60) as pool:
         found = play_experts(pool, refs, 30, seed=1, searching=True)
     prompter = Prompter(policy.chat, PromptConfig())
-    choices = CommandChoices(policy.chat)
+    choices = CommandChoices(policy.chat.reply_ids)
     lucky = planned = 0
     for transcript in found:
         steps = demonstration(transcript, prompter, choices=choices).steps
