@@ -141,7 +141,7 @@ def demonstration(
         allowed = None
         if choices and before.admissible:
             allowed = allowed_along(choices.trie(before.admissible), action_ids)
-            if allowed and command.chance:
+            if allowed and command.chance and not prompter.config.tried:
                 allowed = _first_choice(allowed, action_ids)
         possible = choices is None or allowed is not None
         imitated = possible and (command.expert or imitate_noise)
@@ -194,7 +194,8 @@ def _first_choice(
     allowed: tuple[tuple[int, ...], ...], ids: tuple[int, ...]
 ) -> tuple[tuple[int, ...], ...]:
     """The allowed ids of a reply of which only the first choice counts: what comes after it is
-    taken as forced, so that luck is not imitated."""
+    taken as forced, so that luck is not imitated. Where prompts list what was tried it is imitated:
+    that the place is a new one is no luck."""
     first = next((i for i, among in enumerate(allowed) if len(among) > 1), len(ids))
     return tuple(
         among if i <= first else (token,)

@@ -83,12 +83,14 @@ def test_other_environments_say_that_they_have_none() -> None:
         play_experts(pool, [TaskRef("rooms", "fetch", 0)], 9, searching=True)
 
 
-def test_luck_is_not_imitated(policy: Policy) -> None:
-    """Of a command that looks somewhere at random only the first choice is trained."""
+@pytest.mark.parametrize("tried", [False, True])
+def test_luck_is_not_imitated(policy: Policy, tried: bool) -> None:
+    """Of a command that looks somewhere at random only the first choice is trained, unless the
+    prompt tells where it has been."""
     refs = [TaskRef("alfworld", TASK, variation) for variation in range(4)]
     with EnvPool("alfworld", {"list_commands": True}, workers=0, sessions=4, timeout_s=60) as pool:
         found = play_experts(pool, refs, 30, seed=1, searching=True)
-    prompter = Prompter(policy.chat, PromptConfig())
+    prompter = Prompter(policy.chat, PromptConfig(layout="window", tried=tried))
     choices = CommandChoices(policy.chat.reply_ids)
     lucky = planned = 0
     for transcript in found:
@@ -100,7 +102,7 @@ def test_luck_is_not_imitated(policy: Policy) -> None:
             assert step.allowed
             free = [i for i, ids in enumerate(among) if len(ids) > 1]
             trained = [i for i, ids in enumerate(step.allowed) if len(ids) > 1]
-            assert trained == (free[:1] if move.command.chance else free)
+            assert trained == (free[:1] if move.command.chance and not tried else free)
             lucky += move.command.chance and len(free) > 1
             planned += not move.command.chance
         assert all(
