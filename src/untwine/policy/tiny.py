@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from untwine.config import TinyConfig
 
 PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"
+_SPECIAL = [PAD, START, END]  # in the order of their ids
 TEMPLATE = (
     "{% for m in messages %}"
     "{{ '<|start|>' + m['role'] + '\\n' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -33,7 +34,7 @@ _SLOW = 0.02  # radians per token of the pairs that compare tokens wherever they
 _SAME = 18.0  # score of a token with its copies
 _TELL = 6.0  # scale of what tells that there is no copy
 _COMMON, _MARK = 0, 1  # columns of the embeddings with a meaning
-_STARTS = 1  # id of START
+_STARTS = _SPECIAL.index(START)
 _WORDS = Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
 
 
@@ -49,7 +50,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, START, END],
+        special_tokens=_SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
