@@ -64,8 +64,7 @@ def imitation_rows(episode: Episode, text_weight: float = 0.0) -> list[Row]:
     Their tokens have weight 1. With a `text_weight`, all other tokens are targets of that weight
     and advantage 0: the model also learns the environment's text, and to copy from it.
     """
-    rows = _episode_rows(episode, [1.0] * episode.length)
-    return [_with_text(row, text_weight) for row in rows] if text_weight > 0 else rows
+    return [row for row, _ in rows_and_steps(episode, text_weight)]
 
 
 def completion_row(prompt_ids: Sequence[int], completion_ids: Sequence[int], weight: float) -> Row:
@@ -176,15 +175,30 @@ def unit_weights(episodes: Sequence[Episode], mean: LossMean) -> list[list[float
     return weights
 
 
+def rows_and_steps(episode: Episode, text_weight: float = 0.0) -> list[tuple[Row, list[int]]]:
+    """`imitation_rows`, each with the numbers of the steps that it imitates."""
+    found = []
+    for run in _runs(episode):
+        for row in _run_row([(episode.steps[t], 1.0) for t in run]):
+            trained = [t for t in run if episode.steps[t].advantage is not None]
+            found.append((_with_text(row, text_weight) if text_weight > 0 else row, trained))
+    return found
+
+
 def _episode_rows(episode: Episode, step_weights: Sequence[float]) -> list[Row]:
-    rows: list[Row] = []
-    run: list[tuple[Step, float]] = []
-    for step, weight in zip(episode.steps, step_weights, strict=True):
-        if run and not _continues(run[-1][0], step):
-            rows += _run_row(run)
-            run = []
-        run.append((step, weight))
-    return rows + _run_row(run)
+    runs = _runs(episode)
+    return [r for run in runs for r in _run_row([(episode.steps[t], step_weights[t]) for t in run])]
+
+
+def _runs(episode: Episode) -> list[list[int]]:
+    """Numbers of steps, in runs of which each prompt continues the one before."""
+    runs: list[list[int]] = []
+    for t, step in enumerate(episode.steps):
+        if t and _continues(episode.steps[t - 1], step):
+            runs[-1].append(t)
+        else:
+            runs.append([t])
+    return runs
 
 
 def _continues(before: Step, after: Step) -> bool:

@@ -64,6 +64,10 @@ class PromptConfig(Section):
     verb_last: bool = Field(
         False, description="replies say the first word of a command last: the thing, then the deed"
     )
+    verdict: Literal["apart", "after"] = Field(
+        "apart",
+        description="a verdict question is a prompt of its own, or follows the reply it is about",
+    )
     list_admissible: bool = Field(False, description="list the admissible commands in the prompt")
     only_admissible: bool = Field(False, description="refuse commands outside the admissible list")
     instructions: str = Field(
@@ -195,6 +199,9 @@ class ColdStartConfig(Section):
     )
     objective: Literal["generative/ce", "pairwise"] = Field(
         "generative/ce", description="what the verdict data asks for"
+    )
+    alternatives: Natural = Field(
+        0, description="commands beside each of the expert's that the verdict data asks about, too"
     )
     text_weight: Rate = Field(
         0.0, description="weight of predicting the environment's own text, for models from scratch"

@@ -62,6 +62,7 @@ def play_experts(
     seed: int = 0,
     valid_only: bool = False,
     searching: bool = False,
+    alternatives: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Transcript]:
     """Play the expert of every ref; refs without an expert, or whose plan fails or is longer than
@@ -73,6 +74,8 @@ def play_experts(
     valid_only  an expert that plans anew errs with commands that are valid, for policies that
                 choose among these
     searching   the expert does not know what it has not read (EnvError where there is none such)
+    alternatives  so many other commands are judged beside each of the expert's (EnvError where the
+            environment cannot plan from anywhere, or has no snapshots)
     """
     instances = [(ref.task, ref.variation) for ref in refs]
     plans: list[tuple[Command, ...] | None]
@@ -80,7 +83,12 @@ def play_experts(
         raise EnvError(
             f"{pool.info.title} has no expert that searches; set cold_start.expert to oracle"
         )
-    if searching or (noise and pool.info.replans):
+    if alternatives and not (pool.info.replans and pool.info.snapshots):
+        raise EnvError(
+            f"{pool.info.title} cannot judge commands that were not given; set "
+            "cold_start.alternatives to 0"
+        )
+    if searching or ((noise or alternatives) and pool.info.replans):
         plans = pool.wandering_experts(
             instances,
             noise=noise,
@@ -88,6 +96,7 @@ def play_experts(
             seed=seed,
             valid_only=valid_only,
             searching=searching,
+            alternatives=alternatives,
         )
         noise = 0.0
     else:

@@ -11,7 +11,7 @@ Shape suffixes: N targets, U distinct places that predict them, V vocabulary, C 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -54,6 +54,18 @@ class Targets:
         """Vocabulary logits that predict the given targets, (n, V), without gradient, before
         temperature and choices."""
         return self._logits(targets)
+
+    def split(self, n: int) -> tuple[Targets, Targets]:
+        """The first `n` targets, and the others. Both say what was computed for all."""
+        parts = []
+        for first, part in ((0, slice(n)), (n, slice(n, None))):
+
+            def logits(targets: Sequence[int], first: int = first) -> torch.Tensor:
+                return self._logits([first + t for t in targets])
+
+            cut = {f.name: getattr(self, f.name)[part] for f in fields(self) if f.name[-2:] == "_N"}
+            parts.append(replace(self, **cut, _logits=logits))
+        return parts[0], parts[1]
 
 
 def score(

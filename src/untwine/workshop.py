@@ -133,6 +133,7 @@ class Workshop:
                     seed=1000 * seed + first // once,
                     valid_only=self.recipe.sampling.constrained,
                     searching=config.expert == "search",
+                    alternatives=config.alternatives,
                     on_progress=on_progress,
                 )
         return found

@@ -26,7 +26,7 @@ def test_it_errs_and_still_wins() -> None:
             assert plan is not None
             assert len(plan) <= LIMIT
             env.reset(TASK, variation)
-            for command, expert, off_plan, chance in plan:
+            for command, expert, off_plan, chance, _ in plan:
                 valid = command in env.admissible()
                 assert valid or not expert
                 invalid += not valid

@@ -27,6 +27,23 @@ class Advice(NamedTuple):
     lucky: bool = False
 
 
+def helps(command: str, before: Advice, left: int | None, fresh: bool) -> bool | None:
+    """Whether a command is good, of which `left` commands of a shortest plan were left after it;
+    None: not known.
+
+    Where the expert searches, the command it would give is good, and so is any other that begins
+    alike where its choice is luck, if it is `fresh`: allowed, and not given before. Another command
+    that brings the goal nearer is luck, and not known to be good.
+    """
+    nearer = before.left is not None and left is not None and left < before.left
+    if before.due is None:
+        return nearer
+    command, due = command.lower(), before.due.lower()
+    if command == due or (before.lucky and fresh and command.split()[:1] == due.split()[:1]):
+        return True
+    return None if nearer else False
+
+
 def advice_along(
     env: Planner,
     task: str,

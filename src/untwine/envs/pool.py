@@ -247,12 +247,16 @@ class EnvPool:
         seed: int = 0,
         valid_only: bool = False,
         searching: bool = False,
+        alternatives: int = 0,
     ) -> list[tuple[Command, ...] | None]:
         """The same with experts that err (wandering.py), only where `EnvInfo.replans`. Where the
         erring one does not reach the goal in time, the plan is the faultless one; where a
         `searching` one does not, there is none."""
         return self._plans(
-            [ExpertRequest(*ref, noise, max_steps, seed, valid_only, searching) for ref in refs]
+            [
+                ExpertRequest(*ref, noise, max_steps, seed, valid_only, searching, alternatives)
+                for ref in refs
+            ]
         )
 
     def advice(self, requests: Sequence[AdviceRequest]) -> list[tuple[Advice, ...]]:

@@ -7,9 +7,10 @@ by trying (docs/log.md).
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from untwine.envs.guiding import Advice, helps
 from untwine.envs.protocol import Planner, Searcher
 
 STALE = 0.5  # of the errors, how many were valid before and are not now, where there are such
@@ -21,12 +22,14 @@ class Command(NamedTuple):
     expert   false where it errs on purpose
     off_plan an error after which a shortest plan is as long as before it, or longer
     chance   drawn from several that were as good: the first word is the expert's, the rest is luck
+    others   valid commands that were not given, and whether each would have been good
     """
 
     text: str
     expert: bool = True
     off_plan: bool = False
     chance: bool = False
+    others: tuple[tuple[str, bool], ...] = ()
 
 
 def wandering_plan(
@@ -39,6 +42,7 @@ def wandering_plan(
     *,
     valid_only: bool = False,
     searching: bool = False,
+    alternatives: int = 0,
 ) -> tuple[Command, ...] | None:
     """Solve an instance, erring with probability `noise` at each step; None when that fails, or
     takes more than `max_steps`.
@@ -46,10 +50,12 @@ def wandering_plan(
     An error is any command that is valid now, except the one that is due, or, unless `valid_only`,
     one that was valid before and no longer is: neither tells where the plan goes. The expert then
     plans anew (`EnvInfo.replans`). Where there are too few steps left for a detour, it errs no
-    more. When `searching`, it does not know what it has not read (`EnvInfo.searches`). The same
-    arguments give the same commands where the environment is deterministic.
+    more. When `searching`, it does not know what it has not read (`EnvInfo.searches`). Beside
+    each command up to `alternatives` others are tried and judged (only where `EnvInfo.snapshots`).
+    The same arguments give the same commands where the environment is deterministic.
     """
     rng = random.Random(f"{seed}/{task}/{variation}")
+    draw = random.Random(f"others {seed}/{task}/{variation}")
     observation = env.reset(task, variation).observation
     taken: list[Command] = []
     read = [observation.text]
@@ -67,12 +73,56 @@ def wandering_plan(
             stale = [] if valid_only else [c for c in known if c not in set(valid)]
             wrong = _errors(valid, due, stale, rng)
         said, left = rng.choice(wrong) if wrong else due, len(plan)
+        others: tuple[tuple[str, bool], ...] = ()
+        if alternatives:
+            asked = _beside([c for c in valid if c != said], due, alternatives, draw)
+            advice = Advice("", left, due if searching else None, due != planned)
+            others = _judged(env, asked, advice, {command.text for command in taken})
         observation = env.step(said)
         read.append(observation.text)
         plan = plan[1:] if said == plan[0] else env.plan()
         off_plan = bool(wrong) and (plan is None or len(plan) >= left)
-        taken.append(Command(said, not wrong, off_plan, chance=not wrong and said != planned))
+        taken.append(Command(said, not wrong, off_plan, not wrong and said != planned, others))
     return tuple(taken) if observation.success and taken else None
+
+
+def _beside(commands: Sequence[str], due: str, number: int, rng: random.Random) -> list[str]:
+    """Up to `number` commands: every other one begins like the one that is due, as long as there
+    are such, since these are the hardest to tell from it; of the rest each first word is as likely
+    as the others."""
+    kinds: dict[str, list[str]] = {}
+    for command in commands:
+        kinds.setdefault(_first_word(command), []).append(command)
+    drawn: list[str] = []
+    while kinds and len(drawn) < number:
+        word = _first_word(due)
+        if len(drawn) % 2 or word not in kinds:
+            word = rng.choice(list(kinds))
+        drawn.append(kinds[word].pop(rng.randrange(len(kinds[word]))))
+        if not kinds[word]:
+            del kinds[word]
+    return drawn
+
+
+def _first_word(command: str) -> str:
+    return command.partition(" ")[0]
+
+
+def _judged(
+    env: Planner, commands: Sequence[str], before: Advice, given: Collection[str]
+) -> tuple[tuple[str, bool], ...]:
+    """Commands with whether they are good; those of which it is not known are left out. The
+    environment is in the same state afterwards."""
+    here = env.snapshot()
+    found = []
+    for command in commands:
+        observation = env.step(command)
+        plan = () if observation.success else env.plan()
+        good = helps(command, before, None if plan is None else len(plan), command not in given)
+        if good is not None:
+            found.append((command, good))
+        env.restore(here)
+    return tuple(found)
 
 
 def _errors(

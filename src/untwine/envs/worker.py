@@ -87,7 +87,8 @@ class Lost:
 @dataclass(frozen=True, slots=True)
 class ExpertRequest:
     """Solve an instance; with `noise`, after a wrong command now and then, and when `searching`,
-    without knowing what was not read (wandering.py)."""
+    without knowing what was not read; up to `alternatives` other commands are judged beside each
+    (wandering.py)."""
 
     task: str
     variation: int
@@ -96,6 +97,7 @@ class ExpertRequest:
     seed: int = 0
     valid_only: bool = False
     searching: bool = False
+    alternatives: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +201,7 @@ def _replay(env: Env, request: ReplayRequest) -> Observation:
 
 def _expert(env: Env, request: ExpertRequest) -> tuple[Command, ...] | None:
     task, variation = request.task, request.variation
-    if request.noise or request.searching:
+    if request.noise or request.searching or request.alternatives:
         if not isinstance(env, Planner):
             raise EnvError("this environment has no experts that err: it cannot plan anew")
         if request.searching and not isinstance(env, Searcher):
@@ -213,6 +215,7 @@ def _expert(env: Env, request: ExpertRequest) -> tuple[Command, ...] | None:
             request.seed,
             valid_only=request.valid_only,
             searching=request.searching,
+            alternatives=request.alternatives,
         )
         if wandering is not None or request.searching:
             return wandering

@@ -21,7 +21,7 @@ from untwine.prompting.prompter import PAIR_WORDS, VERDICT_WORDS, Prompter, acti
 from untwine.records import Episode, Verdict
 from untwine.scoring import Targets
 
-Cost = Callable[[int], int]  # tokens that are computed for a question whose prompt is this long
+Cost = Callable[[int], int]  # tokens that are computed for a question of so many tokens of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,13 @@ class Question:
     prompt_ids  ids of the question
     answer      key of the right word: good or flawed, or first or second
     kind        kind of the first label of the action asked about (of a pair: of the flawed one)
+    shared      tokens at the beginning of the prompt that the policy's update computes anyway
     """
 
     prompt_ids: tuple[int, ...]
     answer: str
     kind: str
+    shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,7 @@ def verdict_questions(
     """Whether actions are good: as many good ones as flawed ones, drawn at random, until `budget`
     tokens are used. Returns [] when one class is empty."""
     drawn = balanced(judged, rng)
-    pairs = (
-        [Question(prompter.verdict_ids(j.episode, j.t), j.verdict, j.kind) for j in (good, flawed)]
-        for good, flawed in drawn
-    )
+    pairs = ([_asked(j, prompter) for j in (good, flawed)] for good, flawed in drawn)
     return within(budget, pairs, cost)
 
 
@@ -134,7 +133,7 @@ def within(budget: int, parts: Iterable[list[Question]], cost: Cost) -> list[Que
     taken: list[Question] = []
     used = 0
     for part in parts:
-        used += sum(cost(len(q.prompt_ids)) for q in part)
+        used += sum(cost(len(q.prompt_ids) - q.shared) for q in part)
         if used > budget:
             break
         taken += part
@@ -191,6 +190,14 @@ PAIRS = Quiz(pair_questions, PAIR_WORDS)
 def answer_loss(targets: Targets) -> torch.Tensor:
     """Cross-entropy on the answers' tokens, weighted (form `ce` of docs/methods/gcd.md)."""
     return -(targets.weights_N * targets.logprobs_N).sum()
+
+
+def _asked(judged: Judged, prompter: Prompter) -> Question:
+    step = judged.episode.steps[judged.t]
+    follows = prompter.config.verdict == "after" and step.advantage is not None
+    shared = len(step.prompt_ids) if follows else 0
+    ids = prompter.verdict_ids(judged.episode, judged.t)
+    return Question(ids, judged.verdict, judged.kind, shared)
 
 
 def _action(judged: Judged) -> str:

@@ -4,6 +4,10 @@
           episode is one token sequence.
 `window`  one question per step with the task, the last `history` pairs and the current
           observation. The fixed parts come first, so that steps share the longest possible head.
+
+A question whether an action is good stands apart, in a prompt of its own, or it comes after the
+action in the acting prompt. The latter costs only the tokens of the action and the question where
+that prompt is computed anyway, and is answered from the same states that chose the action.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ COMPARE_SYSTEM = (
     "You compare two actions in a text environment. Say which one helps more to solve the task: "
     "A or B."
 )
-JUDGING_WORDS = "Action:\nGood or bad?\ngood\nbad\n\nA: B:\nA or B?"  # for tokenizers
+VERDICT_QUESTION = "Good or bad?"
+JUDGING_WORDS = f"Action:\n{VERDICT_QUESTION}\ngood\nbad\n\nA: B:\nA or B?"  # for tokenizers
 VERDICT_WORDS = {"good": "good", "flawed": "bad"}
 PAIR_WORDS = {"first": "A", "second": "B"}
 
@@ -107,6 +112,10 @@ class Prompter:
 
         command   the action in question; by default the one that was taken
         """
+        if self.config.verdict == "after":
+            step = episode.steps[t]
+            reply = step.action_ids if command is None else self.reply_ids(command)
+            return step.prompt_ids + reply + self.chat.follow_up(reply, VERDICT_QUESTION)
         user = verdict_text(episode, t, self.config.history, command, tried=self.config.tried)
         return self.chat.opening(JUDGE_SYSTEM, user)
 
@@ -183,7 +192,7 @@ def verdict_text(
     """
     step = episode.steps[t]
     candidate = command if command is not None else action_as_shown(step.command, step.text)
-    return f"{past_text(episode, t, history, tried)}\n\nAction: {candidate}\nGood or bad?"
+    return f"{past_text(episode, t, history, tried)}\n\nAction: {candidate}\n{VERDICT_QUESTION}"
 
 
 def past_text(episode: Episode, t: int, history: int, tried: bool = False) -> str:

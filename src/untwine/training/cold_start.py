@@ -12,7 +12,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 
-from untwine.batch import Row, imitation_rows
+from untwine.batch import rows_and_steps
 from untwine.config import Recipe
 from untwine.demonstrations import Transcript, demonstration
 from untwine.envs.protocol import EnvInfo
@@ -25,6 +25,7 @@ from untwine.policy.loading import Policy
 from untwine.prompting.corrections import instructions
 from untwine.records import Episode, Group, Step
 from untwine.rollout import Collector
+from untwine.training.critic import Alongside, Apart, Critic, Sample, alternatives, judged
 from untwine.training.measures import Measures
 from untwine.training.update import Updater
 
@@ -54,54 +55,63 @@ class ColdStart:
             )
 
         episodes = [played(transcript) for transcript in transcripts]
-        sentences = instructed(episodes, info, recipe)
-        told = [played(*entry) for entry in zip(transcripts, sentences, strict=True) if entry[1]]
         _check_room(episodes, recipe)
-        self._episodes = [*episodes, *told]
-        self.rows = self._rows_of(self._episodes)
-        self._taught: dict[str, list[Row]] = {}
+        sentences = instructed(episodes, info, recipe)
+        again = [entry for entry in zip(transcripts, sentences, strict=True) if entry[1]]
+        self._episodes = [*episodes, *(played(*entry) for entry in again)]
+        self.samples = self._samples(self._episodes)
+        self._taught: dict[str, list[Sample]] = {}
         for word in {word: None for lesson in self._config.lessons for word in lesson.commands}:
             self._taught[word] = self._only(word)
-        self.verdicts: list[Row] = []
-        self._objective: CrossEntropy | None = None
+        self.critic: Critic | None = None
         if self._config.verdict_weight > 0 and self._config.verdict_share > 0:
             means = Means(policy, prompter, recipe.gcd)
-            self._objective = CrossEntropy(means, _QUIZZES[self._config.objective])
-            judged = [_judged(e, info) for e in episodes]
-            self.verdicts = self._objective.rows(judged, 10**12, random.Random(recipe.seed))
+            objective = CrossEntropy(means, _QUIZZES[self._config.objective])
+            sources = [*transcripts, *(transcript for transcript, _ in again)]
+            copies = [
+                [judged(episode, info), *alternatives(episode, transcript, prompter)]
+                for episode, transcript in zip(self._episodes, sources, strict=True)
+            ]
+            if recipe.prompt.verdict == "after":
+                self.critic = Alongside(objective, copies)
+            else:
+                asked = [copy for own in copies[: len(episodes)] for copy in own]
+                tokens = int(self._config.batch_tokens * self._config.verdict_share)
+                self.critic = Apart(objective, asked, tokens, recipe.seed)
 
     def step(self, updater: Updater) -> Measures:
         """One optimizer step on freshly drawn rows."""
         config = self._config
-        rows = _draw(self._pools(updater.steps), config.batch_tokens, self._rng)
-        drawn = _draw([self.verdicts], int(config.batch_tokens * config.verdict_share), self._rng)
-        exercise = None
-        if drawn and self._objective is not None:
-            scale = len(self.verdicts) / len(drawn)
-            exercise = self._objective.drawn(_rescaled(drawn, scale))
-        return updater.imitate(rows, exercise, config.verdict_weight)
+        drawn = _draw(self._pools(updater.steps), config.batch_tokens, self._rng)
+        exercise = self.critic.exercise(drawn, self._rng) if self.critic else None
+        return updater.imitate([s.row for s in drawn], exercise, config.verdict_weight)
 
-    def _pools(self, step: int) -> list[list[Row]]:
+    def _pools(self, step: int) -> list[list[Sample]]:
         """What step number `step` draws from, each pool equally often."""
         for lesson in self._config.lessons:
             if step < lesson.steps:
                 return [self._taught[word] for word in lesson.commands]
             step -= lesson.steps
-        return [self.rows]
+        return [self.samples]
 
-    def _rows_of(self, episodes: Sequence[Episode]) -> list[Row]:
-        return [row for e in episodes for row in imitation_rows(e, self._config.text_weight)]
+    def _samples(self, episodes: Sequence[Episode]) -> list[Sample]:
+        weight = self._config.text_weight
+        return [
+            Sample(row, number, steps)
+            for number, episode in enumerate(episodes)
+            for row, steps in rows_and_steps(episode, weight)
+        ]
 
-    def _only(self, word: str) -> list[Row]:
-        """Rows that imitate commands with this first word. ConfigError when there are none."""
-        rows = self._rows_of([_masked(episode, word) for episode in self._episodes])
-        if not rows:
+    def _only(self, word: str) -> list[Sample]:
+        """What imitates commands with this first word. ConfigError when there is nothing."""
+        samples = self._samples([_masked(episode, word) for episode in self._episodes])
+        if not samples:
             imitated = {_first_word(s) for e in self._episodes for s in e.steps if s.advantage}
             raise ConfigError(
                 f"cold_start.lessons names {word!r}, and no expert step to imitate begins so; they "
                 f"begin with: {', '.join(sorted(imitated))}"
             )
-        return rows
+        return samples
 
 
 def instructed(episodes: Sequence[Episode], info: EnvInfo, recipe: Recipe) -> list[tuple[str, ...]]:
@@ -157,29 +167,14 @@ def _masked(episode: Episode, word: str) -> Episode:
     return dataclasses.replace(episode, steps=tuple(steps))
 
 
-def _judged(episode: Episode, info: EnvInfo) -> Episode:
-    """The episode with its own labels, and those of the rules for flawed noise steps without."""
-    ruled = label_group(Group(episode.ref, (episode,)), ["rule"], info).episodes[0]
-    labels = [
-        own.labels or tuple(x for x in by_rule.labels if x.verdict == "flawed")
-        for own, by_rule in zip(episode.steps, ruled.steps, strict=True)
-    ]
-    return Group(episode.ref, (episode,)).with_labels([labels]).episodes[0]
-
-
-def _draw(pools: Sequence[Sequence[Row]], tokens: int, rng: random.Random) -> list[Row]:
-    """Random rows with about `tokens` tokens, at least one where there are any; every pool is as
+def _draw(pools: Sequence[Sequence[Sample]], tokens: int, rng: random.Random) -> list[Sample]:
+    """Random samples with about `tokens` tokens, at least one where there are any; every pool is as
     likely as the others."""
-    drawn: list[Row] = []
+    drawn: list[Sample] = []
     used = 0
     filled = [pool for pool in pools if pool]
     while filled and (not drawn or used < tokens):
-        row = rng.choice(filled[0] if len(filled) == 1 else rng.choice(filled))
-        drawn.append(row)
-        used += row.length
+        sample = rng.choice(filled[0] if len(filled) == 1 else rng.choice(filled))
+        drawn.append(sample)
+        used += sample.length
     return drawn
-
-
-def _rescaled(rows: Sequence[Row], scale: float) -> list[Row]:
-    """Rows whose weights sum to 1 again after drawing some of them."""
-    return [dataclasses.replace(row, weights=row.weights * scale) for row in rows]

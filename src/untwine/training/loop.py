@@ -36,7 +36,7 @@ from untwine.gcd.questions import judged_steps
 from untwine.gcd.shuffling import shuffle_labels
 from untwine.gcd.sources import Bench, Labeller, check_sources, costly
 from untwine.progress import Display
-from untwine.records import Episode, Group
+from untwine.records import Group
 from untwine.rollout import RolloutStats
 from untwine.training.checkpoint import (
     Position,
@@ -172,7 +172,7 @@ class _Training:
             )
             self.display.line(
                 f"cold start: {len(self.workshop.transcripts)} expert episodes, "
-                f"{len(data.verdicts)} verdicts, {steps} steps"
+                f"{data.critic.size if data.critic else 0} verdicts, {steps} steps"
             )
             self._imitate(data, updater, first, steps)
         if steps or self.recipe.rl.iterations == 0:
@@ -311,38 +311,47 @@ class _Training:
     ) -> tuple[dict[str, float], dict[str, float]]:
         rl, gcd = self.recipe.rl, self.recipe.gcd
         weight = 0.0
-        exercise: Exercise | None = None
         if self.objective is not None:
             weight = gcd.weight * gcd.schedule.at(iteration / max(rl.iterations - 1, 1))
-            asked = groups
             if gcd.shuffle_labels:
                 seed = f"labels {self.recipe.seed} {iteration}"
-                asked = shuffle_labels(groups, random.Random(seed))
-            episodes = [episode for group in asked for episode in group.episodes]
-            exercise = self.objective.exercise(episodes, self.choices, self.sampling)
-            if exercise is None:
-                self._explain_none(episodes, iteration)
+                groups = shuffle_labels(groups, random.Random(seed))
+        # Questions that follow replies go with their minibatch, all others with every one.
+        follow = self.recipe.prompt.verdict == "after"
+        exercises = [] if follow else [self._exercise(groups)]
         taken: list[Measures] = []
         tokens = 0
         for _ in range(rl.epochs):
             for part in self._minibatches(groups):
+                if follow:
+                    exercises.append(self._exercise(part))
                 rows = policy_rows(part, self.recipe.loss.mean)
                 tokens += sum(row.length for row in rows)
-                if rows or exercise:
-                    taken.append(updater.step(rows, exercise, weight))
+                if rows or exercises[-1]:
+                    taken.append(updater.step(rows, exercises[-1], weight))
+        asked = [Measures(dict(exercise.counts)) for exercise in exercises if exercise]
+        if self.objective is not None and not asked:
+            self._explain_none(groups, iteration)
         return averaged(taken), {
             "policy_tokens": tokens,
             "verdicts": 0,
-            **(exercise.counts if exercise else {}),
+            **averaged(asked),
             "gcd_weight": weight,
             "optimizer_steps": updater.steps,
         }
 
-    def _explain_none(self, episodes: Sequence[Episode], iteration: int) -> None:
+    def _exercise(self, groups: Sequence[Group]) -> Exercise | None:
+        if self.objective is None:
+            return None
+        episodes = [episode for group in groups for episode in group.episodes]
+        return self.objective.exercise(episodes, self.choices, self.sampling)
+
+    def _explain_none(self, groups: Sequence[Group], iteration: int) -> None:
         """Say once why there is nothing to learn from labels."""
         if self.one_class_said:
             return
         self.one_class_said = True
+        episodes = [episode for group in groups for episode in group.episodes]
         verdicts = Counter(j.verdict for j in judged_steps(episodes))
         good, flawed = verdicts["good"], verdicts["flawed"]
         why = (

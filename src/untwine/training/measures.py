@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+_COUNTED = ("_tokens", "out_of_memory")
+
 
 @dataclass(slots=True)
 class Measures:
@@ -33,14 +35,15 @@ class Measures:
 
 
 def averaged(taken: Sequence[Measures]) -> dict[str, float]:
-    """Means over optimizer steps; counts and seconds are summed and ratio_max is the largest."""
+    """Means over optimizer steps; tokens, questions and seconds are summed and ratio_max is the
+    largest."""
     names = {name for measures in taken for name in measures.values}
     result: dict[str, float] = {}
     for name in sorted(names):
         values = [m.values[name] for m in taken if name in m.values]
         if name == "ratio_max":
             result[name] = max(values)
-        elif name.startswith("seconds_") or name.endswith("_tokens") or name == "out_of_memory":
+        elif name.startswith(("seconds_", "verdicts")) or name.endswith(_COUNTED):
             result[name] = sum(values)
         else:
             result[name] = sum(values) / len(values)

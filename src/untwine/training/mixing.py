@@ -37,11 +37,7 @@ def fixed(
 ) -> Measures:
     """One step on the weighted sum."""
 
-    def accumulate(measures: Measures) -> None:
-        updater.add_policy(rows, measures)
-        updater.add_verdicts(exercise, weight, measures)
-
-    return updater.apply(accumulate)
+    return updater.apply(lambda found: updater.add_both(rows, exercise, weight, found))
 
 
 def held(

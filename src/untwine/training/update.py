@@ -22,12 +22,19 @@ from untwine.gcd.objectives import Exercise
 from untwine.losses.policy import policy_loss
 from untwine.policy.loading import Policy
 from untwine.policy.lora import without_lora
-from untwine.scoring import score
+from untwine.scoring import Targets, score
 from untwine.training.checkpoint import fill_optimizer, optimizer_tensors
 from untwine.training.measures import Measures
 from untwine.training.mixing import Mixing, make_mixing
 
 Loss = Callable[[Sequence[Row], Measures], torch.Tensor]
+Reading = Callable[[Sequence[Row], Targets, Measures], torch.Tensor]
+
+
+def _follow(asked: Sequence[Row], rows: Sequence[Row]) -> bool:
+    """Whether most of what questions read is the beginning of other rows."""
+    alone = distinct_tokens(asked)
+    return distinct_tokens([*rows, *asked]) - distinct_tokens(rows) < alone / 2
 
 
 class _Again(Exception):
@@ -95,9 +102,20 @@ class Updater:
 
     def add_policy(self, rows: Sequence[Row], measures: Measures) -> None:
         """Add the gradient of the policy loss."""
+        self._add(rows, self._policy_loss, self.temperature, measures)
+
+    def _add(
+        self, rows: Sequence[Row], reading: Reading, temperature: float, measures: Measures
+    ) -> None:
+        def loss(batch: Sequence[Row], measures: Measures) -> torch.Tensor:
+            return reading(batch, self._score(batch, temperature), measures)
+
         started = time.perf_counter()
-        self._backward(rows, self._policy_loss, measures)
+        self._backward(rows, loss, measures)
         measures.add(seconds_policy=time.perf_counter() - started)
+
+    def _score(self, rows: Sequence[Row], temperature: float) -> Targets:
+        return score(self.policy, rows, temperature, entropy_gradient=self.loss.entropy > 0)
 
     def add_verdicts(self, exercise: Exercise | None, weight: float, measures: Measures) -> None:
         """Add `weight` times the gradient of the verdict loss, where it may enter. With weight 0
@@ -153,8 +171,7 @@ class Updater:
         tokens = max(1, sum(int((row.advantages != 0).sum()) for row in rows))
         others = max(1, sum(len(row.targets) for row in rows) - tokens)
 
-        def imitation(batch: Sequence[Row], measures: Measures) -> torch.Tensor:
-            targets = score(self.policy, batch)
+        def imitation(batch: Sequence[Row], targets: Targets, measures: Measures) -> torch.Tensor:
             acted_N = targets.advantages_N != 0
             loss = -targets.logprobs_N[acted_N].sum() / tokens
             text_loss = (-targets.logprobs_N * targets.weights_N * ~acted_N).sum() / others
@@ -167,21 +184,72 @@ class Updater:
             )
             return loss + text_loss
 
-        def accumulate(measures: Measures) -> None:
-            self._backward(rows, imitation, measures)
-            if exercise is not None:
-                self.add_verdicts(exercise, verdict_weight, measures)
-
-        measures = self.apply(accumulate)
+        measures = self.apply(
+            lambda found: self._add_both(rows, imitation, 1.0, exercise, verdict_weight, found)
+        )
         self.steps += 1
         return measures
 
-    def _policy_loss(self, rows: Sequence[Row], measures: Measures) -> torch.Tensor:
+    def add_both(
+        self, rows: Sequence[Row], exercise: Exercise | None, weight: float, measures: Measures
+    ) -> None:
+        """Add the gradients of the policy loss and of `weight` times the verdict loss."""
+        self._add_both(rows, self._policy_loss, self.temperature, exercise, weight, measures)
+
+    def _add_both(
+        self,
+        rows: Sequence[Row],
+        reading: Reading,
+        temperature: float,
+        exercise: Exercise | None,
+        weight: float,
+        measures: Measures,
+    ) -> None:
+        """In one pass where questions follow the rows, and both losses can be read from it; what it
+        took is then divided by tokens."""
+        asked = exercise.rows if exercise else []
+        read = exercise.read if exercise else None
+        if not read or temperature != 1.0 or not weight or self._closed or not _follow(asked, rows):
+            self._add(rows, reading, temperature, measures)
+            if exercise is not None:
+                self.add_verdicts(exercise, weight, measures)
+            return
+        questions = set(map(id, asked))
+
+        def loss(batch: Sequence[Row], measures: Measures) -> torch.Tensor:
+            own = [row for row in batch if id(row) not in questions]
+            others = [row for row in batch if id(row) in questions]
+            targets = self._score([*own, *others], temperature)
+            first, second = targets.split(sum(len(row.targets) for row in own))
+            added = distinct_tokens(batch) - distinct_tokens(own)
+            tokens = targets.computed_tokens - added
+            value = torch.zeros((), device=self.policy.device)
+            if own:
+                value = value + reading(
+                    own, dataclasses.replace(first, computed_tokens=tokens), measures
+                )
+            if others:
+                answers, found = read(others, second)
+                value = value + weight * answers
+                measures.add(gcd_loss=answers.detach(), **found)
+            measures.add(gcd_tokens=added, gcd_update_tokens=added)
+            return value
+
+        started = time.perf_counter()
+        found = Measures()
+        self._backward([*rows, *asked], loss, found)
+        seconds = time.perf_counter() - started
+        share = found.values["gcd_tokens"] / distinct_tokens([*rows, *asked])
+        found.add(seconds_policy=(1 - share) * seconds, seconds_gcd=share * seconds)
+        measures.join(found)
+
+    def _policy_loss(
+        self, rows: Sequence[Row], targets: Targets, measures: Measures
+    ) -> torch.Tensor:
         reference_N = None
         if self.reference is not None:
             with torch.no_grad():
                 reference_N = score(self.reference, rows, self.temperature).logprobs_N
-        targets = score(self.policy, rows, self.temperature, entropy_gradient=self.loss.entropy > 0)
         result = policy_loss(
             targets.entropies_N,
             targets.logprobs_N,

@@ -15,9 +15,9 @@ import torch
 
 from untwine.batch import Row
 from untwine.gcd.objectives.protocol import Exercise, Means
-from untwine.gcd.questions import Quiz, answer_loss, judged_steps
+from untwine.gcd.questions import Judged, Question, Quiz, answer_loss, judged_steps
 from untwine.records import Episode
-from untwine.scoring import score
+from untwine.scoring import Targets, score
 
 
 class CrossEntropy:
@@ -33,25 +33,30 @@ class CrossEntropy:
     def exercise(
         self, episodes: Sequence[Episode], rng: random.Random, generator: torch.Generator
     ) -> Exercise | None:
-        rows = self.rows(episodes, self._means.config.token_budget, rng)
-        return self.drawn(rows) if rows else None
+        budget = self._means.config.token_budget
+        questions = self.questions(judged_steps(episodes), budget, rng)
+        return self.drawn(self.rows(questions)) if questions else None
 
-    def rows(self, episodes: Sequence[Episode], budget: int, rng: random.Random) -> list[Row]:
-        """Questions about labelled episodes with their answers, of at most `budget` tokens."""
+    def questions(
+        self, judged: Sequence[Judged], budget: int, rng: random.Random
+    ) -> list[Question]:
+        """Questions about labelled steps that cost, with their answers, at most `budget` tokens."""
         longest = self._words.longest
-        judged = judged_steps(episodes)
-        questions = self._quiz.draw(
-            judged, self._means.prompter, budget, lambda n: n + longest, rng
-        )
-        return self._words.rows(questions) if questions else []
+        return self._quiz.draw(judged, self._means.prompter, budget, lambda n: n + longest, rng)
+
+    def rows(self, questions: Sequence[Question]) -> list[Row]:
+        """The questions with their answers; the weights sum to 1."""
+        return self._words.rows(questions)
 
     def drawn(self, rows: Sequence[Row]) -> Exercise:
         """The exercise of these rows, whose weights sum to 1."""
         total = len(rows)
 
-        def loss(some: Sequence[Row]) -> tuple[torch.Tensor, dict[str, float]]:
-            targets = score(self._means.policy, some)
+        def read(some: Sequence[Row], targets: Targets) -> tuple[torch.Tensor, dict[str, float]]:
             correct = self._words.correct(some, targets) / total
             return answer_loss(targets), {"verdict_accuracy": correct}
 
-        return Exercise(rows, loss, {"verdicts": total})
+        def loss(some: Sequence[Row]) -> tuple[torch.Tensor, dict[str, float]]:
+            return read(some, score(self._means.policy, some))
+
+        return Exercise(rows, loss, {"verdicts": total}, read)

@@ -14,8 +14,10 @@ from untwine.config import GCDConfig
 from untwine.policy.loading import Policy
 from untwine.prompting.prompter import Prompter
 from untwine.records import Episode
+from untwine.scoring import Targets
 
 RowsLoss = Callable[[Sequence[Row]], tuple[torch.Tensor, dict[str, float]]]
+Reading = Callable[[Sequence[Row], Targets], tuple[torch.Tensor, dict[str, float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,14 @@ class Exercise:
     rows    their weights make the loss a mean over all of them
     loss    of some of the rows: a scalar, and measures; both add up over micro-batches
     counts  for the metrics: `verdicts` (questions, or labelled actions) and what sampling cost
+    read    the same as `loss`, from what `score` gave for these rows at temperature 1. With it,
+            rows can be computed in one pass with others that begin alike; None: they cannot
     """
 
     rows: Sequence[Row]
     loss: RowsLoss
     counts: Mapping[str, float] = field(default_factory=dict)
+    read: Reading | None = None
 
 
 class Objective(Protocol):

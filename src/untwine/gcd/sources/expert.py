@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from untwine.demonstrations import play_experts
-from untwine.envs.guiding import Advice
+from untwine.envs.guiding import Advice, helps
 from untwine.envs.pool import AdviceRequest, EnvPool
 from untwine.errors import ConfigError
 from untwine.gcd.sources.protocol import Bench, Source, Table
@@ -120,18 +120,12 @@ def _plan_label(
 ) -> Label | None:
     if before.left is None:
         return None
-    nearer = after.left is not None and after.left < before.left
-    if before.due is not None and step.command is not None:
-        command = step.command.lower()
-        alike = command.split()[:1] == before.due.lower().split()[:1]
-        fresh = step.invalid is None and step.command not in said
-        if command == before.due.lower() or (before.lucky and alike and fresh):
-            return Label("expert", "good", "expert")
-        return None if nearer else _off(after)
-    return Label("expert", "good", "expert") if nearer else _off(after)
-
-
-def _off(after: Advice) -> Label:
+    fresh = step.invalid is None and step.command not in said
+    good = helps(step.command or "", before, after.left, fresh)
+    if good is None:
+        return None
+    if good:
+        return Label("expert", "good", "expert")
     return Label("expert", "flawed", "lost" if after.left is None else "off_plan")
 
 

@@ -1,0 +1,150 @@
+"""The verdict data of the cold start: questions about what experts did, and about what they might
+have done instead.
+
+The expert's command is good; its errors, and commands beside its own, are what their labels say.
+Questions of their own prompts (`prompt.verdict: apart`) are drawn from all episodes, so many tokens
+for each token of imitation. Questions that follow the reply in the acting prompt (`after`) come
+with the steps that are imitated: one good and one flawed command of the same state for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from untwine.batch import Row
+from untwine.demonstrations import Transcript
+from untwine.envs.protocol import EnvInfo
+from untwine.gcd.labels import label_group
+from untwine.gcd.objectives.cross_entropy import CrossEntropy
+from untwine.gcd.objectives.protocol import Exercise
+from untwine.gcd.questions import Judged, judged_steps
+from untwine.prompting.prompter import Prompter
+from untwine.records import Episode, Group, Label, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A row of imitation, the number of its episode, and which of its steps it imitates."""
+
+    row: Row
+    episode: int
+    steps: Sequence[int]
+
+    @property
+    def length(self) -> int:
+        return self.row.length
+
+
+class Critic(Protocol):
+    @property
+    def size(self) -> int:
+        """How many different questions or steps there are to ask about."""
+
+    def exercise(self, drawn: Sequence[Sample], rng: random.Random) -> Exercise | None:
+        """Questions for a step that imitates `drawn`; None when there are none."""
+
+
+class Apart:
+    """Questions in prompts of their own.
+
+    share  tokens of questions per token of `batch_tokens`
+    """
+
+    def __init__(
+        self, objective: CrossEntropy, episodes: Sequence[Episode], tokens: int, seed: int
+    ) -> None:
+        self._objective, self._tokens = objective, tokens
+        rng = random.Random(seed)
+        self._rows = objective.rows(objective.questions(judged_steps(episodes), 10**12, rng))
+
+    @property
+    def size(self) -> int:
+        return len(self._rows)
+
+    def exercise(self, drawn: Sequence[Sample], rng: random.Random) -> Exercise | None:
+        rows: list[Row] = []
+        used = 0
+        while self._rows and (not rows or used < self._tokens):
+            row = rng.choice(self._rows)
+            rows.append(row)
+            used += row.length
+        if not rows:
+            return None
+        scale = len(self._rows) / len(rows)  # so that their weights sum to 1 again
+        return self._objective.drawn(
+            [dataclasses.replace(row, weights=row.weights * scale) for row in rows]
+        )
+
+
+class Alongside:
+    """Questions in the acting prompts.
+
+    episodes  for each episode that is imitated, itself and the copies that `alternatives` made
+    """
+
+    def __init__(self, objective: CrossEntropy, episodes: Sequence[Sequence[Episode]]) -> None:
+        self._objective = objective
+        self._sides: list[dict[int, dict[Verdict, list[Judged]]]] = []
+        for copies in episodes:
+            own: dict[int, dict[Verdict, list[Judged]]] = defaultdict(
+                lambda: {"good": [], "flawed": []}
+            )
+            for copy in copies:
+                for t, step in enumerate(copy.steps):
+                    for label in step.labels[:1]:
+                        own[t][label.verdict].append(Judged(copy, t, label.verdict))
+            self._sides.append({t: sides for t, sides in own.items() if all(sides.values())})
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self._sides))
+
+    def exercise(self, drawn: Sequence[Sample], rng: random.Random) -> Exercise | None:
+        questions = []
+        for sample in drawn:
+            for t in sample.steps:
+                if sides := self._sides[sample.episode].get(t):
+                    pair = [rng.choice(side) for side in sides.values()]
+                    questions += self._objective.questions(pair, 10**12, rng)
+        return self._objective.drawn(self._objective.rows(questions)) if questions else None
+
+
+def judged(episode: Episode, info: EnvInfo) -> Episode:
+    """The episode with its own labels, and those of the rules for flawed noise steps without."""
+    ruled = label_group(Group(episode.ref, (episode,)), ["rule"], info).episodes[0]
+    labels = [
+        own.labels or tuple(x for x in by_rule.labels if x.verdict == "flawed")
+        for own, by_rule in zip(episode.steps, ruled.steps, strict=True)
+    ]
+    return Group(episode.ref, (episode,)).with_labels([labels]).episodes[0]
+
+
+def alternatives(episode: Episode, transcript: Transcript, prompter: Prompter) -> list[Episode]:
+    """For each command that was judged beside one of the episode's, a copy of the episode up to
+    there that gives it instead. Only this last step has a label."""
+    found = []
+    unlabelled = tuple(dataclasses.replace(step, labels=()) for step in episode.steps)
+    for t, move in enumerate(transcript.moves):
+        for command, good in move.command.others:
+            reply = prompter.reply_ids(command)
+            step = dataclasses.replace(
+                unlabelled[t],
+                command=command,
+                text=command,
+                action_ids=reply,
+                logprobs=(0.0,) * len(reply),
+                allowed=None,
+                advantage=None,
+                labels=(
+                    Label("expert", "good", "expert")
+                    if good
+                    else Label("expert", "flawed", "off_plan"),
+                ),
+            )
+            found.append(dataclasses.replace(episode, steps=(*unlabelled[:t], step)))
+    return found
