@@ -315,6 +315,11 @@ class GCDConfig(Section):
     )
     from_layer: Natural = Field(0, description="with gradient: layers, the first such layer")
     labels: list[str] = Field(default_factory=lambda: ["rule", "group"])
+    taught: list[str] = Field(
+        default_factory=list,
+        description="of the sources in labels, those that questions and the penalty go by; "
+        "empty: all. The others are recorded only",
+    )
     min_confidence: Fraction = 0.5
     shuffle_labels: bool = Field(
         False, description="a control: verdict questions get each other's labels, at random"
@@ -336,6 +341,10 @@ class GCDConfig(Section):
             raise ValueError("an objective needs labels; name at least one source, such as rule")
         if len(set(self.labels)) < len(self.labels):
             raise ValueError("labels names a source twice; name each once")
+        if unknown := set(self.taught) - set(self.labels):
+            raise ValueError(
+                f"taught names {', '.join(sorted(unknown))}, which labels does not; add it there"
+            )
         if self.step == "own" and self.weight_of == "gradient":
             raise ValueError(
                 "an own step has nothing to hold a ratio to; set step: joint or weight_of: loss"

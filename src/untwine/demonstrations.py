@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from untwine.envs.pool import EnvPool, Lost, ResetRequest, StepRequest
 from untwine.envs.protocol import Reset
 from untwine.envs.wandering import Command
 from untwine.errors import EnvError
-from untwine.policy.choices import CommandChoices, allowed_along
+from untwine.policy.choices import CommandChoices, Node, allowed_along
 from untwine.prompting.prompter import (
     COMPARE_SYSTEM,
     JUDGE_SYSTEM,
@@ -135,7 +135,8 @@ def demonstration(
     Log-probabilities are 0: nothing was sampled.
 
     choices   given when the policy chooses among the admissible commands: the steps then know what
-              they were chosen from, and commands that are not admissible carry no advantage
+              they were chosen from, and commands that are not admissible carry no advantage. Where
+              the choice was luck, those that were as good are not among it
     told      sentences that the prompts carry
     """
     moves = transcript.moves
@@ -150,8 +151,10 @@ def demonstration(
         allowed = None
         if choices and before.admissible:
             allowed = allowed_along(choices.trie(before.admissible), action_ids)
-            if allowed and command.chance and not prompter.config.tried:
-                allowed = _first_choice(allowed, action_ids)
+            if allowed and command.chance:
+                shown = prompter.shown([move.command.text for move in moves[:index]])
+                equals = as_good(command.text, before.admissible, shown)
+                allowed = without_luck(allowed, action_ids, choices.trie(equals))
         possible = choices is None or allowed is not None
         imitated = possible and (command.expert or imitate_noise)
         steps.append(
@@ -199,17 +202,25 @@ def replies(transcript: Transcript, prompt: PromptConfig) -> list[tuple[str, str
     return [(f"{tagged}{action}", tagged.tag) for tagged, action in zip(tags, actions, strict=True)]
 
 
-def _first_choice(
-    allowed: tuple[tuple[int, ...], ...], ids: tuple[int, ...]
+def as_good(command: str, admissible: Sequence[str], shown: Collection[str]) -> list[str]:
+    """The commands among which this one was drawn by luck, as far as a prompt tells that shows the
+    commands `shown`: those that begin alike, and that it does not show to have been given."""
+    first = command.partition(" ")[0]
+    alike = (c for c in admissible if c.partition(" ")[0] == first and c not in shown)
+    return list(dict.fromkeys([command, *alike]))
+
+
+def without_luck(
+    allowed: Sequence[tuple[int, ...]], ids: Sequence[int], equals: Node
 ) -> tuple[tuple[int, ...], ...]:
-    """The allowed ids of a reply of which only the first choice counts: what comes after it is
-    taken as forced, so that luck is not imitated. Where prompts list what was tried it is imitated:
-    that the place is a new one is no luck."""
-    first = next((i for i, among in enumerate(allowed) if len(among) > 1), len(ids))
-    return tuple(
-        among if i <= first else (token,)
-        for i, (among, token) in enumerate(zip(allowed, ids, strict=True))
-    )
+    """The allowed ids of a reply, without those that begin another reply of the trie `equals`. So
+    what is imitated is that the reply was none of the others; which of its equals was drawn is
+    not."""
+    found = []
+    for among, token in zip(allowed, ids, strict=True):
+        found.append(tuple(i for i in among if i == token or i not in equals))
+        equals = equals.get(token, {})
+    return tuple(found)
 
 
 def _labels(command: Command) -> tuple[Label, ...]:

@@ -110,14 +110,14 @@ def test_the_plan_of_the_study_is_complete(tmp_path: Path) -> None:
     plan = read_plan(STUDY)
     planned = plan_sweep(plan.recipe, [], plan.arms, plan.seeds, tmp_path)
     runs = [one for one in planned if one.job.after]
-    assert len(runs) == 117
+    assert len(runs) == 132
     for arm in ("wrong.grpo", "wrong.gcd-ce"):
         assert sum(one.arm == arm for one in runs) == 16
     assert all(one.job.recipe.evaluate.episodes >= 480 for one in runs)
     assert len({one.job.recipe.rl.token_budget for one in runs}) == 1
     shared = {one.job.after for one in runs if one.arm in ("wrong.grpo", "wrong.gcd-ce")}
     assert len(shared) == 16
-    assert len({one.job.after for one in runs}) == 41
+    assert len({one.job.after for one in runs}) == 46
     own = {one.arm: one.job.recipe for one in runs}
     first = read_plan(STUDY.with_name("primary.yaml"))
     begun = plan_sweep(first.recipe, [], first.arms, first.seeds, tmp_path)
@@ -128,7 +128,11 @@ def test_the_plan_of_the_study_is_complete(tmp_path: Path) -> None:
         replace(look, arms=tuple(arm for arm in look.arms if arm in {a.name for a in first.arms}))
         for look in plan.looks
     )
-    for alike in (["grpo-told-start", "correction"], ["grpo-tags", "rlvmr", "rlvmr-gcd"]):
+    for alike in (
+        ["grpo-told-start", "correction"],
+        ["grpo-apart-start", "gcd-apart"],
+        ["grpo-tags", "rlvmr", "rlvmr-gcd"],
+    ):
         arms = {f"wrong.{arm}" for arm in alike}
         assert len({one.job.after for one in runs if one.arm in arms}) == 5
     for name in ("rlvmr", "rlvmr-gcd"):  # as the recipes of the same name

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from safetensors.numpy import load_file
 
 from tests.gcd.test_training import recipe, rows
 from tests.training.test_resume import steady
 from untwine.compare.runs import find_runs
 from untwine.episodes import read_groups
+from untwine.errors import ConfigError
 from untwine.gcd.labels import agreed_verdict
 from untwine.progress import Display
 from untwine.training.loop import train
@@ -77,3 +79,22 @@ def test_shuffled_labels_change_the_questions_only(tmp_path: Path) -> None:
     assert ours["verdicts"] > 0
     assert ours["flawed_rate"] == theirs["flawed_rate"]
     assert ours["gcd_loss"] != theirs["gcd_loss"]
+
+
+def test_sources_that_are_recorded_only_teach_nothing(tmp_path: Path) -> None:
+    both = {**GCD, "labels": ["rule", "group"]}
+    settings = {"alone": GCD, "taught": {**both, "taught": ["rule"]}, "both": both}
+    for name, gcd in settings.items():
+        train(recipe(2, gcd=gcd, credit={"penalty": 0.3}), tmp_path / name, QUIET)
+    assert weights(tmp_path / "taught") == weights(tmp_path / "alone")
+    assert weights(tmp_path / "both") != weights(tmp_path / "alone")
+    sources = {
+        label.source
+        for group in read_groups(episode_files(tmp_path / "taught")[0])
+        for episode in group.episodes
+        for step in episode.steps
+        for label in step.labels
+    }
+    assert sources == {"rule", "group"}
+    with pytest.raises(ConfigError, match="taught names group, which labels does not"):
+        recipe(1, gcd={**GCD, "taught": ["group"]})

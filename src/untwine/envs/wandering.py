@@ -75,9 +75,10 @@ def wandering_plan(
         said, left = rng.choice(wrong) if wrong else due, len(plan)
         others: tuple[tuple[str, bool], ...] = ()
         if alternatives:
-            asked = _beside([c for c in valid if c != said], due, alternatives, draw)
+            given = {command.text for command in taken}
+            asked = _beside([c for c in valid if c != said], given, due, alternatives, draw)
             advice = Advice("", left, due if searching else None, due != planned)
-            others = _judged(env, asked, advice, {command.text for command in taken})
+            others = _judged(env, asked, advice, given)
         observation = env.step(said)
         read.append(observation.text)
         plan = plan[1:] if said == plan[0] else env.plan()
@@ -86,21 +87,23 @@ def wandering_plan(
     return tuple(taken) if observation.success and taken else None
 
 
-def _beside(commands: Sequence[str], due: str, number: int, rng: random.Random) -> list[str]:
-    """Up to `number` commands: every other one begins like the one that is due, as long as there
-    are such, since these are the hardest to tell from it; of the rest each first word is as likely
-    as the others."""
-    kinds: dict[str, list[str]] = {}
-    for command in commands:
-        kinds.setdefault(_first_word(command), []).append(command)
+def _beside(
+    commands: Sequence[str], given: Collection[str], due: str, number: int, rng: random.Random
+) -> list[str]:
+    """Up to `number` commands. Those that are hardest to tell from the one that is due come as
+    often as there are such: in turn one that was given before, one that begins like the due one,
+    and one with any first word, each word as likely as the others."""
+    left = list(commands)
     drawn: list[str] = []
-    while kinds and len(drawn) < number:
-        word = _first_word(due)
-        if len(drawn) % 2 or word not in kinds:
-            word = rng.choice(list(kinds))
-        drawn.append(kinds[word].pop(rng.randrange(len(kinds[word]))))
-        if not kinds[word]:
-            del kinds[word]
+    while left and len(drawn) < number:
+        words = {_first_word(command): None for command in left}
+        turn = len(drawn) % 3
+        word = _first_word(due) if turn == 1 and _first_word(due) in words else rng.choice([*words])
+        among = [command for command in left if _first_word(command) == word]
+        if turn == 0:
+            among = [command for command in left if command in given] or among
+        drawn.append(rng.choice(among))
+        left.remove(drawn[-1])
     return drawn
 
 

@@ -93,6 +93,18 @@ def label_group(
     )
 
 
+def only_from(group: Group, sources: Sequence[str]) -> Group:
+    """A copy of the group with the labels of these sources only; the group where none is named."""
+    if not sources:
+        return group
+    return group.with_labels(
+        [
+            [tuple(x for x in s.labels if x.source in sources) for s in e.steps]
+            for e in group.episodes
+        ]
+    )
+
+
 def agreed_verdict(*steps: Step) -> Verdict | None:
     """What all labels of the steps say together; None when there is none, or they disagree."""
     verdicts = {label.verdict for step in steps for label in step.labels}

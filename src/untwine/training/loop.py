@@ -30,7 +30,7 @@ from untwine.envs.splits import load_splits
 from untwine.errors import Interrupted
 from untwine.evaluate.identity import set_identity
 from untwine.evaluate.protocol import evaluate, evaluation_refs, step_measures, summarise
-from untwine.gcd.labels import agreed_verdict
+from untwine.gcd.labels import agreed_verdict, only_from
 from untwine.gcd.objectives import Exercise, Means, Objective, check_objective, make_objective
 from untwine.gcd.questions import judged_steps
 from untwine.gcd.shuffling import shuffle_labels
@@ -304,7 +304,7 @@ class _Training:
             return group.with_advantages([[None] * e.length for e in group.episodes])
         group = self.credit(group)
         penalty = self.recipe.credit.penalty
-        return penalise(group, penalty) if penalty else group
+        return penalise(group, penalty, self.recipe.gcd.taught) if penalty else group
 
     def _update(
         self, updater: Updater, groups: Sequence[Group], iteration: int
@@ -313,6 +313,7 @@ class _Training:
         weight = 0.0
         if self.objective is not None:
             weight = gcd.weight * gcd.schedule.at(iteration / max(rl.iterations - 1, 1))
+            groups = [only_from(group, gcd.taught) for group in groups]
             if gcd.shuffle_labels:
                 seed = f"labels {self.recipe.seed} {iteration}"
                 groups = shuffle_labels(groups, random.Random(seed))

@@ -83,32 +83,46 @@ def test_other_environments_say_that_they_have_none() -> None:
         play_experts(pool, [TaskRef("rooms", "fetch", 0)], 9, searching=True)
 
 
-@pytest.mark.parametrize("tried", [False, True])
-def test_luck_is_not_imitated(policy: Policy, tried: bool) -> None:
-    """Of a command that looks somewhere at random only the first choice is trained, unless the
-    prompt tells where it has been."""
+@pytest.mark.parametrize(
+    ("layout", "tried"), [("window", False), ("window", True), ("append", False)]
+)
+def test_luck_is_not_imitated(policy: Policy, layout: str, tried: bool) -> None:
+    """Where a command looks somewhere at random, no other place is trained against, but those that
+    the prompt shows to have been looked at."""
     refs = [TaskRef("alfworld", TASK, variation) for variation in range(4)]
     with EnvPool("alfworld", {"list_commands": True}, workers=0, sessions=4, timeout_s=60) as pool:
         found = play_experts(pool, refs, 30, seed=1, searching=True)
-    prompter = Prompter(policy.chat, PromptConfig(layout="window", tried=tried))
+    config = PromptConfig.model_validate({"layout": layout, "tried": tried, "history": 2})
+    prompter = Prompter(policy.chat, config)
     choices = CommandChoices(policy.chat.reply_ids)
-    lucky = planned = 0
+    ids_of = policy.chat.reply_ids
+    lucky = planned = against = 0
     for transcript in found:
+        given: list[str] = []
         steps = demonstration(transcript, prompter, choices=choices).steps
         for move, step in zip(transcript.moves, steps, strict=True):
-            assert move.before.admissible
-            among = allowed_along(choices.trie(move.before.admissible), step.action_ids)
+            admissible, command = move.before.admissible, move.command
+            assert admissible
+            among = allowed_along(choices.trie(admissible), step.action_ids)
             assert among
             assert step.allowed
-            free = [i for i, ids in enumerate(among) if len(ids) > 1]
-            trained = [i for i, ids in enumerate(step.allowed) if len(ids) > 1]
-            assert trained == (free[:1] if move.command.chance and not tried else free)
-            lucky += move.command.chance and len(free) > 1
-            planned += not move.command.chance
-        assert all(
-            move.command.text.startswith(("go to ", "open "))
-            for move in transcript.moves
-            if move.command.chance
-        )
+            if command.chance:
+                word = command.text.split()[0]
+                assert word in ("go", "open")
+                shown = given if tried or layout == "append" else given[-2:]
+                equals = [c for c in admissible if c.split()[0] == word and c not in shown]
+                for i, (all_ids, kept, token) in enumerate(
+                    zip(among, step.allowed, step.action_ids, strict=True)
+                ):
+                    path = step.action_ids[:i]
+                    spared = {ids_of(c)[i] for c in equals if ids_of(c)[:i] == path}
+                    assert set(kept) == (set(all_ids) - spared) | {token}
+                    against += i > 0 and len(kept) > 1
+            else:
+                assert step.allowed == among
+            lucky += command.chance
+            planned += not command.chance
+            given.append(command.text)
     assert lucky > 4
     assert planned > 4
+    assert against > 4
