@@ -29,12 +29,7 @@ _ROLES = ["system\nuser\nassistant\n"] * 1000  # every prompt has them: let each
 _LOOK, _HAND_ON = 1.5, 0.5  # scales of queries and keys, of values and outputs
 # How much the quickest pairs of a rotary head add to the score of the token looked back at.
 _NEAR = (6.5, 2.5, 2.5, 2.5, 2.5, 2.5)
-_WIDE = 32  # narrower heads cannot tell a copy from the noise of other tokens
-_SLOW = 0.02  # radians per token of the pairs that compare tokens wherever they stand
-_SAME = 18.0  # score of a token with its copies
-_TELL = 6.0  # scale of what tells that there is no copy
-_COMMON, _MARK = 0, 1  # columns of the embeddings with a meaning
-_STARTS = _SPECIAL.index(START)
+_COMMON = 0  # the column that all embeddings share
 _WORDS = Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
 
 
@@ -98,13 +93,12 @@ def _imitate_trained_attention(model: Any) -> None:
     "Mimetic Initialization of Self-Attention Layers", arXiv 2305.09828; here with orthogonal
     matrices and without their negative identity). Where there are several layers, half of the heads
     of the first one, two at most, look at the token before, or the one before that: with them,
-    what follows an earlier copy can be read (induction heads, Olsson et al., arXiv 2209.11895); and
-    its last head, where heads are at least 32 wide, tells whether a token has stood before. Copying
-    words of the task into commands is then learnt in hundreds of steps, where random weights had
-    not begun after as many (docs/log.md).
+    what follows an earlier copy can be read (induction heads, Olsson et al., arXiv 2209.11895).
+    Copying words of the task into commands is then learnt in hundreds of steps, where random
+    weights had not begun after as many (docs/log.md).
 
-    Embeddings begin as random signs, so that all tokens are equally like themselves, behind two
-    columns: one that is the same for all tokens, and one that marks the start of a message."""
+    Embeddings begin as random signs, so that all tokens are equally like themselves, behind a
+    column that is the same for all tokens."""
     config = model.config
     with torch.no_grad():
         for layer in model.model.layers:
@@ -116,23 +110,18 @@ def _imitate_trained_attention(model: Any) -> None:
             attention.k_proj.weight.copy_(attention.q_proj.weight)
             attention.o_proj.weight.copy_(attention.v_proj.weight.T)
         if len(model.model.layers) > 1 and config.num_attention_heads > 1:
-            _mark_embeddings(model)
+            _begin_alike(model)
             _look_back(model)
-            if config.head_dim >= _WIDE:
-                _notice_copies(model)
 
 
-def _mark_embeddings(model: Any) -> None:
+def _begin_alike(model: Any) -> None:
     table = model.model.embed_tokens.weight
     table.copy_(2.0 * torch.randint(0, 2, table.shape) - 1.0)
-    table *= (table.shape[1] - 2) ** -0.5
-    table[_STARTS] = 0
-    table[:, :2] = 0
+    table *= (table.shape[1] - 1) ** -0.5
     table[:, _COMMON] = 1
-    table[_STARTS, _MARK] = 1
     for layer in model.model.layers:
-        layer.self_attn.q_proj.weight[:, :2] = 0
-        layer.self_attn.k_proj.weight[:, :2] = 0
+        layer.self_attn.q_proj.weight[:, _COMMON] = 0
+        layer.self_attn.k_proj.weight[:, _COMMON] = 0
 
 
 def _look_back(model: Any) -> None:
@@ -154,36 +143,6 @@ def _look_back(model: Any) -> None:
         attention.k_proj.weight[head][pairs + size // 2, _COMMON] = scale * torch.sin(back * rates)
 
 
-def _notice_copies(model: Any) -> None:
-    """The last head of the first layer shares its attention among the token itself, its earlier
-    copies and the starts of messages, and hands on only what the starts get: the more copies, the
-    less. Tokens are compared in the slow pairs of the rotation, so that distance counts little."""
-    config = model.config
-    attention = model.model.layers[0].self_attn
-    size, width = attention.head_dim, config.hidden_size
-    pairs = [k for k, rate in enumerate(_rates(config)[:-1]) if rate < _SLOW]
-    rows = [*pairs, *(k + size // 2 for k in pairs)]
-    columns = 2 + torch.randperm(width - 2)[: len(rows)]
-    own_square = _felt(config) ** 2 * len(columns) / (width - 2)
-    head = slice((config.num_attention_heads - 1) * size, config.num_attention_heads * size)
-    query, key, value, out = (
-        attention.q_proj.weight[head],
-        attention.k_proj.weight[head],
-        attention.v_proj.weight[head],
-        attention.o_proj.weight[:, head],
-    )
-    for weight in (query, key, value, out):
-        weight.zero_()
-    for weight in (query, key):
-        weight[rows[: len(columns)], columns] = (_SAME * size**0.5 / own_square) ** 0.5
-    slowest = size // 2 - 1
-    query[slowest, _COMMON] = 1.0
-    key[slowest, _MARK] = (_SAME - 1.0) * size**0.5 / _felt(config) ** 2
-    value[0, _MARK] = 1.0
-    direction = torch.randn(width)
-    out[:, 0] = _TELL * direction / direction.norm() / _felt(config)
-
-
 def _rates(config: Any) -> torch.Tensor:
     """Radians per token of each pair of a head."""
     pairs = torch.arange(config.head_dim // 2)
@@ -192,5 +151,5 @@ def _rates(config: Any) -> torch.Tensor:
 
 
 def _felt(config: Any) -> float:
-    """A marked column, and the length of the rest, after the norm in front of a layer."""
+    """The common column, and the length of the rest, after the norm in front of a layer."""
     return float((config.hidden_size / 2) ** 0.5)
