@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.policy.tries import reads, sequences
 from untwine.config import PolicyConfig, SamplingConfig
 from untwine.errors import ModelError
+from untwine.policy import tree_attention
 from untwine.policy.attention import NAME, packed_hidden_states
 from untwine.policy.loading import Policy, load_policy
 from untwine.policy.sampler import Sampler
@@ -115,14 +117,31 @@ def test_short_chains_are_batched_and_padding_changes_nothing() -> None:
         assert gap(a, b) < 1e-13
 
 
-@settings(deadline=None, max_examples=15)
+@pytest.fixture
+def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention with gradients, on the CPU. Not compiled it is plain PyTorch, whose gradients
+    are right on any device; it refuses them on the CPU as it has no kernel for them."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+
+
+@settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(sequences())
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_reads_the_same(rows: list[np.ndarray]) -> None:
+def test_flex_attention_reads_and_learns_the_same(
+    flex_on_cpu: None, rows: list[np.ndarray]
+) -> None:
     trie = build_trie(rows, "trie")
-    qkv = [x.detach() for x in operands(trie.size, torch.float64)]
-    out = flex_tree(*qkv, TreePlan(trie, CPU), 0.3, compiled=False)
-    assert gap(out, dense(qkv, trie, 0.3)) < 1e-13
+    qkv = operands(trie.size, torch.float64)
+    out, wanted = flex_tree(*qkv, TreePlan(trie, CPU), 0.3, compiled=False), dense(qkv, trie, 0.3)
+    assert gap(out, wanted) < 1e-13
+    for a, b in zip(
+        torch.autograd.grad(out.square().sum(), qkv),
+        torch.autograd.grad(wanted.square().sum(), qkv),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
 
 
 @pytest.mark.parametrize("lengths", [(300, 40, 260), (128, 128), (5,), (900, 1, 1, 130)])
@@ -222,6 +241,41 @@ def test_where_attention_needs_all_queries_the_rest_is_left_out(policy: Policy) 
     torch.testing.assert_close(
         found, ours.hidden_states_along(trie)[wanted], atol=1e-12, rtol=1e-10
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_way_of_cuda_gives_the_gradients_of_separate_passes(
+    policy: Policy, family: str, flex_on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole pass of a model as on CUDA, but for the compiled kernel: FlexAttention over all
+    queries, what comes after it for the wanted tokens only."""
+    calls = []
+
+    def without_kernel(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        return flex_tree(*args, compiled=False)
+
+    monkeypatch.setattr(tree_attention, "flash_tree", without_kernel)
+    ours = adopted(policy, small_model(policy, "sdpa", family).double())
+    plain = small_model(policy, "sdpa", family).double()
+    trie = build_trie([np.array(b) for b in BRANCHES], "trie")
+    wanted = np.unique(np.concatenate([path[-2:] for path in trie.paths]))
+    plan = TreePlan(trie, CPU, wanted)
+    plan.all_queries = True
+    base = ours.model.base_model
+    found = packed_hidden_states(base, trie.tokens_N, trie.depth_N, plan, CPU)
+    found.square().sum().backward()
+    assert len(calls) == 2
+    rows: dict[int, torch.Tensor] = {}
+    for branch, path in zip(BRANCHES, trie.paths, strict=True):
+        alone = plain.base_model(input_ids=torch.tensor([branch]), use_cache=False)
+        rows |= dict(zip(path.tolist(), alone.last_hidden_state[0], strict=True))
+    theirs = torch.stack([rows[node] for node in wanted.tolist()])
+    assert gap(found, theirs) < 1e-6
+    theirs.square().sum().backward()  # type: ignore[no-untyped-call]
+    for a, b in zip(base.parameters(), plain.base_model.parameters(), strict=True):
+        assert gap(a.grad, b.grad) < 1e-6  # norms compute in float32 whatever the model does
 
 
 BRANCHES = [[5, 6, 7, 8, 9], [5, 6, 7, 20, 21, 22], [5, 6], [30, 31]]
