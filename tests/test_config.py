@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from untwine.config import Recipe, ScheduleConfig, load_recipe
+from untwine.config.keys import all_keys
 from untwine.errors import ConfigError
-from untwine.recipe_keys import all_keys
 
 
 def write(tmp_path: Path, text: str) -> Path:

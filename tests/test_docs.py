@@ -13,8 +13,8 @@ import yaml
 from tests.builders import REF, make_episode, make_step
 from untwine import errors
 from untwine.config import Recipe, load_recipe
+from untwine.config.keys import all_keys
 from untwine.episodes import read_groups, write_groups
-from untwine.recipe_keys import all_keys
 from untwine.records import Group, Label
 
 ROOT = Path(__file__).parent.parent

@@ -204,7 +204,9 @@ def verdict_text(
 
 def past_text(episode: Episode, t: int, history: int, tried: bool = False) -> str:
     """Task, what is shown of the steps before `t`, and the observation of step `t`."""
-    past = [(s.observation, action_as_shown(s.command, s.text)) for s in episode.steps[:t]]
+    first = 0 if tried else max(0, t - history)  # what comes before is not shown
+    steps = episode.steps[first:t]
+    past = [(s.observation, action_as_shown(s.command, s.text)) for s in steps]
     return state_text(episode.goal, past, episode.steps[t].observation, history, tried)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from untwine.config import Positive
+from untwine.config.base import Positive
 from untwine.errors import ConfigError, nearest
 from untwine.sweep.looks import Look
 from untwine.sweep.plan import Arm, split_values, vary

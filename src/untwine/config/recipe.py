@@ -1,0 +1,151 @@
+"""A whole recipe, and how it is read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError, model_validator
+
+from untwine.config.acting import EnvConfig, PolicyConfig, PromptConfig, SamplingConfig
+from untwine.config.base import Section
+from untwine.config.gcd import GCDConfig
+from untwine.config.keys import all_keys, keys_below
+from untwine.config.learning import (
+    CheckpointConfig,
+    ColdStartConfig,
+    CorrectionConfig,
+    CreditConfig,
+    DiagnoseConfig,
+    EvaluateConfig,
+    LossConfig,
+    RLConfig,
+)
+from untwine.errors import ConfigError, nearest
+
+
+class Recipe(Section):
+    """One experiment, as resolved."""
+
+    name: str = "run"
+    seed: int = 0
+    env: EnvConfig = EnvConfig()
+    prompt: PromptConfig = PromptConfig()
+    policy: PolicyConfig = PolicyConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    cold_start: ColdStartConfig = ColdStartConfig()
+    rl: RLConfig = RLConfig()
+    credit: CreditConfig = CreditConfig()
+    loss: LossConfig = LossConfig()
+    gcd: GCDConfig = GCDConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    diagnose: DiagnoseConfig = DiagnoseConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _constrained_without_reasons(self) -> Recipe:
+        if self.sampling.constrained and self.prompt.reasons:
+            what = "thoughts" if self.prompt.thoughts else "tags"
+            no_room = f"sampling.constrained leaves no room for {what}"
+            raise ValueError(f"{no_room}; set one of it and prompt.{what} to false")
+        return self
+
+    @model_validator(mode="after")
+    def _episodes_within_budget(self) -> Recipe:
+        longest = self.prompt.max_tokens + self.sampling.max_new_tokens
+        if longest > self.rl.microbatch_tokens:
+            raise ValueError(
+                f"a sequence may have {longest} tokens (prompt.max_tokens plus "
+                f"sampling.max_new_tokens) and does not fit rl.microbatch_tokens="
+                f"{self.rl.microbatch_tokens}; lower prompt.max_tokens or raise the budget"
+            )
+        return self
+
+    @property
+    def lists_commands(self) -> bool:
+        """See the function of this name."""
+        return lists_commands(self.prompt, self.sampling)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def lists_commands(prompt: PromptConfig, sampling: SamplingConfig) -> bool:
+    """Whether every observation must come with the admissible commands."""
+    return prompt.list_admissible or prompt.only_admissible or sampling.constrained
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `section.key=value` overrides.
+
+    Raises ConfigError with one sentence for anything that is wrong.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.exists():
+        kind = "a folder" if path.is_dir() else "missing"
+        raise ConfigError(
+            f"recipe {path} is {kind}; recipes are YAML files such as recipes/smoke.yaml"
+        )
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not readable"
+        raise ConfigError(f"{path} is not valid YAML{where}: {problem}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file in UTF-8") from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections such as `env:`, not a {type(tree).__name__}")
+    return make_recipe(tree, str(path), overrides)
+
+
+def make_recipe(
+    tree: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()
+) -> Recipe:
+    """Check a tree of plain values, with overrides applied to it; `source` names it in errors."""
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_first_problem(error)}") from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value in {override!r} is not valid YAML") from error
+    *parents, last = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} holds a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *parents, word = [str(part) for part in problem["loc"]]
+        hint = nearest(where, all_keys(Recipe)) or nearest(word, keys_below(Recipe, parents))
+        return f"unknown key {where!r}.{hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not where:  # keys of several sections do not go together, and the message names them
+        return message
+    shown = repr(problem.get("input"))
+    if len(shown) > 60:
+        shown = shown[:57] + "..."
+    return f"{where}: {message[0].lower() + message[1:]} (got {shown})"
