@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,29 @@ def test_entropy_and_likeliest_token(policy: Policy) -> None:
     torch.testing.assert_close(
         found.logits([2, 0]).double(), 0.5 * logits[[2, 0]], atol=1e-5, rtol=0
     )
+
+
+def test_entropies_that_are_not_asked_for_cost_nothing_and_change_nothing(policy: Policy) -> None:
+    rows = [completion_row([5, 6, 7], [8, 9], 1.0), completion_row([5, 6, 7], [10], 1.0)]
+    choices = np.array([[8, 11], [-1, -1]])
+    rows[0] = dataclasses.replace(rows[0], choices=choices)
+    asked, not_asked = score(policy, rows), score(policy, rows, entropies=False)
+    assert torch.equal(asked.logprobs_N, not_asked.logprobs_N)
+    assert torch.equal(asked.likeliest_N, not_asked.likeliest_N)
+    assert asked.entropies_N.isfinite().all()
+    assert not_asked.entropies_N.isnan().all()
+
+
+def test_the_parts_of_a_pass_are_its_targets(policy: Policy) -> None:
+    rows = [completion_row([5, 6, 7], [8, 9], 1.0), completion_row([5, 6, 7], [10], 0.5)]
+    whole = score(policy, rows)
+    first, second = whole.split(2)
+    for name in ("ids_N", "logprobs_N", "entropies_N", "likeliest_N", "weights_N"):
+        joined = torch.cat([getattr(first, name), getattr(second, name)])
+        assert torch.equal(joined, getattr(whole, name))
+    assert second.ids_N.tolist() == [10]
+    assert torch.equal(second.logits([0]), whole.logits([2]))
+    assert torch.equal(first.logits([1]), whole.logits([1]))
 
 
 def test_what_is_shared_counts_once_in_the_budget(policy: Policy) -> None:

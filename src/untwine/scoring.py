@@ -34,7 +34,7 @@ class Targets:
 
     ids_N         the target tokens
     logprobs_N    their log-probabilities, at the temperature, among the choices of each target
-    entropies_N   entropy in nats of the distribution each was drawn from
+    entropies_N   entropy in nats of the distribution each was drawn from; NaN where not asked for
     likeliest_N   the token that was likeliest there
     weights_N, old_logprobs_N, advantages_N   see `Row`
     computed_tokens   tokens the model ran over
@@ -74,12 +74,14 @@ def score(
     temperature: float = 1.0,
     *,
     layout: Layout = "auto",
+    entropies: bool = True,
     entropy_gradient: bool = False,
 ) -> Targets:
     """Run the model over one micro-batch.
 
     layout             which beginnings the rows share (policy/trie.py); changes cost only
-    entropy_gradient   whether `entropies_N` can be differentiated
+    entropies          whether `entropies_N` is computed, several passes over all logits
+    entropy_gradient   whether it can be differentiated
     """
     device = policy.device
     trie = pack(policy, rows, layout)
@@ -93,6 +95,7 @@ def score(
         torch.from_numpy(place_N).to(device),
         ids_N,
         None if choices is None else torch.from_numpy(choices).to(device),
+        entropies,
         entropy_gradient,
     )
     with policy.autocast():
@@ -134,6 +137,7 @@ class _Head:
     place_N: torch.Tensor
     ids_N: torch.Tensor
     choices_NC: torch.Tensor | None
+    entropies: bool
     entropy_gradient: bool
 
     def score(self, hidden_UD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -173,12 +177,13 @@ class _Head:
         place_n = self.place_N[which_n] - first
         ids_n = self.ids_N[which_n]
         logprobs_n = _LogProbs.apply(logits_UV, place_n, ids_n)  # type: ignore[no-untyped-call]
+        entropies_n = torch.full_like(logprobs_n, torch.nan, requires_grad=False)
         if self.entropy_gradient:
             entropies_n = entropy(logits_UV)[place_n]
         with torch.no_grad():
             blocks = _blocks(logits_UV)
             likeliest_n = torch.cat([block.argmax(-1) for block in blocks])[place_n]
-            if not self.entropy_gradient:
+            if self.entropies and not self.entropy_gradient:
                 entropies_n = torch.cat([entropy(block) for block in blocks])[place_n]
         if self.choices_NC is None:
             return logprobs_n, entropies_n, likeliest_n
@@ -188,12 +193,13 @@ class _Head:
         among_mC = logits_UV[place_n[bound_m][:, None], choices_mC.clamp_min(0)]
         among_mC = among_mC.masked_fill(choices_mC < 0, -torch.inf)
         own_m = logits_UV[place_n[bound_m], ids_n[bound_m]] - among_mC.logsumexp(-1)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.entropy_gradient):
-            spread_m = entropy(among_mC)
+        if self.entropies:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.entropy_gradient):
+                entropies_n = entropies_n.index_copy(0, bound_m, entropy(among_mC))
         best_m = choices_mC.gather(1, among_mC.argmax(1, keepdim=True))[:, 0]
         return (
             logprobs_n.index_copy(0, bound_m, own_m),
-            entropies_n.index_copy(0, bound_m, spread_m),
+            entropies_n,
             likeliest_n.index_copy(0, bound_m, best_m),
         )
 

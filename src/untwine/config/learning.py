@@ -32,6 +32,9 @@ class ColdStartConfig(Section):
 
     episodes: Natural = Field(0, description="expert episodes; 0 skips the cold start")
     steps: Natural = Field(200, description="optimizer steps")
+    threads: Natural = Field(
+        0, description="CPU threads of the cold start, where it runs alone; 0: policy.threads"
+    )
     batch_tokens: Positive = Field(4096, description="tokens per optimizer step")
     lessons: list[LessonConfig] = Field(
         default_factory=list, description="what the first steps imitate; then everything"

@@ -157,6 +157,15 @@ class _Training:
     # Cold start
 
     def _cold_start(self) -> None:
+        threads = torch.get_num_threads()
+        if self.recipe.cold_start.threads:
+            torch.set_num_threads(self.recipe.cold_start.threads)
+        try:
+            self._start()
+        finally:
+            torch.set_num_threads(threads)
+
+    def _start(self) -> None:
         config = self.recipe.cold_start
         updater = self._updater(config.optimizer, config.steps)
         first = self._restore(updater, "cold_start")

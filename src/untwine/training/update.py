@@ -11,6 +11,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -28,7 +29,15 @@ from untwine.training.measures import Measures
 from untwine.training.mixing import Mixing, make_mixing
 
 Loss = Callable[[Sequence[Row], Measures], torch.Tensor]
-Reading = Callable[[Sequence[Row], Targets, Measures], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A loss that is read off scored rows, and how they are to be scored."""
+
+    loss: Callable[[Sequence[Row], Targets, Measures], torch.Tensor]
+    temperature: float = 1.0
+    entropies: bool = True
 
 
 def _follow(asked: Sequence[Row], rows: Sequence[Row]) -> bool:
@@ -102,20 +111,24 @@ class Updater:
 
     def add_policy(self, rows: Sequence[Row], measures: Measures) -> None:
         """Add the gradient of the policy loss."""
-        self._add(rows, self._policy_loss, self.temperature, measures)
+        self._add(rows, self._policy_reading, measures)
 
-    def _add(
-        self, rows: Sequence[Row], reading: Reading, temperature: float, measures: Measures
-    ) -> None:
+    def _add(self, rows: Sequence[Row], reading: Reading, measures: Measures) -> None:
         def loss(batch: Sequence[Row], measures: Measures) -> torch.Tensor:
-            return reading(batch, self._score(batch, temperature), measures)
+            return reading.loss(batch, self._score(batch, reading), measures)
 
         started = time.perf_counter()
         self._backward(rows, loss, measures)
         measures.add(seconds_policy=time.perf_counter() - started)
 
-    def _score(self, rows: Sequence[Row], temperature: float) -> Targets:
-        return score(self.policy, rows, temperature, entropy_gradient=self.loss.entropy > 0)
+    def _score(self, rows: Sequence[Row], reading: Reading) -> Targets:
+        return score(
+            self.policy,
+            rows,
+            reading.temperature,
+            entropies=reading.entropies,
+            entropy_gradient=reading.entropies and self.loss.entropy > 0,
+        )
 
     def add_verdicts(self, exercise: Exercise | None, weight: float, measures: Measures) -> None:
         """Add `weight` times the gradient of the verdict loss, where it may enter. With weight 0
@@ -184,8 +197,9 @@ class Updater:
             )
             return loss + text_loss
 
+        reading = Reading(imitation, entropies=False)
         measures = self.apply(
-            lambda found: self._add_both(rows, imitation, 1.0, exercise, verdict_weight, found)
+            lambda found: self._add_both(rows, reading, exercise, verdict_weight, found)
         )
         self.steps += 1
         return measures
@@ -194,13 +208,12 @@ class Updater:
         self, rows: Sequence[Row], exercise: Exercise | None, weight: float, measures: Measures
     ) -> None:
         """Add the gradients of the policy loss and of `weight` times the verdict loss."""
-        self._add_both(rows, self._policy_loss, self.temperature, exercise, weight, measures)
+        self._add_both(rows, self._policy_reading, exercise, weight, measures)
 
     def _add_both(
         self,
         rows: Sequence[Row],
         reading: Reading,
-        temperature: float,
         exercise: Exercise | None,
         weight: float,
         measures: Measures,
@@ -209,8 +222,9 @@ class Updater:
         took is then divided by tokens."""
         asked = exercise.rows if exercise else []
         read = exercise.read if exercise else None
-        if not read or temperature != 1.0 or not weight or self._closed or not _follow(asked, rows):
-            self._add(rows, reading, temperature, measures)
+        together = read and weight > 0 and reading.temperature == 1.0 and not self._closed
+        if not read or not together or not _follow(asked, rows):
+            self._add(rows, reading, measures)
             if exercise is not None:
                 self.add_verdicts(exercise, weight, measures)
             return
@@ -219,13 +233,13 @@ class Updater:
         def loss(batch: Sequence[Row], measures: Measures) -> torch.Tensor:
             own = [row for row in batch if id(row) not in questions]
             others = [row for row in batch if id(row) in questions]
-            targets = self._score([*own, *others], temperature)
+            targets = self._score([*own, *others], reading)
             first, second = targets.split(sum(len(row.targets) for row in own))
             added = distinct_tokens(batch) - distinct_tokens(own)
             tokens = targets.computed_tokens - added
             value = torch.zeros((), device=self.policy.device)
             if own:
-                value = value + reading(
+                value = value + reading.loss(
                     own, dataclasses.replace(first, computed_tokens=tokens), measures
                 )
             if others:
@@ -242,6 +256,10 @@ class Updater:
         share = found.values["gcd_tokens"] / distinct_tokens([*rows, *asked])
         found.add(seconds_policy=(1 - share) * seconds, seconds_gcd=share * seconds)
         measures.join(found)
+
+    @property
+    def _policy_reading(self) -> Reading:
+        return Reading(self._policy_loss, self.temperature)
 
     def _policy_loss(
         self, rows: Sequence[Row], targets: Targets, measures: Measures
