@@ -152,8 +152,9 @@ def demonstration(
         if choices and before.admissible:
             allowed = allowed_along(choices.trie(before.admissible), action_ids)
             if allowed and command.chance:
-                shown = prompter.shown([move.command.text for move in moves[:index]])
-                equals = as_good(command.text, before.admissible, shown)
+                given = {move.command.text for move in moves[:index]}
+                known = given if prompter.remembers else set()
+                equals = as_good(command.text, before.admissible, known)
                 allowed = without_luck(allowed, action_ids, choices.trie(equals))
         possible = choices is None or allowed is not None
         imitated = possible and (command.expert or imitate_noise)
@@ -202,11 +203,11 @@ def replies(transcript: Transcript, prompt: PromptConfig) -> list[tuple[str, str
     return [(f"{tagged}{action}", tagged.tag) for tagged, action in zip(tags, actions, strict=True)]
 
 
-def as_good(command: str, admissible: Sequence[str], shown: Collection[str]) -> list[str]:
-    """The commands among which this one was drawn by luck, as far as a prompt tells that shows the
-    commands `shown`: those that begin alike, and that it does not show to have been given."""
+def as_good(command: str, admissible: Sequence[str], known: Collection[str]) -> list[str]:
+    """The commands among which this one was drawn by luck, for all that is known: those that begin
+    alike, but for those that are `known` to have been given."""
     first = command.partition(" ")[0]
-    alike = (c for c in admissible if c.partition(" ")[0] == first and c not in shown)
+    alike = (c for c in admissible if c.partition(" ")[0] == first and c not in known)
     return list(dict.fromkeys([command, *alike]))
 
 

@@ -103,12 +103,10 @@ class Prompter:
     ) -> tuple[int, ...]:
         return self.chat.follow_up(reply_ids, self._seen(goal, observation, admissible))
 
-    def shown(self, commands: Sequence[str]) -> Sequence[str]:
-        """Which of the commands given so far a prompt shows."""
-        config = self.config
-        if config.layout == "append" or config.tried:
-            return commands
-        return commands[-config.history :] if config.history else ()
+    @property
+    def remembers(self) -> bool:
+        """Whether a prompt shows every command given so far."""
+        return self.config.layout == "append" or self.config.tried
 
     def reply_ids(self, command: str) -> tuple[int, ...]:
         """Ids of the reply that is only this command."""

@@ -41,6 +41,8 @@ class Sample:
 
 
 class Critic(Protocol):
+    """Asks about what experts do."""
+
     @property
     def size(self) -> int:
         """How many different questions or steps there are to ask about."""
@@ -52,7 +54,7 @@ class Critic(Protocol):
 class Apart:
     """Questions in prompts of their own.
 
-    share  tokens of questions per token of `batch_tokens`
+    tokens  of questions in each step
     """
 
     def __init__(
