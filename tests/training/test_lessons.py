@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from tests.gcd.test_training import recipe
@@ -16,7 +18,9 @@ from untwine.config import ColdStartConfig, Recipe
 from untwine.errors import ConfigError
 from untwine.progress import Display
 from untwine.training.cold_start import ColdStart
+from untwine.training.loop import train
 from untwine.training.measures import Measures
+from untwine.training.update import Updater
 from untwine.workshop import Workshop
 
 
@@ -107,3 +111,25 @@ def test_words_of_every_prompt_are_single_tokens() -> None:
         tokenizer = workshop.policy.tokenizer
     for word in ("assistant", "system", "user", "Task", " environment", "Good", "bad"):
         assert len(tokenizer.encode(word, add_special_tokens=False)) == 1, word
+
+
+def test_the_cold_start_may_have_threads_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number holds in its steps and is taken back before the iterations."""
+    seen: list[tuple[str, int]] = []
+    imitate, step = Updater.imitate, Updater.step
+
+    def noted(name: str, real: Any) -> Any:
+        def call(*args: Any) -> Measures:
+            seen.append((name, torch.get_num_threads()))
+            return real(*args)  # type: ignore[no-any-return]
+
+        return call
+
+    monkeypatch.setattr(Updater, "imitate", noted("imitate", imitate))
+    monkeypatch.setattr(Updater, "step", noted("step", step))
+    cold = {"steps": 2, "threads": 2}
+    own = recipe(1, cold_start=cold, policy={"threads": 1}, rl={"drop_constant_groups": False})
+    train(own, tmp_path / "run", Display(quiet=True))
+    assert set(seen) == {("imitate", 2), ("step", 1)}
