@@ -54,17 +54,21 @@ def policy_rows(groups: Sequence[Group], mean: LossMean) -> list[Row]:
     unit_sizes = unit_weights(episodes, mean)
     rows = []
     for episode, step_weights in zip(episodes, unit_sizes, strict=True):
-        rows += _episode_rows(episode, step_weights)
+        rows += [row for row, _ in _episode_rows(episode, step_weights)]
     return rows
 
 
-def imitation_rows(episode: Episode, text_weight: float = 0.0) -> list[Row]:
-    """Rows for imitating the steps of one episode that carry an advantage.
+def imitation_rows(episode: Episode, text_weight: float = 0.0) -> list[tuple[Row, list[int]]]:
+    """Rows for imitating the steps of one episode that carry an advantage, each with the numbers of
+    its steps.
 
     Their tokens have weight 1. With a `text_weight`, all other tokens are targets of that weight
     and advantage 0: the model also learns the environment's text, and to copy from it.
     """
-    return [row for row, _ in rows_and_steps(episode, text_weight)]
+    rows = _episode_rows(episode, [1.0] * episode.length)
+    if text_weight == 0:
+        return rows
+    return [(_with_text(row, text_weight), steps) for row, steps in rows]
 
 
 def completion_row(prompt_ids: Sequence[int], completion_ids: Sequence[int], weight: float) -> Row:
@@ -175,19 +179,14 @@ def unit_weights(episodes: Sequence[Episode], mean: LossMean) -> list[list[float
     return weights
 
 
-def rows_and_steps(episode: Episode, text_weight: float = 0.0) -> list[tuple[Row, list[int]]]:
-    """`imitation_rows`, each with the numbers of the steps that it imitates."""
+def _episode_rows(episode: Episode, step_weights: Sequence[float]) -> list[tuple[Row, list[int]]]:
+    """Rows, each with the numbers of the steps that are trained in it."""
     found = []
     for run in _runs(episode):
-        for row in _run_row([(episode.steps[t], 1.0) for t in run]):
-            trained = [t for t in run if episode.steps[t].advantage is not None]
-            found.append((_with_text(row, text_weight) if text_weight > 0 else row, trained))
+        trained = [t for t in run if episode.steps[t].advantage is not None]
+        for row in _run_row([(episode.steps[t], step_weights[t]) for t in run]):
+            found.append((row, trained))
     return found
-
-
-def _episode_rows(episode: Episode, step_weights: Sequence[float]) -> list[Row]:
-    runs = _runs(episode)
-    return [r for run in runs for r in _run_row([(episode.steps[t], step_weights[t]) for t in run])]
 
 
 def _runs(episode: Episode) -> list[list[int]]:

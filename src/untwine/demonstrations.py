@@ -10,7 +10,7 @@ from typing import NamedTuple
 from untwine.config import PromptConfig
 from untwine.envs.pool import EnvPool, Lost, ResetRequest, StepRequest
 from untwine.envs.protocol import Reset
-from untwine.envs.wandering import Command
+from untwine.envs.wandering import Command, first_word
 from untwine.errors import EnvError
 from untwine.policy.choices import CommandChoices, Node, allowed_along
 from untwine.prompting.prompter import (
@@ -206,8 +206,8 @@ def replies(transcript: Transcript, prompt: PromptConfig) -> list[tuple[str, str
 def as_good(command: str, admissible: Sequence[str], known: Collection[str]) -> list[str]:
     """The commands among which this one was drawn by luck, for all that is known: those that begin
     alike, but for those that are `known` to have been given."""
-    first = command.partition(" ")[0]
-    alike = (c for c in admissible if c.partition(" ")[0] == first and c not in known)
+    first = first_word(command)
+    alike = (c for c in admissible if first_word(c) == first and c not in known)
     return list(dict.fromkeys([command, *alike]))
 
 

@@ -96,10 +96,10 @@ def _beside(
     left = list(commands)
     drawn: list[str] = []
     while left and len(drawn) < number:
-        words = {_first_word(command): None for command in left}
+        words = {first_word(command): None for command in left}
         turn = len(drawn) % 3
-        word = _first_word(due) if turn == 1 and _first_word(due) in words else rng.choice([*words])
-        among = [command for command in left if _first_word(command) == word]
+        word = first_word(due) if turn == 1 and first_word(due) in words else rng.choice([*words])
+        among = [command for command in left if first_word(command) == word]
         if turn == 0:
             among = [command for command in left if command in given] or among
         drawn.append(rng.choice(among))
@@ -107,7 +107,8 @@ def _beside(
     return drawn
 
 
-def _first_word(command: str) -> str:
+def first_word(command: str) -> str:
+    """What kind of command it is."""
     return command.partition(" ")[0]
 
 

@@ -9,13 +9,15 @@ that imitate certain commands only, each equally often. The rest of their episod
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Sequence
 
-from untwine.batch import rows_and_steps
+from untwine.batch import imitation_rows
 from untwine.config import Recipe
 from untwine.demonstrations import Transcript, demonstration
 from untwine.envs.protocol import EnvInfo
+from untwine.envs.wandering import first_word
 from untwine.errors import ConfigError
 from untwine.gcd.labels import label_group
 from untwine.gcd.objectives.cross_entropy import CrossEntropy
@@ -25,7 +27,7 @@ from untwine.policy.loading import Policy
 from untwine.prompting.corrections import instructions
 from untwine.records import Episode, Group, Step
 from untwine.rollout import Collector
-from untwine.training.critic import Alongside, Apart, Critic, Sample, alternatives, judged
+from untwine.training.critic import Alongside, Apart, Critic, Sample, alternatives, draw, judged
 from untwine.training.measures import Measures
 from untwine.training.update import Updater
 
@@ -68,21 +70,22 @@ class ColdStart:
             means = Means(policy, prompter, recipe.gcd)
             objective = CrossEntropy(means, _QUIZZES[self._config.objective])
             sources = [*transcripts, *(transcript for transcript, _ in again)]
+            after = recipe.prompt.verdict == "after"
+            asked = self._episodes if after else episodes  # told copies ask the same apart
             copies = [
                 [judged(episode, info), *alternatives(episode, transcript, prompter)]
-                for episode, transcript in zip(self._episodes, sources, strict=True)
+                for episode, transcript in zip(asked, sources, strict=False)
             ]
-            if recipe.prompt.verdict == "after":
+            if after:
                 self.critic = Alongside(objective, copies)
             else:
-                asked = [copy for own in copies[: len(episodes)] for copy in own]
                 tokens = int(self._config.batch_tokens * self._config.verdict_share)
-                self.critic = Apart(objective, asked, tokens, recipe.seed)
+                self.critic = Apart(objective, itertools.chain(*copies), tokens, recipe.seed)
 
     def step(self, updater: Updater) -> Measures:
         """One optimizer step on freshly drawn rows."""
         config = self._config
-        drawn = _draw(self._pools(updater.steps), config.batch_tokens, self._rng)
+        drawn = draw(self._pools(updater.steps), config.batch_tokens, self._rng)
         exercise = self.critic.exercise(drawn, self._rng) if self.critic else None
         return updater.imitate([s.row for s in drawn], exercise, config.verdict_weight)
 
@@ -99,7 +102,7 @@ class ColdStart:
         return [
             Sample(row, number, steps)
             for number, episode in enumerate(episodes)
-            for row, steps in rows_and_steps(episode, weight)
+            for row, steps in imitation_rows(episode, weight)
         ]
 
     def _only(self, word: str) -> list[Sample]:
@@ -155,7 +158,7 @@ def _check_room(episodes: Sequence[Episode], recipe: Recipe) -> None:
 
 
 def _first_word(step: Step) -> str:
-    return (step.command or "").partition(" ")[0]
+    return first_word(step.command or "")
 
 
 def _masked(episode: Episode, word: str) -> Episode:
@@ -165,16 +168,3 @@ def _masked(episode: Episode, word: str) -> Episode:
         for step in episode.steps
     ]
     return dataclasses.replace(episode, steps=tuple(steps))
-
-
-def _draw(pools: Sequence[Sequence[Sample]], tokens: int, rng: random.Random) -> list[Sample]:
-    """Random samples with about `tokens` tokens, at least one where there are any; every pool is as
-    likely as the others."""
-    drawn: list[Sample] = []
-    used = 0
-    filled = [pool for pool in pools if pool]
-    while filled and (not drawn or used < tokens):
-        sample = rng.choice(filled[0] if len(filled) == 1 else rng.choice(filled))
-        drawn.append(sample)
-        used += sample.length
-    return drawn

@@ -12,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from untwine.batch import Row
 from untwine.demonstrations import Transcript
@@ -40,6 +40,9 @@ class Sample:
         return self.row.length
 
 
+Drawn = TypeVar("Drawn", Row, Sample)
+
+
 class Critic(Protocol):
     """Asks about what experts do."""
 
@@ -58,7 +61,7 @@ class Apart:
     """
 
     def __init__(
-        self, objective: CrossEntropy, episodes: Sequence[Episode], tokens: int, seed: int
+        self, objective: CrossEntropy, episodes: Iterable[Episode], tokens: int, seed: int
     ) -> None:
         self._objective, self._tokens = objective, tokens
         rng = random.Random(seed)
@@ -69,12 +72,7 @@ class Apart:
         return len(self._rows)
 
     def exercise(self, drawn: Sequence[Sample], rng: random.Random) -> Exercise | None:
-        rows: list[Row] = []
-        used = 0
-        while self._rows and (not rows or used < self._tokens):
-            row = rng.choice(self._rows)
-            rows.append(row)
-            used += row.length
+        rows = draw([self._rows], self._tokens, rng)
         if not rows:
             return None
         scale = len(self._rows) / len(rows)  # so that their weights sum to 1 again
@@ -114,6 +112,19 @@ class Alongside:
                     pair = [rng.choice(side) for side in sides.values()]
                     questions += self._objective.questions(pair, 10**12, rng)
         return self._objective.drawn(self._objective.rows(questions)) if questions else None
+
+
+def draw(pools: Sequence[Sequence[Drawn]], tokens: int, rng: random.Random) -> list[Drawn]:
+    """Random rows or samples with about `tokens` tokens, at least one where there are any; every
+    pool is as likely as the others."""
+    drawn: list[Drawn] = []
+    used = 0
+    filled = [pool for pool in pools if pool]
+    while filled and (not drawn or used < tokens):
+        one = rng.choice(filled[0] if len(filled) == 1 else rng.choice(filled))
+        drawn.append(one)
+        used += one.length
+    return drawn
 
 
 def judged(episode: Episode, info: EnvInfo) -> Episode:

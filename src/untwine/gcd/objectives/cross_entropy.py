@@ -59,4 +59,5 @@ class CrossEntropy:
         def loss(some: Sequence[Row]) -> tuple[torch.Tensor, dict[str, float]]:
             return read(some, score(self._means.policy, some))
 
-        return Exercise(rows, loss, {"verdicts": total}, read)
+        follows = self._means.prompter.config.verdict == "after"
+        return Exercise(rows, loss, {"verdicts": total}, read if follows else None)
