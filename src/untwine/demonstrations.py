@@ -12,6 +12,7 @@ from untwine.envs.pool import EnvPool, Lost, ResetRequest, StepRequest
 from untwine.envs.protocol import Reset
 from untwine.envs.wandering import Command, first_word
 from untwine.errors import EnvError
+from untwine.gcd.labels import EXPERT_GOOD, OFF_PLAN
 from untwine.policy.choices import CommandChoices, Node, allowed_along
 from untwine.prompting.prompter import (
     COMPARE_SYSTEM,
@@ -226,8 +227,8 @@ def without_luck(
 
 def _labels(command: Command) -> tuple[Label, ...]:
     if command.expert:
-        return (Label("expert", "good", "expert"),)
-    return (Label("expert", "flawed", "off_plan"),) if command.off_plan else ()
+        return (EXPERT_GOOD,)
+    return (OFF_PLAN,) if command.off_plan else ()
 
 
 def _with_noise(plan: Sequence[Command], noise: float, rng: random.Random) -> list[Command]:

@@ -35,6 +35,11 @@ def open_pool(env: EnvConfig, *, list_commands: bool = False) -> EnvPool:
     )
 
 
+def read_splits(env: EnvConfig) -> SplitFile:
+    """The sets of the environment. EnvError when they cannot be read."""
+    return load_splits(env.name, env.splits, env.options, env.held_out_tasks)
+
+
 def training_refs(env: EnvConfig, splits: SplitFile, variations: int = 0) -> list[TaskRef]:
     """The task instances of the training set, or the first `variations` of every task. EnvError
     when there are none."""
@@ -71,14 +76,21 @@ class TaskCursor:
 class Workshop:
     """Pool, policy and collector of one recipe. Close it, or use it as a context.
 
+    splits  of the environment, where they have been read before
     model   folder to load the policy from; by default what the recipe says
     """
 
-    def __init__(self, recipe: Recipe, display: Display, model: Path | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        display: Display,
+        model: Path | None = None,
+        splits: SplitFile | None = None,
+    ) -> None:
         self.recipe = recipe
         self.display = display
         env = recipe.env
-        self.splits = load_splits(env.name, env.splits, env.options, env.held_out_tasks)
+        self.splits = splits or read_splits(env)
         self.refs = training_refs(env, self.splits)
         self.pool = open_pool(env, list_commands=recipe.lists_commands)
         self.info = self.pool.info

@@ -14,8 +14,9 @@ import yaml
 from rich.console import Console
 
 from tests.diagnose.reference import gradients, gram_of
+from tests.runs import rows, steady
 from tests.test_cli import TINY
-from tests.training.test_resume import contents, rows, steady
+from tests.training.test_resume import contents
 from untwine.config import Recipe, load_recipe
 from untwine.diagnose.measure_calibration import calibrate_run
 from untwine.diagnose.online import Findings, OnlineDiagnosis

@@ -4,7 +4,6 @@ losses against float64 passes of a plain model."""
 from __future__ import annotations
 
 import copy
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 
 from tests.builders import make_episode, make_step
-from tests.gcd.test_training import recipe, rows
-from tests.training.test_resume import steady
+from tests.gcd.test_training import recipe
+from tests.runs import in_one_and_in_two, rows
 from untwine.batch import Row, completion_row, distinct_tokens
 from untwine.config import GCDConfig, LossConfig, OptimizerConfig, PromptConfig
 from untwine.demonstrations import play_experts
@@ -32,7 +30,6 @@ from untwine.prompting.prompter import Prompter
 from untwine.records import Episode, Label, TaskRef
 from untwine.training.cold_start import ColdStart
 from untwine.training.critic import Alongside
-from untwine.training.loop import train
 from untwine.training.update import Updater
 from untwine.workshop import Workshop
 
@@ -260,15 +257,8 @@ def on_alfworld(iterations: int, **prompt: Any) -> Any:
 
 
 def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(on_alfworld(2), whole, Display(quiet=True))
-    train(on_alfworld(1), parts, Display(quiet=True))
-    train(on_alfworld(2), parts, Display(quiet=True), resume=True)
-    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (parts, whole))
-    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
-    assert steady(rows(parts)) == steady(rows(whole))
-    lines = [json.loads(x) for x in (whole / "metrics.jsonl").read_text().splitlines()]
-    cold = [row for row in lines if row["stage"] == "cold_start"]
+    whole, _ = in_one_and_in_two(tmp_path, on_alfworld, 2)
+    cold = rows(whole, "cold_start")
     assert all(0 <= row["verdict_accuracy"] <= 1 for row in cold)
     asked = [row for row in rows(whole) if row["verdicts"]]
     assert asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from safetensors.numpy import load_file
 
 from tests.gcd.judge_server import Handler, serving
 from tests.gcd.test_judge import closed_port
-from tests.training.test_resume import RECIPE, steady
+from tests.runs import in_one_and_in_two, rows, steady
+from tests.training.test_resume import RECIPE
 from untwine.config import Recipe, make_recipe
 from untwine.errors import ConfigError
 from untwine.progress import Display
@@ -29,11 +31,6 @@ def recipe(iterations: int, **changes: Any) -> Recipe:
     for key, value in changes.items():
         tree[key] = {**tree.get(key, {}), **value}
     return make_recipe(tree)
-
-
-def rows(run: Path, stage: str = "rl") -> list[dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [row for line in lines if (row := json.loads(line))["stage"] == stage]
 
 
 WAYS = {
@@ -59,12 +56,7 @@ QUICK = ("head, held ratio, expert", "rl, own step")
 )
 def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path, way: str) -> None:
     gcd = {"token_budget": 2048, **WAYS[way]}
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(recipe(2, gcd=gcd), whole, Display(quiet=True))
-    train(recipe(1, gcd=gcd), parts, Display(quiet=True))
-    train(recipe(2, gcd=gcd), parts, Display(quiet=True), resume=True)
-    ours, theirs = (load_file(r / "model" / "model.safetensors") for r in (parts, whole))
-    assert all(ours[n].tobytes() == theirs[n].tobytes() for n in theirs)
+    whole, parts = in_one_and_in_two(tmp_path, partial(recipe, gcd=gcd), 2)
     files = [r / "checkpoints" / "rl-000002" for r in (parts, whole)]
     assert [f.name for f in sorted(files[0].iterdir())] == [
         f.name for f in sorted(files[1].iterdir())
@@ -73,7 +65,6 @@ def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path, way: str) -> None:
         mine = load_file(files[0] / file.name)
         for name, value in load_file(file).items():
             assert mine[name].tobytes() == value.tobytes(), (file.name, name)
-    assert steady(rows(parts)) == steady(rows(whole))
     mine, other = rows(parts, "evaluate")[-1], rows(whole, "evaluate")[-1]
     assert steady([mine]) == steady([other])
     assert sum(r["verdicts"] for r in rows(whole)) > 0

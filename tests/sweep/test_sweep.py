@@ -16,7 +16,8 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from tests.training.test_resume import RECIPE, rows
+from tests.runs import rows
+from tests.training.test_resume import RECIPE
 
 SMALL = {
     **RECIPE,

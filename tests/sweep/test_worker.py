@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from tests.training.test_resume import RECIPE, rows
+from tests.runs import rows
+from tests.training.test_resume import RECIPE
 from untwine.config import Recipe, make_recipe
 from untwine.progress import Display
 from untwine.sweep.crew import Crew, Job

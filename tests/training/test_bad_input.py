@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.gcd.judge_server import mute, serving
-from tests.gcd.test_training import judged, recipe, rows
+from tests.gcd.test_training import judged, recipe
+from tests.runs import rows
 from untwine.envs.splits import FOLDER
 from untwine.errors import EnvError
 from untwine.progress import Display

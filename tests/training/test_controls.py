@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from tests.gcd.test_training import recipe, rows
-from tests.training.test_resume import steady
+from tests.gcd.test_training import recipe
+from tests.runs import rows, steady
 from untwine.compare.runs import find_runs
 from untwine.episodes import read_groups
 from untwine.errors import ConfigError

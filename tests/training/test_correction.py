@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from tests.gcd.test_training import recipe, rows
-from tests.training.test_resume import RECIPE, assert_same, finish, start, steady, wait_for
+from tests.gcd.test_training import recipe
+from tests.runs import in_one_and_in_two, rows
+from tests.training.test_resume import RECIPE, assert_same, finish, start, wait_for
 from untwine.batch import policy_rows
 from untwine.config import CorrectionConfig, PromptConfig, Recipe
 from untwine.demonstrations import demonstration
@@ -135,7 +135,6 @@ def groups_of(run: Path, iteration: int) -> list[Group]:
 def test_a_run_in_two_parts_is_the_run_in_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
     kept: list[list[Group]] = []
     save = RunDir.save_groups
 
@@ -145,12 +144,8 @@ def test_a_run_in_two_parts_is_the_run_in_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "save_groups", keep)
-        train(corrected(3), whole, QUIET)
-    train(corrected(2), parts, QUIET)
-    train(corrected(3), parts, QUIET, resume=True)
-    mine, other = (load_file(r / "model" / "model.safetensors") for r in (parts, whole))
-    assert all(mine[name].tobytes() == other[name].tobytes() for name in other)
-    assert steady(rows(parts)) == steady(rows(whole))
+        whole, _ = in_one_and_in_two(tmp_path, corrected, 3)
+    kept = kept[:3]  # those of the run in one part
 
     found = rows(whole)
     assert [r["correction_groups"] for r in found] == [0, 2, 2]

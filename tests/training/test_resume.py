@@ -15,6 +15,8 @@ import yaml
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.runs import assert_same_weights, rows, steady
+
 RECIPE = {
     "name": "resume",
     "env": {"name": "rooms", "tasks": ["fetch"], "max_steps": 8, "sessions": 8},
@@ -58,12 +60,6 @@ def finish(process: subprocess.Popen[bytes]) -> int:
     return process.returncode
 
 
-def rows(run: Path, stage: str = "rl") -> list[dict[str, object]]:
-    file = run / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [r for line in lines if line.endswith("}") and (r := json.loads(line))["stage"] == stage]
-
-
 def wait_for(run: Path, stage: str, count: int, process: subprocess.Popen[bytes]) -> None:
     limit = time.monotonic() + 90
     while len(rows(run, stage)) < count:
@@ -88,21 +84,12 @@ def board(run: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def steady(found: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Metrics without those that tell how long something took."""
-    timed = ("time", "seconds", "cost_seconds", "diagnose_share")
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in found]
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def assert_same(run: Path, reference: Path) -> None:
-    ours, theirs = (load_file(r / "model" / "model.safetensors") for r in (run, reference))
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        assert ours[name].tobytes() == theirs[name].tobytes(), name
+    assert_same_weights(run, reference)
     for stage in ("cold_start", "rl", "evaluate"):
         assert steady(rows(run, stage)) == steady(rows(reference, stage))
     assert board(run, "rl/outcome_mean") == board(reference, "rl/outcome_mean")
@@ -143,8 +130,7 @@ def test_a_finished_run_can_be_extended(unbroken: tuple[Path, Path], tmp_path: P
     run = tmp_path / "run"
     assert finish(start(str(recipe), "--run", str(run), "rl.iterations=4")) == 0
     assert finish(start("--resume", str(run), "rl.iterations=6")) == 0
-    ours, theirs = (load_file(r / "model" / "model.safetensors") for r in (run, reference))
-    assert all(ours[n].tobytes() == theirs[n].tobytes() for n in theirs)
+    assert_same_weights(run, reference)
 
 
 def test_adapters_continue_bit_for_bit(unbroken: tuple[Path, Path], tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.training.test_resume import RECIPE, finish, rows, start, wait_for
+from tests.runs import rows
+from tests.training.test_resume import RECIPE, finish, start, wait_for
 from untwine.episodes import read_groups
 from untwine.training.run_dir import episode_files
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.numpy import load_file
 
-from tests.gcd.test_training import recipe, rows
-from tests.training.test_resume import steady
+from tests.gcd.test_training import recipe
+from tests.runs import in_one_and_in_two, rows
 from untwine.config import Recipe
 from untwine.credit.rlvmr import rlvmr
 from untwine.demonstrations import demonstration
@@ -20,7 +19,6 @@ from untwine.progress import Display
 from untwine.prompting.parser import parse_reply
 from untwine.prompting.tags import TAGS
 from untwine.training.cold_start import ColdStart
-from untwine.training.loop import train
 from untwine.workshop import Workshop
 
 
@@ -73,13 +71,7 @@ def test_a_reply_with_tags_must_have_room() -> None:
 
 
 def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(tagged(3), whole, Display(quiet=True))
-    train(tagged(2), parts, Display(quiet=True))
-    train(tagged(3), parts, Display(quiet=True), resume=True)
-    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (parts, whole))
-    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
-    assert steady(rows(parts)) == steady(rows(whole))
+    whole, _ = in_one_and_in_two(tmp_path, tagged, 3)
 
     files = sorted((whole / "episodes").glob("*.jsonl.gz"))
     assert len(files) == 3

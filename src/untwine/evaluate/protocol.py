@@ -12,13 +12,13 @@ import torch
 
 from untwine.config import EnvConfig
 from untwine.envs.protocol import EnvInfo
-from untwine.envs.splits import load_splits
 from untwine.errors import EnvError
 from untwine.evaluate.statistics import Interval, bootstrap_interval, mean, wilson_interval
 from untwine.gcd.labels import action_key, label_group
 from untwine.prompting.tags import TAGS
 from untwine.records import Episode, Group, TaskRef
 from untwine.rollout import Collector
+from untwine.workshop import read_splits
 
 
 def evaluation_refs(env: EnvConfig, set_name: str, episodes: int) -> list[TaskRef]:
@@ -28,7 +28,7 @@ def evaluation_refs(env: EnvConfig, set_name: str, episodes: int) -> list[TaskRe
     Of `env.tasks` those count that the set has; a set that has none of them (L2, the held-out
     task types) is played with all its tasks. EnvError when the set does not exist or is empty.
     """
-    splits = load_splits(env.name, env.splits, env.options, env.held_out_tasks)
+    splits = read_splits(env)
     tasks = [task for task in env.tasks if task in splits.sets.get(set_name, {})]
     refs = splits.refs(set_name, tasks=tasks)
     if episodes and not refs:

@@ -14,6 +14,9 @@ from untwine.envs.protocol import EnvInfo
 from untwine.errors import ConfigError, nearest
 from untwine.records import Episode, Group, Label, Step, Verdict
 
+EXPERT_GOOD = Label("expert", "good", "expert")
+OFF_PLAN = Label("expert", "flawed", "off_plan")
+
 LabelSource = Callable[[Group, EnvInfo], list[list[Label | None]]]
 
 

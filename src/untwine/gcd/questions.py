@@ -7,7 +7,7 @@ pair_questions      which of these two is better?      answers A, B
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,6 +76,18 @@ def judged_steps(episodes: Iterable[Episode]) -> list[Judged]:
         for key, found in verdicts.items()
         if len(found) == 1
     ]
+
+
+def why_no_questions(episodes: Iterable[Episode]) -> str:
+    """Why nothing can be asked about these episodes, and what to change."""
+    verdicts = Counter(judged.verdict for judged in judged_steps(episodes))
+    good, flawed = verdicts["good"], verdicts["flawed"]
+    why = (
+        "no state has both kinds, or gcd.token_budget is too small for one question"
+        if good and flawed
+        else "both kinds are needed: add a source to gcd.labels or lower gcd.min_confidence"
+    )
+    return f"{good} distinct actions are labelled good, {flawed} flawed; {why}"
 
 
 def verdict_questions(

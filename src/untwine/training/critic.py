@@ -19,12 +19,12 @@ from typing import Protocol, TypeVar
 from untwine.batch import Row
 from untwine.demonstrations import Transcript
 from untwine.envs.protocol import EnvInfo
-from untwine.gcd.labels import label_group
+from untwine.gcd.labels import EXPERT_GOOD, OFF_PLAN, label_group
 from untwine.gcd.objectives.cross_entropy import CrossEntropy
 from untwine.gcd.objectives.protocol import Exercise
 from untwine.gcd.questions import Judged, judged_steps
 from untwine.prompting.prompter import Prompter
-from untwine.records import Episode, Group, Label, Verdict
+from untwine.records import Episode, Group, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +153,7 @@ def alternatives(episode: Episode, transcript: Transcript, prompter: Prompter) -
                 logprobs=(0.0,) * len(reply),
                 allowed=None,
                 advantage=None,
-                labels=(
-                    Label("expert", "good", "expert")
-                    if good
-                    else Label("expert", "flawed", "off_plan"),
-                ),
+                labels=(EXPERT_GOOD if good else OFF_PLAN,),
             )
             found.append(dataclasses.replace(episode, steps=(*unlabelled[:t], step)))
     return found

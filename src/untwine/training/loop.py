@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,12 @@ from untwine.credit import check_credit, credit_method
 from untwine.credit.penalty import penalise
 from untwine.diagnose.online import Findings, OnlineDiagnosis
 from untwine.envs.protocol import EnvInfo
-from untwine.envs.splits import load_splits
 from untwine.errors import Interrupted
 from untwine.evaluate.identity import set_identity
 from untwine.evaluate.protocol import evaluate, evaluation_refs, step_measures, summarise
 from untwine.gcd.labels import agreed_verdict, only_from
 from untwine.gcd.objectives import Exercise, Means, Objective, check_objective, make_objective
-from untwine.gcd.questions import judged_steps
+from untwine.gcd.questions import why_no_questions
 from untwine.gcd.shuffling import shuffle_labels
 from untwine.gcd.sources import Bench, Labeller, check_sources, costly
 from untwine.progress import Display
@@ -53,7 +52,7 @@ from untwine.training.measures import Measures, averaged
 from untwine.training.run_dir import RunDir, finish_replacing, metric_rows, replace_folder
 from untwine.training.signals import StopRequest
 from untwine.training.update import Updater
-from untwine.workshop import TaskCursor, Workshop, training_refs
+from untwine.workshop import TaskCursor, Workshop, read_splits, training_refs
 
 
 def train(recipe: Recipe, run_path: Path, display: Display, *, resume: bool = False) -> Path:
@@ -82,7 +81,7 @@ class _Training:
         check_sources(recipe.gcd.labels)
         self.correction = Correction(recipe)
         env = recipe.env  # a wrong name is said before any work is done
-        splits = load_splits(env.name, env.splits, env.options, env.held_out_tasks)
+        splits = read_splits(env)
         refs = training_refs(env, splits, recipe.rl.variations)
         for name in recipe.evaluate.sets:
             evaluation_refs(env, name, recipe.evaluate.episodes)
@@ -98,7 +97,7 @@ class _Training:
             # `initial` holds the policy as the iterations began: also the reference of the KL term
             begun = self.start is not None and self.start.stage == "rl"
             model = path / ("initial" if begun else "model") if resume else None
-            self.workshop = Workshop(recipe, display, model)
+            self.workshop = Workshop(recipe, display, model, splits)
         except BaseException:
             if not resume:
                 self.run_dir.close("failed")
@@ -361,17 +360,10 @@ class _Training:
         if self.one_class_said:
             return
         self.one_class_said = True
-        episodes = [episode for group in groups for episode in group.episodes]
-        verdicts = Counter(j.verdict for j in judged_steps(episodes))
-        good, flawed = verdicts["good"], verdicts["flawed"]
-        why = (
-            "both kinds are needed: add a source to gcd.labels or lower gcd.min_confidence"
-            if not (good and flawed)
-            else "no state has both kinds, or gcd.token_budget is too small for one question"
-        )
+        why = why_no_questions(e for group in groups for e in group.episodes)
         self.display.line(
             f"[yellow]gcd:[/yellow] nothing to learn from the labels of iteration {iteration + 1}: "
-            f"{good} distinct actions are labelled good, {flawed} flawed; {why}"
+            f"{why}"
         )
 
     def _minibatches(self, groups: Sequence[Group]) -> list[list[Group]]:

@@ -24,6 +24,7 @@ from untwine.demonstrations import play_experts
 from untwine.envs.guiding import Advice, helps
 from untwine.envs.pool import AdviceRequest, EnvPool
 from untwine.errors import ConfigError
+from untwine.gcd.labels import EXPERT_GOOD, OFF_PLAN
 from untwine.gcd.sources.protocol import Bench, Source, Table
 from untwine.records import Episode, Group, Label, Step, TaskRef
 
@@ -125,8 +126,8 @@ def _plan_label(
     if good is None:
         return None
     if good:
-        return Label("expert", "good", "expert")
-    return Label("expert", "flawed", "lost" if after.left is None else "off_plan")
+        return EXPERT_GOOD
+    return Label("expert", "flawed", "lost") if after.left is None else OFF_PLAN
 
 
 def _mismatch(episode: Episode, way: Sequence[Advice]) -> bool:
@@ -142,5 +143,5 @@ def _way_label(step: Step, left: Mapping[str, int]) -> Label | None:
     if after is None:
         return Label("expert", "flawed", "off_expert", LEFT_THE_WAY)
     if after < before:
-        return Label("expert", "good", "expert")
-    return Label("expert", "flawed", "off_plan")
+        return EXPERT_GOOD
+    return OFF_PLAN
