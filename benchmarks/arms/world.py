@@ -183,7 +183,7 @@ def worked_examples(count: int) -> str:
         return ""
     refs = load_splits("alfworld", "default", {}, None).refs("dev", tasks=TASKS, limit=4 * count)
     with EnvPool("alfworld", {}, workers=0, sessions=8, timeout_s=60) as pool:
-        played = play_experts(pool, refs, max_steps=30, searching=True)[:count]
+        played = play_experts(pool, refs, max_steps=30, expert="search")[:count]
     shown = ["Examples of solved tasks:"]
     for transcript in played:
         lines = [f"Task: {transcript.goal}", transcript.moves[0].before.text]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from untwine.config import PromptConfig
 from untwine.envs.pool import EnvPool, Lost, ResetRequest, StepRequest
-from untwine.envs.protocol import Reset
+from untwine.envs.protocol import ExpertKind, Reset
 from untwine.envs.wandering import Command, first_word
 from untwine.errors import EnvError
 from untwine.gcd.labels import EXPERT_GOOD, OFF_PLAN
@@ -62,7 +62,7 @@ def play_experts(
     noise: float = 0.0,
     seed: int = 0,
     valid_only: bool = False,
-    searching: bool = False,
+    expert: ExpertKind = "oracle",
     alternatives: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Transcript]:
@@ -74,12 +74,13 @@ def play_experts(
             before the right one. A plan that fails because of it is played again without.
     valid_only  an expert that plans anew errs with commands that are valid, for policies that
                 choose among these
-    searching   the expert does not know what it has not read (EnvError where there is none such)
+    expert  who plays (EnvError where there is none such)
     alternatives  so many other commands are judged beside each of the expert's (EnvError where the
             environment cannot plan from anywhere, or has no snapshots)
     """
     instances = [(ref.task, ref.variation) for ref in refs]
     plans: list[tuple[Command, ...] | None]
+    searching = expert != "oracle"
     if searching and not pool.info.searches:
         raise EnvError(
             f"{pool.info.title} has no expert that searches; set cold_start.expert to oracle"
@@ -96,7 +97,7 @@ def play_experts(
             max_steps=max_steps,
             seed=seed,
             valid_only=valid_only,
-            searching=searching,
+            expert=expert,
             alternatives=alternatives,
         )
         noise = 0.0
@@ -200,7 +201,7 @@ def replies(transcript: Transcript, prompt: PromptConfig) -> list[tuple[str, str
     if not prompt.tags:
         return [(action, None) for action in actions]
     steps = [Step.played(t, b, c.text, a) for t, (b, c, a) in enumerate(transcript.moves)]
-    tags = expert_tags(transcript.goal, steps, [command.chance for command in commands])
+    tags = expert_tags(transcript.goal, steps, [command.looks for command in commands])
     return [(f"{tagged}{action}", tagged.tag) for tagged, action in zip(tags, actions, strict=True)]
 
 

@@ -144,7 +144,7 @@ class Workshop:
                     noise=config.noise,
                     seed=1000 * seed + first // once,
                     valid_only=self.recipe.sampling.constrained,
-                    searching=config.expert == "search",
+                    expert=config.expert,
                     alternatives=config.alternatives,
                     on_progress=on_progress,
                 )

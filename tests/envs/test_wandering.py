@@ -26,7 +26,7 @@ def test_it_errs_and_still_wins() -> None:
             assert plan is not None
             assert len(plan) <= LIMIT
             env.reset(TASK, variation)
-            for command, expert, off_plan, chance, _ in plan:
+            for command, expert, off_plan, looks, chance, _ in plan:
                 valid = command in env.admissible()
                 assert valid or not expert
                 invalid += not valid
@@ -34,6 +34,7 @@ def test_it_errs_and_still_wins() -> None:
                 assert due
                 last = env.step(command)
                 assert expert == (command == due[0])
+                assert not looks
                 assert not chance
                 if not expert:
                     left = env.plan()

@@ -142,10 +142,10 @@ def test_alfworld_expert_that_searches_agrees_with_itself(policy: Any) -> None:
             TaskRef("alfworld", "pick_and_place_simple", k)
             for k in range(12)
             if play_experts(
-                pool, [TaskRef("alfworld", "pick_and_place_simple", k)], 60, searching=True
+                pool, [TaskRef("alfworld", "pick_and_place_simple", k)], 60, expert="search"
             )
         )
-        group = transcript_group(pool, policy, ref, searching=True)
+        group = transcript_group(pool, policy, ref, expert="search")
         (table,), _ = ExpertSource(bench(pool, expert="search")).label([group], 0)
         assert set(kinds(table[0])) == {("good", "expert")}
 

@@ -4,6 +4,7 @@ losses against float64 passes of a plain model."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from untwine.envs.protocol import Planner
 from untwine.envs.registry import make_env
 from untwine.errors import EnvError
 from untwine.gcd.objectives import Means, make_objective
+from untwine.gcd.objectives.cross_entropy import CrossEntropy
 from untwine.gcd.questions import judged_steps, verdict_questions
 from untwine.policy.loading import Policy
 from untwine.progress import Display
 from untwine.prompting.prompter import Prompter
 from untwine.records import Episode, Label, TaskRef
 from untwine.training.cold_start import ColdStart
-from untwine.training.critic import Alongside
+from untwine.training.critic import Alongside, Sample
 from untwine.training.update import Updater
 from untwine.workshop import Workshop
 
@@ -168,13 +170,13 @@ def test_one_pass_gives_both_gradients(policy: Policy, budget: int) -> None:
 TASK = "look_at_obj_in_light"
 
 
-@pytest.mark.parametrize("searching", [False, True])
-def test_alternatives_are_judged_as_a_new_game_shows(searching: bool) -> None:
+@pytest.mark.parametrize("expert", ["oracle", "search", "systematic"])
+def test_alternatives_are_judged_as_a_new_game_shows(expert: Any) -> None:
     """Each one played in a new environment, and planned from there."""
     refs = [TaskRef("alfworld", TASK, v) for v in range(3)]
     with EnvPool("alfworld", {}, workers=0, sessions=3, timeout_s=60) as pool:
-        found = play_experts(pool, refs, 40, searching=searching, alternatives=4)
-        plain = play_experts(pool, refs, 40, searching=searching)
+        found = play_experts(pool, refs, 40, expert=expert, alternatives=4)
+        plain = play_experts(pool, refs, 40, expert=expert)
         assert [[m.command.text for m in t.moves] for t in found] == [
             [m.command.text for m in t.moves] for t in plain
         ]
@@ -196,11 +198,11 @@ def test_alternatives_are_judged_as_a_new_game_shows(searching: bool) -> None:
                 assert before
                 after = () if env.step(command).success else env.plan()
                 nearer = after is not None and len(after) < len(before)
-                if not searching:
+                if expert == "oracle":
                     assert good == nearer
                 elif good:
-                    # luck: another place that was not looked into, or a plan as short
-                    assert move.command.chance
+                    # another place that was not looked into, or a plan as short
+                    assert move.command.looks
                     assert command.split()[0] == first
                     assert command not in given
                 else:
@@ -243,6 +245,43 @@ def test_imitated_steps_bring_one_good_and_one_flawed_command() -> None:
             assert answers == {"good", "bad"}
             seen += 1
         assert seen > 5
+
+
+def test_where_one_class_is_known_per_state_as_many_good_as_flawed_are_asked(
+    policy: Policy,
+) -> None:
+    """Steps 0 and 2 are good, 1 and 3 flawed; copies with both verdicts for a state make a pair."""
+    prompter = Prompter(policy.chat, AFTER)
+    objective = make_objective(
+        "generative/ce", Means(policy, prompter, GCDConfig(objective="generative/ce"))
+    )
+    assert isinstance(objective, CrossEntropy)
+    episode = acted(policy)
+    other = dataclasses.replace(episode.steps[0], labels=(BAD,))
+    twin = dataclasses.replace(episode, steps=(other,))
+    row = policy_rows(episode)[0]
+
+    def asked(critic: Alongside, *steps: int) -> list[tuple[int, str]]:
+        exercise = critic.exercise([Sample(row, 0, steps)], random.Random(0))
+        found = []
+        for made in exercise.rows if exercise else ():
+            text = policy.tokenizer.decode(made.ids)
+            (t,) = (t for t in range(4) if f"a red apple {t}." in text)
+            found.append((t, policy.tokenizer.decode(made.ids[made.targets])))
+        return sorted(found)
+
+    alone = Alongside(objective, [[episode]])
+    assert alone.size == 2
+    assert asked(alone, 0, 1, 2, 3) == [(0, "good"), (1, "bad"), (2, "good"), (3, "bad")]
+    assert len(asked(alone, 0, 1, 2)) == 2
+    assert (1, "bad") in asked(alone, 0, 1, 2)
+    assert asked(alone, 0, 2) == []
+    assert asked(alone, 3) == []
+    paired = Alongside(objective, [[episode, twin]])
+    assert paired.size == 1 + 1
+    assert asked(paired, 0) == [(0, "bad"), (0, "good")]
+    assert asked(paired, 0, 2) == [(0, "bad"), (0, "good")]
+    assert asked(paired, 0, 2, 3) == [(0, "bad"), (0, "good"), (2, "good"), (3, "bad")]
 
 
 def on_alfworld(iterations: int, **prompt: Any) -> Any:

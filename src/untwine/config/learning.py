@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from untwine.config.base import Fraction, Natural, Positive, Rate, Section
+from untwine.envs.protocol import ExpertKind
 
 
 class OptimizerConfig(Section):
@@ -52,8 +53,10 @@ class ColdStartConfig(Section):
     text_weight: Rate = Field(
         0.0, description="weight of predicting the environment's own text, for models from scratch"
     )
-    expert: Literal["oracle", "search"] = Field(
-        "oracle", description="who is imitated: it knows everything, or what it has read"
+    expert: ExpertKind = Field(
+        "oracle",
+        description="who is imitated: it knows everything, or what it has read, and looks for the "
+        "rest at random (search) or in order (systematic)",
     )
     noise: Fraction = Field(
         0.0, description="chance that another command of the plan comes before an expert step"

@@ -22,7 +22,7 @@ from typing import Any
 
 from untwine.envs import registry
 from untwine.envs.guiding import Advice
-from untwine.envs.protocol import EnvInfo, Reset
+from untwine.envs.protocol import EnvInfo, ExpertKind, Reset
 from untwine.envs.wandering import Command
 from untwine.envs.worker import (
     SPARE,
@@ -246,15 +246,15 @@ class EnvPool:
         max_steps: int,
         seed: int = 0,
         valid_only: bool = False,
-        searching: bool = False,
+        expert: ExpertKind = "oracle",
         alternatives: int = 0,
     ) -> list[tuple[Command, ...] | None]:
         """The same with experts that err (wandering.py), only where `EnvInfo.replans`. Where the
-        erring one does not reach the goal in time, the plan is the faultless one; where a
-        `searching` one does not, there is none."""
+        erring one does not reach the goal in time, the plan is the faultless one; where one
+        that searches does not, there is none."""
         return self._plans(
             [
-                ExpertRequest(*ref, noise, max_steps, seed, valid_only, searching, alternatives)
+                ExpertRequest(*ref, noise, max_steps, seed, valid_only, expert, alternatives)
                 for ref in refs
             ]
         )

@@ -122,6 +122,11 @@ class Planner(Env, Protocol):
         """Commands that solve the instance from the present state, or None when it is lost."""
 
 
+ExpertKind = Literal["oracle", "search", "systematic"]
+"""oracle knows everything; search knows what it has read, and looks for the rest at random;
+systematic does so place after place, in order."""
+
+
 @runtime_checkable
 class Searcher(Planner, Protocol):
     """An environment with an expert that knows no more than what it has read
@@ -131,11 +136,12 @@ class Searcher(Planner, Protocol):
         self,
         plan: Sequence[str],
         read: Collection[str],
-        said: Collection[str],
-        rng: random.Random,
+        said: Sequence[str],
+        rng: random.Random | None,
     ) -> str:
         """Its next command, given a plan from here, and the observations and commands of the
-        episode so far."""
+        episode so far. `rng` decides where to look for what was not read of; None: the order of the
+        places does."""
 
 
 class EnvFactory(Protocol):

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from untwine.envs.guiding import Advice, helps
-from untwine.envs.protocol import Planner, Searcher
+from untwine.envs.protocol import ExpertKind, Planner, Searcher
 
 STALE = 0.5  # of the errors, how many were valid before and are not now, where there are such
 
@@ -21,13 +21,15 @@ class Command(NamedTuple):
 
     expert   false where it errs on purpose
     off_plan an error after which a shortest plan is as long as before it, or longer
-    chance   drawn from several that were as good: the first word is the expert's, the rest is luck
+    looks    for what the expert has not read of, as several others would
+    chance   the one of them was drawn at random: the first word is the expert's, the rest is luck
     others   valid commands that were not given, and whether each would have been good
     """
 
     text: str
     expert: bool = True
     off_plan: bool = False
+    looks: bool = False
     chance: bool = False
     others: tuple[tuple[str, bool], ...] = ()
 
@@ -41,7 +43,7 @@ def wandering_plan(
     seed: int = 0,
     *,
     valid_only: bool = False,
-    searching: bool = False,
+    expert: ExpertKind = "oracle",
     alternatives: int = 0,
 ) -> tuple[Command, ...] | None:
     """Solve an instance, erring with probability `noise` at each step; None when that fails, or
@@ -50,8 +52,8 @@ def wandering_plan(
     An error is any command that is valid now, except the one that is due, or, unless `valid_only`,
     one that was valid before and no longer is: neither tells where the plan goes. The expert then
     plans anew (`EnvInfo.replans`). Where there are too few steps left for a detour, it errs no
-    more. When `searching`, it does not know what it has not read (`EnvInfo.searches`). Beside
-    each command up to `alternatives` others are tried and judged (only where `EnvInfo.snapshots`).
+    more. One that searches does not know what it has not read (`EnvInfo.searches`). Beside each
+    command up to `alternatives` others are tried and judged (only where `EnvInfo.snapshots`).
     The same arguments give the same commands where the environment is deterministic.
     """
     rng = random.Random(f"{seed}/{task}/{variation}")
@@ -65,9 +67,10 @@ def wandering_plan(
         valid = env.admissible()
         known |= dict.fromkeys(valid)
         due = planned = plan[0]
-        if searching:
+        if expert != "oracle":
             assert isinstance(env, Searcher)
-            due = env.search(plan, read, [command.text for command in taken], rng)
+            luck = rng if expert == "search" else None
+            due = env.search(plan, read, [command.text for command in taken], luck)
         wrong: Sequence[str] = []
         if rng.random() < noise and len(taken) + 2 + len(plan) <= max_steps:
             stale = [] if valid_only else [c for c in known if c not in set(valid)]
@@ -77,13 +80,15 @@ def wandering_plan(
         if alternatives:
             given = {command.text for command in taken}
             asked = _beside([c for c in valid if c != said], given, due, alternatives, draw)
-            advice = Advice("", left, due if searching else None, due != planned)
+            advice = Advice("", left, None if expert == "oracle" else due, due != planned)
             others = _judged(env, asked, advice, given)
         observation = env.step(said)
         read.append(observation.text)
         plan = plan[1:] if said == plan[0] else env.plan()
         off_plan = bool(wrong) and (plan is None or len(plan) >= left)
-        taken.append(Command(said, not wrong, off_plan, not wrong and said != planned, others))
+        looks = not wrong and said != planned
+        chance = looks and expert == "search"
+        taken.append(Command(said, not wrong, off_plan, looks, chance, others))
     return tuple(taken) if observation.success and taken else None
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from untwine.envs import registry
 from untwine.envs.guiding import Advice, advice_along
-from untwine.envs.protocol import Env, Planner, Reset, Searcher
+from untwine.envs.protocol import Env, ExpertKind, Planner, Reset, Searcher
 from untwine.envs.wandering import Command, wandering_plan
 from untwine.errors import EnvError, UntwineError
 from untwine.records import Observation
@@ -86,9 +86,8 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class ExpertRequest:
-    """Solve an instance; with `noise`, after a wrong command now and then, and when `searching`,
-    without knowing what was not read; up to `alternatives` other commands are judged beside each
-    (wandering.py)."""
+    """Solve an instance as this `expert` does; with `noise`, after a wrong command now and then; up
+    to `alternatives` other commands are judged beside each (wandering.py)."""
 
     task: str
     variation: int
@@ -96,7 +95,7 @@ class ExpertRequest:
     max_steps: int = 0
     seed: int = 0
     valid_only: bool = False
-    searching: bool = False
+    expert: ExpertKind = "oracle"
     alternatives: int = 0
 
 
@@ -201,10 +200,11 @@ def _replay(env: Env, request: ReplayRequest) -> Observation:
 
 def _expert(env: Env, request: ExpertRequest) -> tuple[Command, ...] | None:
     task, variation = request.task, request.variation
-    if request.noise or request.searching or request.alternatives:
+    searching = request.expert != "oracle"
+    if request.noise or searching or request.alternatives:
         if not isinstance(env, Planner):
             raise EnvError("this environment has no experts that err: it cannot plan anew")
-        if request.searching and not isinstance(env, Searcher):
+        if searching and not isinstance(env, Searcher):
             raise EnvError("this environment has no searching expert; use cold_start.expert=oracle")
         wandering = wandering_plan(
             env,
@@ -214,10 +214,10 @@ def _expert(env: Env, request: ExpertRequest) -> tuple[Command, ...] | None:
             request.max_steps,
             request.seed,
             valid_only=request.valid_only,
-            searching=request.searching,
+            expert=request.expert,
             alternatives=request.alternatives,
         )
-        if wandering is not None or request.searching:
+        if wandering is not None or searching:
             return wandering
     plan = env.expert(task, variation)
     return None if plan is None else tuple(Command(command) for command in plan)

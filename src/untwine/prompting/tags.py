@@ -66,16 +66,15 @@ def failures(steps: Sequence[Step]) -> list[bool]:
     return failed
 
 
-def expert_tags(goal: str, steps: Sequence[Step], luck: Sequence[bool]) -> list[Tagged]:
+def expert_tags(goal: str, steps: Sequence[Step], looks: Sequence[bool]) -> list[Tagged]:
     """Tags for the steps of an expert, by rule, for the cold start.
 
     planning    the first step
     reflection  the step before came to nothing (`failures`)
-    explore     the command was a matter of luck, or the answer holds a word that was not read
-                before
+    explore     the command looks for something, or the answer holds a word that was not read before
     monitor     all others
 
-    luck  whether each command was drawn from several that were as good (`Command.chance`)
+    looks  whether each command looks for what the expert has not read of (`Command.looks`)
     """
     failed = failures(steps)
     read = {*_words(goal), *(_words(steps[0].observation) if steps else ())}
@@ -87,7 +86,7 @@ def expert_tags(goal: str, steps: Sequence[Step], luck: Sequence[bool]) -> list[
         elif failed[t - 1]:
             tag = "reflection"
         else:
-            tag = "explore" if luck[t] or not told <= read else "monitor"
+            tag = "explore" if looks[t] or not told <= read else "monitor"
         last = (steps[t - 1].command or "") if t else ""
         short = textwrap.shorten(goal, _LONGEST_GOAL, placeholder="")
         tags.append(Tagged(tag, TAG_WORDS[tag].format(goal=short, last=last)))

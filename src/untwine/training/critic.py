@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -82,7 +82,8 @@ class Apart:
 
 
 class Alongside:
-    """Questions in the acting prompts.
+    """Questions in the acting prompts: about a good and a flawed command of the same state where
+    both are known, and else about as many good as flawed ones of what is imitated.
 
     episodes  for each episode that is imitated, itself and the copies that `alternatives` made
     """
@@ -98,19 +99,30 @@ class Alongside:
                 for t, step in enumerate(copy.steps):
                     for label in step.labels[:1]:
                         own[t][label.verdict].append(Judged(copy, t, label.verdict))
-            self._sides.append({t: sides for t, sides in own.items() if all(sides.values())})
+            self._sides.append(dict(own))
 
     @property
     def size(self) -> int:
-        return sum(map(len, self._sides))
+        known = [sides for own in self._sides for sides in own.values()]
+        both = sum(all(sides.values()) for sides in known)
+        alone = Counter(v for sides in known if not all(sides.values()) for v in sides if sides[v])
+        return both + min(alone["good"], alone["flawed"])
 
     def exercise(self, drawn: Sequence[Sample], rng: random.Random) -> Exercise | None:
-        questions = []
+        pairs: list[list[Judged]] = []
+        alone: dict[Verdict, list[Judged]] = {"good": [], "flawed": []}
         for sample in drawn:
             for t in sample.steps:
                 if sides := self._sides[sample.episode].get(t):
-                    pair = [rng.choice(side) for side in sides.values()]
-                    questions += self._objective.questions(pair, 10**12, rng)
+                    found = {v: rng.choice(side) for v, side in sides.items() if side}
+                    if len(found) == 2:
+                        pairs.append(list(found.values()))
+                    else:
+                        for verdict, one in found.items():
+                            alone[verdict].append(one)
+        number = min(map(len, alone.values()))
+        pairs += map(list, zip(*(rng.sample(side, number) for side in alone.values()), strict=True))
+        questions = [q for pair in pairs for q in self._objective.questions(pair, 10**12, rng)]
         return self._objective.drawn(self._objective.rows(questions)) if questions else None
 
 

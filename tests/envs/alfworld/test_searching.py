@@ -38,12 +38,47 @@ def test_it_follows_the_plan_once_the_thing_was_mentioned() -> None:
     assert search(("go to bed 1", "move book 1 to bed 1"), VALID, [], [], rng) == "go to bed 1"
 
 
+def test_in_order_it_looks_into_the_next_place_after_the_last_one() -> None:
+    plan = ("go to desk 1", "take book 1 from desk 1")
+    valid = ("go to bed 1", "go to desk 1", "go to desk 2", "go to desk 10", "go to tv stand 1")
+    said: list[str] = []
+    for place in ("bed 1", "desk 1", "desk 2", "desk 10", "tv stand 1"):
+        due = search(plan, valid, [], said, None)
+        assert due == f"go to {place}"
+        said += [due, "look"]
+    assert search(plan, valid, [], said, None) == "go to desk 1"  # nothing is new: the plan
+    # from anywhere: the next new one, and after the last one the first
+    assert search(plan, valid, [], ["go to desk 1"], None) == "go to desk 2"
+    assert search(plan, valid, [], ["go to desk 2", "go to desk 1"], None) == "go to desk 10"
+    assert search(plan, valid, [], ["go to tv stand 1"], None) == "go to bed 1"
+    # drawers first, and what was read of is not looked for
+    assert search(plan, VALID, [], ["go to bed 1"], None) == "open drawer 2"
+    assert search(plan, valid, ["a book 1"], [], None) == "go to desk 1"
+
+
+def test_the_systematic_expert_never_looks_twice() -> None:
+    """And where it looks is no luck: seeds do not matter, and all of it is imitated."""
+    refs = [TaskRef("alfworld", TASK, variation) for variation in range(12)]
+    with EnvPool("alfworld", {"list_commands": True}, workers=0, sessions=4, timeout_s=60) as pool:
+        found = play_experts(pool, refs, 50, seed=1, expert="systematic")
+        assert found == play_experts(pool, refs, 50, seed=2, expert="systematic")
+    looked = 0
+    for transcript in found:
+        commands = [move.command for move in transcript.moves]
+        assert not any(command.chance for command in commands)
+        places = [command.text for command in commands if command.looks]
+        assert len(places) == len(set(places))
+        looked += len(places)
+    assert len(found) >= 10
+    assert looked > 40
+
+
 def test_it_takes_and_uses_only_what_it_has_read_of() -> None:
     env = make_env("alfworld")
     assert isinstance(env, Searcher)
     solved = longer = 0
     for variation in range(12):
-        plan = wandering_plan(env, TASK, variation, 0.0, 30, searching=True)
+        plan = wandering_plan(env, TASK, variation, 0.0, 30, expert="search")
         if plan is None:
             continue
         solved += 1
@@ -67,9 +102,9 @@ def test_it_takes_and_uses_only_what_it_has_read_of() -> None:
 def test_through_the_pool_with_listed_commands() -> None:
     refs = [TaskRef("alfworld", TASK, variation) for variation in range(6)]
     with EnvPool("alfworld", {"list_commands": True}, workers=0, sessions=4, timeout_s=60) as pool:
-        found = play_experts(pool, refs, 30, seed=1, searching=True)
-        again = play_experts(pool, refs, 30, seed=1, searching=True)
-        other = play_experts(pool, refs, 30, seed=2, searching=True)
+        found = play_experts(pool, refs, 30, seed=1, expert="search")
+        again = play_experts(pool, refs, 30, seed=1, expert="search")
+        other = play_experts(pool, refs, 30, seed=2, expert="search")
     assert found == again
     assert found != other
     assert all(move.command.expert for transcript in found for move in transcript.moves)
@@ -80,7 +115,7 @@ def test_other_environments_say_that_they_have_none() -> None:
         EnvPool("rooms", {}, workers=0, sessions=2, timeout_s=60) as pool,
         pytest.raises(EnvError, match="no expert that searches"),
     ):
-        play_experts(pool, [TaskRef("rooms", "fetch", 0)], 9, searching=True)
+        play_experts(pool, [TaskRef("rooms", "fetch", 0)], 9, expert="search")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +126,7 @@ def test_luck_is_not_imitated(policy: Policy, layout: str, tried: bool) -> None:
     it has been, when the prompt says so."""
     refs = [TaskRef("alfworld", TASK, variation) for variation in range(4)]
     with EnvPool("alfworld", {"list_commands": True}, workers=0, sessions=4, timeout_s=60) as pool:
-        found = play_experts(pool, refs, 30, seed=1, searching=True)
+        found = play_experts(pool, refs, 30, seed=1, expert="search")
     config = PromptConfig.model_validate({"layout": layout, "tried": tried, "history": 2})
     prompter = Prompter(policy.chat, config)
     choices = CommandChoices(policy.chat.reply_ids)

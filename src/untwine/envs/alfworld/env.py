@@ -164,8 +164,8 @@ class AlfWorldEnv:
         self,
         plan: Sequence[str],
         read: Collection[str],
-        said: Collection[str],
-        rng: random.Random,
+        said: Sequence[str],
+        rng: random.Random | None,
     ) -> str:
         """The next command of an expert that knows what it has read (searching.py)."""
         return search(plan, self.admissible(), read, said, rng)

@@ -3,7 +3,8 @@
 The oracle goes straight to a thing it cannot have seen. Who imitates that learns to take the first
 thing that comes, because in its examples the right one always lies where the expert goes
 (docs/log.md). This expert follows the oracle only where what is to be taken or used has been
-mentioned; before that it looks into one new place after the other.
+mentioned; before that it looks into one new place after the other, at random or in the order of
+their names.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 import re
 from collections.abc import Collection, Sequence
 
+_GO = "go to "
 _HANDLES = re.compile(r"(?:take|use) (?P<thing>.+?)(?: from .+)?$")
 
 
@@ -19,8 +21,8 @@ def search(
     plan: Sequence[str],
     valid: Sequence[str],
     read: Collection[str],
-    said: Collection[str],
-    rng: random.Random,
+    said: Sequence[str],
+    rng: random.Random | None,
 ) -> str:
     """The next command.
 
@@ -28,6 +30,8 @@ def search(
     valid  the commands that are admissible now
     read   the observations of the episode so far
     said   the commands of the episode so far
+    rng    decides where to look; None: the next place after the last one, by kind and number, and
+           after the last place of all the first. So where to look follows from where it is.
     """
     thing = next((m["thing"] for command in plan if (m := _HANDLES.match(command))), None)
     if thing is None or any(re.search(rf"\b{re.escape(thing)}\b", text) for text in read):
@@ -36,5 +40,16 @@ def search(
     opening = [command for command in new if command.startswith("open ")]
     if opening:
         return opening[0]
-    going = [command for command in new if command.startswith("go to ")]
-    return rng.choice(going) if going else plan[0]
+    going = [command for command in new if command.startswith(_GO)]
+    if not going:
+        return plan[0]
+    if rng is not None:
+        return rng.choice(going)
+    here = max(map(_place, [c for c in said if c.startswith(_GO)][-1:]), default=("", 0))
+    return min(going, key=lambda command: (_place(command) <= here, _place(command)))
+
+
+def _place(command: str) -> tuple[str, int]:
+    """Kind and number of the place that a command goes to."""
+    kind, _, number = command.removeprefix(_GO).rpartition(" ")
+    return (kind, int(number)) if number.isdecimal() else (f"{kind} {number}".strip(), 0)
