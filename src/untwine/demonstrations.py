@@ -64,6 +64,7 @@ def play_experts(
     valid_only: bool = False,
     expert: ExpertKind = "oracle",
     alternatives: int = 0,
+    memory: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Transcript]:
     """Play the expert of every ref; refs without an expert, or whose plan fails or is longer than
@@ -75,6 +76,7 @@ def play_experts(
     valid_only  an expert that plans anew errs with commands that are valid, for policies that
                 choose among these
     expert  who plays (EnvError where there is none such)
+    memory  observations that an expert that searches remembers, the present one included; 0: all
     alternatives  so many other commands are judged beside each of the expert's (EnvError where the
             environment cannot plan from anywhere, or has no snapshots)
     """
@@ -99,6 +101,7 @@ def play_experts(
             valid_only=valid_only,
             expert=expert,
             alternatives=alternatives,
+            memory=memory,
         )
         noise = 0.0
     else:

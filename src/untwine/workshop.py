@@ -126,6 +126,9 @@ class Workshop:
     def _play_experts(self) -> list[Transcript]:
         """Every instance once before any of them is played again, with other errors."""
         config, seed = self.recipe.cold_start, self.recipe.seed
+        prompt = self.recipe.prompt
+        forgets = config.expert == "systematic" and prompt.layout == "window"
+        memory = prompt.history + 1 if forgets else 0  # it knows what the policy can know
         once, wanted = len(self.refs), config.episodes or 64
         if self.info.deterministic and not config.noise and config.expert == "oracle":
             wanted = min(wanted, once)
@@ -146,6 +149,7 @@ class Workshop:
                     valid_only=self.recipe.sampling.constrained,
                     expert=config.expert,
                     alternatives=config.alternatives,
+                    memory=memory,
                     on_progress=on_progress,
                 )
         return found

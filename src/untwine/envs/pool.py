@@ -248,13 +248,16 @@ class EnvPool:
         valid_only: bool = False,
         expert: ExpertKind = "oracle",
         alternatives: int = 0,
+        memory: int = 0,
     ) -> list[tuple[Command, ...] | None]:
         """The same with experts that err (wandering.py), only where `EnvInfo.replans`. Where the
         erring one does not reach the goal in time, the plan is the faultless one; where one
         that searches does not, there is none."""
         return self._plans(
             [
-                ExpertRequest(*ref, noise, max_steps, seed, valid_only, expert, alternatives)
+                ExpertRequest(
+                    *ref, noise, max_steps, seed, valid_only, expert, alternatives, memory
+                )
                 for ref in refs
             ]
         )

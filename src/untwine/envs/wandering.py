@@ -45,6 +45,7 @@ def wandering_plan(
     valid_only: bool = False,
     expert: ExpertKind = "oracle",
     alternatives: int = 0,
+    memory: int = 0,
 ) -> tuple[Command, ...] | None:
     """Solve an instance, erring with probability `noise` at each step; None when that fails, or
     takes more than `max_steps`.
@@ -52,9 +53,10 @@ def wandering_plan(
     An error is any command that is valid now, except the one that is due, or, unless `valid_only`,
     one that was valid before and no longer is: neither tells where the plan goes. The expert then
     plans anew (`EnvInfo.replans`). Where there are too few steps left for a detour, it errs no
-    more. One that searches does not know what it has not read (`EnvInfo.searches`). Beside each
-    command up to `alternatives` others are tried and judged (only where `EnvInfo.snapshots`).
-    The same arguments give the same commands where the environment is deterministic.
+    more. One that searches does not know what it has not read (`EnvInfo.searches`) in the last
+    `memory` observations, or in all of them where that is 0. Beside each command up to
+    `alternatives` others are tried and judged (only where `EnvInfo.snapshots`). The same
+    arguments give the same commands where the environment is deterministic.
     """
     rng = random.Random(f"{seed}/{task}/{variation}")
     draw = random.Random(f"others {seed}/{task}/{variation}")
@@ -70,7 +72,7 @@ def wandering_plan(
         if expert != "oracle":
             assert isinstance(env, Searcher)
             luck = rng if expert == "search" else None
-            due = env.search(plan, read, [command.text for command in taken], luck)
+            due = env.search(plan, read[-memory:], [command.text for command in taken], luck)
         wrong: Sequence[str] = []
         if rng.random() < noise and len(taken) + 2 + len(plan) <= max_steps:
             stale = [] if valid_only else [c for c in known if c not in set(valid)]

@@ -97,6 +97,7 @@ class ExpertRequest:
     valid_only: bool = False
     expert: ExpertKind = "oracle"
     alternatives: int = 0
+    memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +217,7 @@ def _expert(env: Env, request: ExpertRequest) -> tuple[Command, ...] | None:
             valid_only=request.valid_only,
             expert=request.expert,
             alternatives=request.alternatives,
+            memory=request.memory,
         )
         if wandering is not None or searching:
             return wandering

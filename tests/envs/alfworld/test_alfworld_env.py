@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import re
 import shutil
@@ -165,6 +166,34 @@ def test_a_bad_command_is_invalid_and_changes_nothing(env: AlfWorldEnv) -> None:
     assert after.state_key == before.state_key
 
 
+def test_what_is_carried_may_be_shown() -> None:
+    """In the words of the command `inventory`; nothing else changes."""
+    plain, shown = make_env("alfworld"), make_env("alfworld", {"observe": "inventory"})
+    task = "pick_and_place_simple"
+    plan = plain.expert(task, 0)
+    assert plan
+    first, second = plain.reset(task, 0), shown.reset(task, 0)
+    assert first.goal == second.goal
+    pairs = [(first.observation, second.observation)]
+    pairs += [(plain.step(command), shown.step(command)) for command in ("look", *plan)]
+    carried = [ours.text.removeprefix(f"{theirs.text}\n") for theirs, ours in pairs]
+    assert carried[0] == "You are not carrying anything."
+    for theirs, ours in pairs:
+        assert dataclasses.replace(ours, text=theirs.text) == theirs
+    taken = next(c for c in plan if c.startswith("take "))
+    thing = taken.removeprefix("take ").partition(" from ")[0]
+    assert carried[2 + plan.index(taken)] == f"You are carrying: a {thing}."
+    assert carried[-1] == "You are not carrying anything."
+    # after a snapshot, too, and as the engine itself says
+    here = shown.snapshot()
+    again = shown.restore(here)
+    assert again.text == pairs[-1][1].text
+    plain.reset(task, 0)
+    for command in plan[: plan.index(taken) + 1]:
+        plain.step(command)
+    assert plain.step("inventory").text == f"You are carrying: a {thing}."
+
+
 def test_a_snapshot_gives_the_same_observation(env: AlfWorldEnv, data: Path) -> None:
     env.reset(TYPE, 0)
     seen = env.step(env.admissible()[0])
@@ -180,6 +209,7 @@ def test_a_snapshot_gives_the_same_observation(env: AlfWorldEnv, data: Path) -> 
     [
         ({"engine": "thor"}, "option engine"),
         ({"data": 3}, "option data"),
+        ({"engine": "textworld", "observe": "inventory"}, "option observe.*native engine only"),
         ({"data": "/nowhere"}, "has no ALFWorld games"),
         ({"dat": "x"}, "no option 'dat'.*Did you mean 'data'"),
     ],

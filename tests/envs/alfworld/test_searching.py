@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
@@ -10,7 +11,7 @@ from untwine.config import PromptConfig
 from untwine.demonstrations import demonstration, play_experts
 from untwine.envs.alfworld.searching import search
 from untwine.envs.pool import EnvPool
-from untwine.envs.protocol import Searcher
+from untwine.envs.protocol import Planner, Searcher
 from untwine.envs.registry import make_env
 from untwine.envs.wandering import wandering_plan
 from untwine.errors import EnvError
@@ -46,31 +47,67 @@ def test_in_order_it_looks_into_the_next_place_after_the_last_one() -> None:
         due = search(plan, valid, [], said, None)
         assert due == f"go to {place}"
         said += [due, "look"]
-    assert search(plan, valid, [], said, None) == "go to desk 1"  # nothing is new: the plan
-    # from anywhere: the next new one, and after the last one the first
-    assert search(plan, valid, [], ["go to desk 1"], None) == "go to desk 2"
-    assert search(plan, valid, [], ["go to desk 2", "go to desk 1"], None) == "go to desk 10"
-    assert search(plan, valid, [], ["go to tv stand 1"], None) == "go to bed 1"
+    # from anywhere: the next one, and after the last one the first, seen or not
+    assert search(plan, valid, [], said, None) == "go to bed 1"
+    assert search(plan, valid, [], ["go to desk 2", "go to desk 1"], None) == "go to desk 2"
     # drawers first, and what was read of is not looked for
-    assert search(plan, VALID, [], ["go to bed 1"], None) == "open drawer 2"
+    assert search(plan, VALID, [], ["open drawer 2", "go to bed 1"], None) == "open drawer 2"
     assert search(plan, valid, ["a book 1"], [], None) == "go to desk 1"
 
 
-def test_the_systematic_expert_never_looks_twice() -> None:
-    """And where it looks is no luck: seeds do not matter, and all of it is imitated."""
+@pytest.mark.parametrize("memory", [0, 3])
+def test_the_systematic_expert_needs_no_memory(memory: int) -> None:
+    """What it does follows from the last place it went to and from what it has just read, by a
+    policy written anew here; and seeds do not matter."""
     refs = [TaskRef("alfworld", TASK, variation) for variation in range(12)]
     with EnvPool("alfworld", {"list_commands": True}, workers=0, sessions=4, timeout_s=60) as pool:
-        found = play_experts(pool, refs, 50, seed=1, expert="systematic")
-        assert found == play_experts(pool, refs, 50, seed=2, expert="systematic")
+        found = play_experts(pool, refs, 50, seed=1, expert="systematic", memory=memory)
+        other = play_experts(pool, refs, 50, seed=2, expert="systematic", memory=memory)
+    assert found == other
     looked = 0
     for transcript in found:
-        commands = [move.command for move in transcript.moves]
-        assert not any(command.chance for command in commands)
-        places = [command.text for command in commands if command.looks]
-        assert len(places) == len(set(places))
-        looked += len(places)
+        places = sorted(
+            (m["kind"], int(m["number"]))
+            for m in re.finditer(
+                r"\ban? (?P<kind>\w+) (?P<number>\d+)", transcript.moves[0].before.text
+            )
+        )
+        here = -1
+        for move in transcript.moves:
+            assert not move.command.chance
+            words = move.command.text.split()
+            if move.command.looks and words[0] == "go":
+                # the next place; those that the engine does not offer lie where it is
+                offered = [f"go to {kind} {number}" for kind, number in places]
+                turn = offered[here + 1 :] + offered[: here + 1]
+                assert move.command.text == next(
+                    c for c in turn if c in (move.before.admissible or ())
+                )
+                looked += 1
+            if words[0] == "go":
+                here = places.index((words[2], int(words[3])))
     assert len(found) >= 10
     assert looked > 40
+
+
+def test_a_short_memory_forgets_what_it_has_read() -> None:
+    """With one observation it uses nothing that it does not see; with all it goes back to it."""
+    env = make_env("alfworld")
+    assert isinstance(env, Planner)
+    different = 0
+    for variation in range(12):
+        whole, short = (
+            wandering_plan(env, TASK, variation, 0.0, 50, expert="systematic", memory=memory)
+            for memory in (0, 1)
+        )
+        last = env.reset(TASK, variation).observation.text
+        for command in short or ():
+            words = command.text.split()
+            if words[0] in ("take", "use"):
+                assert f"{words[1]} {words[2]}" in last
+            last = env.step(command.text).text
+        different += whole != short
+    assert different
 
 
 def test_it_takes_and_uses_only_what_it_has_read_of() -> None:

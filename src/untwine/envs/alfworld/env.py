@@ -19,9 +19,9 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
-from untwine.envs.alfworld.engine import Engine, State, Turn
+from untwine.envs.alfworld.engine import Engine, Move, State, Turn, feedback
 from untwine.envs.alfworld.game import Game
 from untwine.envs.alfworld.game_file import TASK_TYPES
 from untwine.envs.alfworld.games import Games, games_of
@@ -54,11 +54,21 @@ class Options(BaseModel):
     engine  native, or textworld: the real one (extra `alfworld`; slow, for comparisons)
     data    empty: the built-in games (pack.py), whatever $ALFWORLD_DATA says; official: those of
             $ALFWORLD_DATA; else a folder of games (json_2.1.1 or the folder that holds it)
+    observe answer: what the game answers; inventory: and what is carried, in the words of the
+            command `inventory` (native only)
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     engine: Literal["native", "textworld"] = "native"
     data: str = ""
+    observe: Literal["answer", "inventory"] = "answer"
+
+    @field_validator("observe")
+    @classmethod
+    def _native(cls, observe: str, found: ValidationInfo) -> str:
+        if observe != "answer" and found.data.get("engine") != "native":
+            raise ValueError("what is carried is shown by the native engine only")
+        return observe
 
 
 class Catalogue:
@@ -195,9 +205,14 @@ class AlfWorldEnv:
         return self._engine
 
     def _observe(self, turn: Turn) -> Observation:
-        self._text = turn.text
+        self._text = text = turn.text
+        if self.options.observe == "inventory":
+            engine = self._need()
+            assert isinstance(engine, Engine)
+            carried = feedback(engine.game, engine.snapshot(), Move("inventory"))
+            text = f"{text}\n{carried}"
         return Observation(
-            text=turn.text,
+            text=text,
             state_key=self._need().key(),
             score=float(turn.score),
             outcome=float(turn.score),

@@ -3,8 +3,8 @@
 The oracle goes straight to a thing it cannot have seen. Who imitates that learns to take the first
 thing that comes, because in its examples the right one always lies where the expert goes
 (docs/log.md). This expert follows the oracle only where what is to be taken or used has been
-mentioned; before that it looks into one new place after the other, at random or in the order of
-their names.
+mentioned; before that it looks into one place after the other: new ones at random, or, without
+luck or memory, the next one in the order of their names.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ def search(
     valid  the commands that are admissible now
     read   the observations of the episode so far
     said   the commands of the episode so far
-    rng    decides where to look; None: the next place after the last one, by kind and number, and
-           after the last place of all the first. So where to look follows from where it is.
+    rng    decides which new place is next; None: the one that follows, by kind and number, the one
+           it went to last, and the first follows the last. So what to do follows from where it is,
+           and needs no memory.
     """
     thing = next((m["thing"] for command in plan if (m := _HANDLES.match(command))), None)
     if thing is None or any(re.search(rf"\b{re.escape(thing)}\b", text) for text in read):
         return plan[0]
-    new = [command for command in valid if command not in said]
+    known = () if rng is None else said
+    new = [command for command in valid if command not in known]
     opening = [command for command in new if command.startswith("open ")]
     if opening:
         return opening[0]
