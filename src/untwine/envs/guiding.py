@@ -74,8 +74,7 @@ def advice_along(
         due, lucky = None, False
         if searching and plan:
             assert isinstance(env, Searcher)
-            due = env.search(plan, read, commands[:number], rng)
-            lucky = due != plan[0]
+            due, lucky = env.search(plan, read, commands[:number], rng)
         left = None if plan is None else len(plan)
         found.append(Advice(observation.state_key, left, due, lucky))
         if number < len(commands):

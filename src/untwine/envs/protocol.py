@@ -127,6 +127,14 @@ ExpertKind = Literal["oracle", "search", "systematic"]
 systematic does so place after place, in order."""
 
 
+class Due(NamedTuple):
+    """The next command of an expert that searches, and whether it looks for what was not read of,
+    so that other places were as good to look into."""
+
+    command: str
+    looks: bool
+
+
 @runtime_checkable
 class Searcher(Planner, Protocol):
     """An environment with an expert that knows no more than what it has read
@@ -138,7 +146,7 @@ class Searcher(Planner, Protocol):
         read: Collection[str],
         said: Sequence[str],
         rng: random.Random | None,
-    ) -> str:
+    ) -> Due:
         """Its next command, given a plan from here, and the observations and commands of the
         episode so far. `rng` decides where to look for what was not read of; None: the order of the
         places does."""

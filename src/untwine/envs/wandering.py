@@ -68,11 +68,12 @@ def wandering_plan(
     while plan and not observation.done and len(taken) < max_steps:
         valid = env.admissible()
         known |= dict.fromkeys(valid)
-        due = planned = plan[0]
+        due, looks = plan[0], False
         if expert != "oracle":
             assert isinstance(env, Searcher)
             luck = rng if expert == "search" else None
-            due = env.search(plan, read[-memory:], [command.text for command in taken], luck)
+            given = [command.text for command in taken]
+            due, looks = env.search(plan, read[-memory:], given, luck)
         wrong: Sequence[str] = []
         if rng.random() < noise and len(taken) + 2 + len(plan) <= max_steps:
             stale = [] if valid_only else [c for c in known if c not in set(valid)]
@@ -80,15 +81,15 @@ def wandering_plan(
         said, left = rng.choice(wrong) if wrong else due, len(plan)
         others: tuple[tuple[str, bool], ...] = ()
         if alternatives:
-            given = {command.text for command in taken}
-            asked = _beside([c for c in valid if c != said], given, due, alternatives, draw)
-            advice = Advice("", left, None if expert == "oracle" else due, due != planned)
-            others = _judged(env, asked, advice, given)
+            before = {command.text for command in taken}
+            asked = _beside([c for c in valid if c != said], before, due, alternatives, draw)
+            advice = Advice("", left, None if expert == "oracle" else due, looks)
+            others = _judged(env, asked, advice, before)
         observation = env.step(said)
         read.append(observation.text)
         plan = plan[1:] if said == plan[0] else env.plan()
         off_plan = bool(wrong) and (plan is None or len(plan) >= left)
-        looks = not wrong and said != planned
+        looks &= not wrong
         chance = looks and expert == "search"
         taken.append(Command(said, not wrong, off_plan, looks, chance, others))
     return tuple(taken) if observation.success and taken else None

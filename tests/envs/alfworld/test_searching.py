@@ -27,16 +27,19 @@ TASK = "look_at_obj_in_light"
 def test_it_follows_the_plan_once_the_thing_was_mentioned() -> None:
     plan = ("go to desk 1", "take book 1 from desk 1", "use desklamp 1")
     rng = random.Random(0)
-    assert search(plan, VALID, ["You see a book 1."], [], rng) == "go to desk 1"
+    assert search(plan, VALID, ["You see a book 1."], [], rng) == ("go to desk 1", False)
     # book 10 is another book, and a closed drawer is looked into first
-    assert search(plan, VALID, ["You see a book 10."], [], rng) == "open drawer 2"
-    assert search(plan, VALID, ["a book 10"], ["open drawer 2"], rng).startswith("go to ")
+    assert search(plan, VALID, ["You see a book 10."], [], rng) == ("open drawer 2", True)
+    assert search(plan, VALID, ["a book 10"], ["open drawer 2"], rng).command.startswith("go to ")
     said = ["open drawer 2", "go to bed 1", "go to desk 10"]
-    assert search(plan, VALID, [], said, rng) == "go to desk 1"
+    assert search(plan, VALID, [], said, rng) == ("go to desk 1", True)
     # nothing is new: the plan after all
-    assert search(plan, VALID, [], VALID, rng) == "go to desk 1"
+    assert search(plan, VALID, [], VALID, rng) == ("go to desk 1", False)
     # nothing is to be taken or used any more
-    assert search(("go to bed 1", "move book 1 to bed 1"), VALID, [], [], rng) == "go to bed 1"
+    assert search(("go to bed 1", "move book 1 to bed 1"), VALID, [], [], rng) == (
+        "go to bed 1",
+        False,
+    )
 
 
 def test_in_order_it_looks_into_the_next_place_after_the_last_one() -> None:
@@ -45,14 +48,17 @@ def test_in_order_it_looks_into_the_next_place_after_the_last_one() -> None:
     said: list[str] = []
     for place in ("bed 1", "desk 1", "desk 2", "desk 10", "tv stand 1"):
         due = search(plan, valid, [], said, None)
-        assert due == f"go to {place}"
-        said += [due, "look"]
+        assert due == (f"go to {place}", True)
+        said += [due.command, "look"]
     # from anywhere: the next one, and after the last one the first, seen or not
-    assert search(plan, valid, [], said, None) == "go to bed 1"
-    assert search(plan, valid, [], ["go to desk 2", "go to desk 1"], None) == "go to desk 2"
+    assert search(plan, valid, [], said, None) == ("go to bed 1", True)
+    assert search(plan, valid, [], ["go to desk 2", "go to desk 1"], None) == ("go to desk 2", True)
     # drawers first, and what was read of is not looked for
-    assert search(plan, VALID, [], ["open drawer 2", "go to bed 1"], None) == "open drawer 2"
-    assert search(plan, valid, ["a book 1"], [], None) == "go to desk 1"
+    assert search(plan, VALID, [], ["open drawer 2", "go to bed 1"], None) == (
+        "open drawer 2",
+        True,
+    )
+    assert search(plan, valid, ["a book 1"], [], None) == ("go to desk 1", False)
 
 
 @pytest.mark.parametrize("memory", [0, 3])

@@ -30,7 +30,7 @@ from untwine.envs.alfworld.searching import search
 from untwine.envs.alfworld.stock import Replay, StockEngine
 from untwine.envs.alfworld.text import GOAL_PREFIX
 from untwine.envs.checking import read_options
-from untwine.envs.protocol import EnvInfo, Reset, Split
+from untwine.envs.protocol import Due, EnvInfo, Reset, Split
 from untwine.errors import EnvError
 from untwine.records import Observation
 
@@ -176,7 +176,7 @@ class AlfWorldEnv:
         read: Collection[str],
         said: Sequence[str],
         rng: random.Random | None,
-    ) -> str:
+    ) -> Due:
         """The next command of an expert that knows what it has read (searching.py)."""
         return search(plan, self.admissible(), read, said, rng)
 

@@ -13,6 +13,8 @@ import random
 import re
 from collections.abc import Collection, Sequence
 
+from untwine.envs.protocol import Due
+
 _GO = "go to "
 _HANDLES = re.compile(r"(?:take|use) (?P<thing>.+?)(?: from .+)?$")
 
@@ -23,7 +25,7 @@ def search(
     read: Collection[str],
     said: Sequence[str],
     rng: random.Random | None,
-) -> str:
+) -> Due:
     """The next command.
 
     plan   a shortest plan from here, not empty
@@ -36,19 +38,20 @@ def search(
     """
     thing = next((m["thing"] for command in plan if (m := _HANDLES.match(command))), None)
     if thing is None or any(re.search(rf"\b{re.escape(thing)}\b", text) for text in read):
-        return plan[0]
+        return Due(plan[0], looks=False)
     known = () if rng is None else said
     new = [command for command in valid if command not in known]
     opening = [command for command in new if command.startswith("open ")]
     if opening:
-        return opening[0]
+        return Due(opening[0], looks=True)
     going = [command for command in new if command.startswith(_GO)]
     if not going:
-        return plan[0]
+        return Due(plan[0], looks=False)
     if rng is not None:
-        return rng.choice(going)
+        return Due(rng.choice(going), looks=True)
     here = max(map(_place, [c for c in said if c.startswith(_GO)][-1:]), default=("", 0))
-    return min(going, key=lambda command: (_place(command) <= here, _place(command)))
+    following = min(going, key=lambda command: (_place(command) <= here, _place(command)))
+    return Due(following, looks=True)
 
 
 def _place(command: str) -> tuple[str, int]:
