@@ -9,7 +9,7 @@ import pytest
 
 from untwine.config import PromptConfig
 from untwine.demonstrations import demonstration, play_experts
-from untwine.envs.alfworld.searching import search
+from untwine.envs.alfworld.searching import in_order, search
 from untwine.envs.pool import EnvPool
 from untwine.envs.protocol import Planner, Searcher
 from untwine.envs.registry import make_env
@@ -36,64 +36,84 @@ def test_it_follows_the_plan_once_the_thing_was_mentioned() -> None:
     # nothing is new: the plan after all
     assert search(plan, VALID, [], VALID, rng) == ("go to desk 1", False)
     # nothing is to be taken or used any more
-    assert search(("go to bed 1", "move book 1 to bed 1"), VALID, [], [], rng) == (
-        "go to bed 1",
-        False,
-    )
+    carried = ("go to bed 1", "move book 1 to bed 1")
+    assert search(carried, VALID, [], [], rng) == ("go to bed 1", False)
 
 
-def test_in_order_it_looks_into_the_next_place_after_the_last_one() -> None:
+def test_in_order_the_next_place_comes_after_the_last_one() -> None:
     plan = ("go to desk 1", "take book 1 from desk 1")
     valid = ("go to bed 1", "go to desk 1", "go to desk 2", "go to desk 10", "go to tv stand 1")
     said: list[str] = []
     for place in ("bed 1", "desk 1", "desk 2", "desk 10", "tv stand 1"):
-        due = search(plan, valid, [], said, None)
+        due = in_order(plan, valid, [], said)
         assert due == (f"go to {place}", True)
         said += [due.command, "look"]
     # from anywhere: the next one, and after the last one the first, seen or not
-    assert search(plan, valid, [], said, None) == ("go to bed 1", True)
-    assert search(plan, valid, [], ["go to desk 2", "go to desk 1"], None) == ("go to desk 2", True)
-    # drawers first, and what was read of is not looked for
-    assert search(plan, VALID, [], ["open drawer 2", "go to bed 1"], None) == (
-        "open drawer 2",
-        True,
+    assert in_order(plan, valid, [], said) == ("go to bed 1", True)
+    assert in_order(plan, valid, [], ["go to desk 2", "go to desk 1"]) == ("go to desk 2", True)
+    # what was read of is not looked for
+    assert in_order(plan, valid, ["a book 1"], []) == ("go to desk 1", False)
+
+
+def test_in_order_places_are_opened_and_those_beside_are_looked_into() -> None:
+    """At drawer 1, drawer 2 cannot be gone to; what is carried is no place."""
+    plan = ("go to desk 1", "take book 1 from desk 1")
+    here = (
+        "examine drawer 1",
+        "examine drawer 2",
+        "examine lamp 1",
+        "go to bed 1",
+        "go to drawer 3",
     )
-    assert search(plan, valid, ["a book 1"], [], None) == ("go to desk 1", False)
+    shut = ("open drawer 1", "open drawer 2", *here)
+    assert in_order(plan, shut, [], ["go to drawer 1"]) == ("open drawer 1", True)
+    beside = ("close drawer 1", "open drawer 2", *here)
+    said = ["go to drawer 1", "open drawer 1"]
+    assert in_order(plan, beside, [], said) == ("open drawer 2", True)
+    seen = ("close drawer 1", "close drawer 2", *here)
+    assert in_order(plan, seen, [], said) == ("examine drawer 2", True)
+    for last in ("open drawer 2", "examine drawer 2"):
+        assert in_order(plan, seen, [], [*said, last]) == ("go to drawer 3", True)
+    assert in_order(plan, seen, [], ["go to drawer 3"]) == ("go to bed 1", True)
+
+
+def test_in_order_things_go_to_the_first_place_that_is_as_good() -> None:
+    valid = ("go to drawer 2", "go to drawer 10", "go to bed 1", "examine book 1")
+    plan = ("go to drawer 10", "open drawer 10", "move book 1 to drawer 10")
+    assert in_order(plan, valid, [], []) == ("go to drawer 2", False)
+    here = ("open drawer 10", "move book 1 to drawer 10")
+    assert in_order(here, ("open drawer 10", *valid), [], []) == ("open drawer 10", False)
 
 
 @pytest.mark.parametrize("memory", [0, 3])
-def test_the_systematic_expert_needs_no_memory(memory: int) -> None:
-    """What it does follows from the last place it went to and from what it has just read, by a
-    policy written anew here; and seeds do not matter."""
+def test_the_systematic_expert_needs_no_luck(memory: int) -> None:
+    """Where it looks follows from the last place and the list in the first observation, by a policy
+    written anew here; and seeds do not matter."""
     refs = [TaskRef("alfworld", TASK, variation) for variation in range(12)]
     with EnvPool("alfworld", {"list_commands": True}, workers=0, sessions=4, timeout_s=60) as pool:
         found = play_experts(pool, refs, 50, seed=1, expert="systematic", memory=memory)
         other = play_experts(pool, refs, 50, seed=2, expert="systematic", memory=memory)
     assert found == other
-    looked = 0
+    looked = beside = 0
+    named = re.compile(r"\ban? (\w+) (\d+)")
     for transcript in found:
-        places = sorted(
-            (m["kind"], int(m["number"]))
-            for m in re.finditer(
-                r"\ban? (?P<kind>\w+) (?P<number>\d+)", transcript.moves[0].before.text
-            )
-        )
+        listed = named.findall(transcript.moves[0].before.text)
+        places = sorted((kind, int(number)) for kind, number in listed)
         here = -1
         for move in transcript.moves:
             assert not move.command.chance
-            words = move.command.text.split()
-            if move.command.looks and words[0] == "go":
-                # the next place; those that the engine does not offer lie where it is
-                offered = [f"go to {kind} {number}" for kind, number in places]
-                turn = offered[here + 1 :] + offered[: here + 1]
-                assert move.command.text == next(
-                    c for c in turn if c in (move.before.admissible or ())
-                )
+            *verb, kind, number = move.command.text.split()
+            if verb not in (["go", "to"], ["open"], ["examine"]):
+                continue
+            now = places.index((kind, int(number)))
+            if move.command.looks and (verb != ["open"] or now != here):
+                assert now == (here + 1) % len(places)
                 looked += 1
-            if words[0] == "go":
-                here = places.index((words[2], int(words[3])))
+                beside += verb != ["go", "to"]
+            here = now
     assert len(found) >= 10
     assert looked > 40
+    assert beside
 
 
 def test_a_short_memory_forgets_what_it_has_read() -> None:

@@ -1,10 +1,10 @@
-"""An expert that knows no more than what it has read.
+"""Experts that know no more than what they have read.
 
 The oracle goes straight to a thing it cannot have seen. Who imitates that learns to take the first
 thing that comes, because in its examples the right one always lies where the expert goes
-(docs/log.md). This expert follows the oracle only where what is to be taken or used has been
-mentioned; before that it looks into one place after the other: new ones at random, or, without
-luck or memory, the next one in the order of their names.
+(docs/log.md). These experts follow the oracle only where what is to be taken or used has been
+mentioned. Before that they look into one place after the other: `search` into new ones at random,
+`in_order` into the one whose name comes next.
 """
 
 from __future__ import annotations
@@ -15,46 +15,81 @@ from collections.abc import Collection, Sequence
 
 from untwine.envs.protocol import Due
 
-_GO = "go to "
 _HANDLES = re.compile(r"(?:take|use) (?P<thing>.+?)(?: from .+)?$")
+_MOVES = re.compile(r"move (?P<thing>.+) to (?P<place>.+)$")
+_VISITS = re.compile(r"(?P<verb>go to|open|examine) (?P<place>.+)$")
+_VERBS = ("go to", "open", "examine")
 
 
 def search(
     plan: Sequence[str],
     valid: Sequence[str],
     read: Collection[str],
-    said: Sequence[str],
-    rng: random.Random | None,
+    said: Collection[str],
+    rng: random.Random,
 ) -> Due:
-    """The next command.
+    """The next command; `rng` decides which new place is next.
 
     plan   a shortest plan from here, not empty
     valid  the commands that are admissible now
     read   the observations of the episode so far
     said   the commands of the episode so far
-    rng    decides which new place is next; None: the one that follows, by kind and number, the one
-           it went to last, and the first follows the last. So what to do follows from where it is,
-           and needs no memory.
     """
-    thing = next((m["thing"] for command in plan if (m := _HANDLES.match(command))), None)
-    if thing is None or any(re.search(rf"\b{re.escape(thing)}\b", text) for text in read):
+    if _knows(plan, read):
         return Due(plan[0], looks=False)
-    known = () if rng is None else said
-    new = [command for command in valid if command not in known]
+    new = [command for command in valid if command not in said]
     opening = [command for command in new if command.startswith("open ")]
     if opening:
         return Due(opening[0], looks=True)
-    going = [command for command in new if command.startswith(_GO)]
-    if not going:
+    going = [command for command in new if command.startswith("go to ")]
+    return Due(rng.choice(going), looks=True) if going else Due(plan[0], looks=False)
+
+
+def in_order(
+    plan: Sequence[str], valid: Sequence[str], read: Collection[str], said: Sequence[str]
+) -> Due:
+    """The next command, which follows from the last place it looked into and from what it knows,
+    without luck: that place is opened, or else the next one by kind and number is looked into, and
+    after the last one the first. What it carries goes to the first of the places that are as good.
+    """
+    commands = _visits(valid)
+    places = sorted(commands)
+    if _knows(plan, read):
+        goal = _MOVES.match(plan[-1]) if plan[0].startswith("go to ") else None
+        if goal and _place(goal["place"]) in commands:
+            kind = _place(goal["place"])[0]
+            first = next(place for place in places if place[0] == kind)
+            if commands[first].startswith("go to "):
+                return Due(commands[first], looks=False)
         return Due(plan[0], looks=False)
-    if rng is not None:
-        return Due(rng.choice(going), looks=True)
-    here = max(map(_place, [c for c in said if c.startswith(_GO)][-1:]), default=("", 0))
-    following = min(going, key=lambda command: (_place(command) <= here, _place(command)))
-    return Due(following, looks=True)
+    last = [m["place"] for command in said if (m := _VISITS.match(command))][-1:]
+    here = _place(last[0]) if last else ("", 0)
+    if commands.get(here, "").startswith("open "):
+        return Due(commands[here], looks=True)
+    following = [place for place in places if place > here] + [p for p in places if p < here]
+    return Due(commands[following[0]], looks=True) if following else Due(plan[0], looks=False)
 
 
-def _place(command: str) -> tuple[str, int]:
-    """Kind and number of the place that a command goes to."""
-    kind, _, number = command.removeprefix(_GO).rpartition(" ")
-    return (kind, int(number)) if number.isdecimal() else (f"{kind} {number}".strip(), 0)
+def _knows(plan: Sequence[str], read: Collection[str]) -> bool:
+    """Whether the next thing that the plan takes or uses was mentioned, if there is one."""
+    thing = next((m["thing"] for command in plan if (m := _HANDLES.match(command))), None)
+    return thing is None or any(re.search(rf"\b{re.escape(thing)}\b", text) for text in read)
+
+
+def _visits(valid: Sequence[str]) -> dict[tuple[str, int], str]:
+    """For every place the command that shows what is in it: goes there, or, where it is there
+    already, opens or examines it."""
+    matches = [match for command in valid if (match := _VISITS.match(command))]
+    kinds = {_place(m["place"])[0] for m in matches if m["verb"] != "examine"}  # else it is a thing
+    found: dict[tuple[str, int], str] = {}
+    for match in sorted(matches, key=lambda m: _VERBS.index(m["verb"])):
+        place = _place(match["place"])
+        if place[0] in kinds:
+            found.setdefault(place, match[0])
+    return found
+
+
+def _place(name: str) -> tuple[str, int]:
+    """Kind and number."""
+    kind, _, number = name.rpartition(" ")
+    return (kind, int(number)) if number.isdecimal() else (name, 0)
