@@ -1,5 +1,5 @@
-"""The table of claims of the study of GCD, as registered in registration.md. The study has not been
-run yet; tests/studies holds this script to made-up runs whose answers are known.
+"""The table of claims of the study of GCD, as registered in registration.md;
+tests/studies holds this script to made-up runs whose answers are known.
 
     python studies/gcd/analysis.py runs/gcd-study --out runs/gcd-study/claims
 

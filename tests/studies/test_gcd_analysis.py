@@ -13,19 +13,23 @@ import pytest
 
 from tests.compare.finished_runs import row, write_run
 
-SCRIPT = Path(__file__).parents[2] / "studies" / "gcd" / "analysis.py"
+FOLDER = Path(__file__).parents[2] / "studies" / "gcd"
 NOISE = [-0.01, 0.01, 0.0, -0.005, 0.005, 0.0]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"gcd_{name}", FOLDER / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[f"gcd_{name}"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def analysis() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gcd_analysis", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gcd_analysis"] = module
-    spec.loader.exec_module(module)
-    return module
+    return script("analysis")
 
 
 def evaluated(success: float, flawed: float) -> list[dict[str, Any]]:
@@ -140,3 +144,22 @@ def test_the_command_writes_table_and_figure(
     assert [c["verdict"] for c in written["claims"]] == ["reproduced"] * 5
     assert (out / "claims.svg").read_text().count("<path") > 5
     assert "| 4b GCD raises held-out success | wrong | 6 | +0.100 [" in capsys.readouterr().out
+
+
+def test_pictures_show_the_pairs_and_the_course(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = script("pictures")
+    made = sweep(tmp_path / "s")
+    found = pictures.find_runs([made])
+    assert pictures.differences(found, "wrong", "L1") == pytest.approx([0.1 + n for n in NOISE])
+    assert pictures.differences(found, "short", "L1") == []
+    runs = found.arms["wrong.gcd-ce"]
+    first = [float(run.data.rl[0]["policy_tokens"]) for run in runs]
+    assert pictures.course(runs, "policy_tokens")[0] == first
+    assert pictures.course(runs, "no such metric") == []
+    monkeypatch.setattr(pictures, "SETS", ["L0", "L1"])
+    monkeypatch.setattr(sys, "argv", ["pictures.py", str(made), "--out", str(tmp_path)])
+    pictures.main()
+    for name in ("pairs", "course"):
+        assert "<path" in (tmp_path / f"study-{name}.svg").read_text()

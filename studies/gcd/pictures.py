@@ -1,0 +1,108 @@
+"""Pictures of the study of GCD beside the registered table of claims (analysis.py).
+
+    python studies/gcd/pictures.py runs/gcd-study --out docs/figures
+
+study-pairs.svg   success of GCD minus GRPO, a dot for each pair of runs from one cold start
+study-course.svg  success, flawed steps and right verdicts over the iterations, mean and range of
+                  the middle half of the runs
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from untwine.compare.runs import Found, Run, find_runs
+from untwine.drawing import drawing
+from untwine.evaluate.aggregate import paired_difference
+
+GRPO, GCD = "grpo", "gcd-ce"
+SETS = ["L0", "L1", "L2"]
+COURSES = {
+    "success_rate": "success in training",
+    "flawed_rate": "flawed steps per step",
+    "verdict_accuracy": "right verdicts",
+}
+
+
+def differences(found: Found, level: str, set_name: str) -> list[float]:
+    """Success of GCD minus that of GRPO on a set, for each pair from one cold start with one seed,
+    after training."""
+    plain = {(run.seed, run.start): run for run in found.arms.get(f"{level}.{GRPO}", [])}
+    return [
+        _success(run, set_name) - _success(plain[run.seed, run.start], set_name)
+        for run in found.arms.get(f"{level}.{GCD}", [])
+        if (run.seed, run.start) in plain
+    ]
+
+
+def _success(run: Run, set_name: str) -> float:
+    return float(run.results[set_name, "sampled"][-1]["success_rate"])
+
+
+def draw_pairs(found: Found, level: str, sets: Sequence[str], path: Path) -> None:
+    with drawing(path, (7.0, 0.8 + 0.6 * len(sets))) as figure:
+        axes = figure.subplots()
+        for place, name in enumerate(sets):
+            values = np.array(differences(found, level, name))
+            axes.plot(values, np.full(len(values), place), "o", ms=4, alpha=0.5)
+            pair = paired_difference(values, np.zeros(len(values)))
+            if pair.interval:
+                axes.hlines(place + 0.25, *pair.interval, lw=3, color="black", alpha=0.6)
+            axes.plot(pair.mean, place + 0.25, "|", ms=10, mew=2, color="black")
+        axes.axvline(0, color="grey", lw=0.8)
+        axes.set_yticks(range(len(sets)), list(sets))
+        axes.set_ylim(len(sets) - 0.4, -0.4)
+        axes.set_xlabel("success, GRPO + GCD minus GRPO (line: mean and 95 % interval)")
+
+
+def course(runs: Sequence[Run], key: str) -> list[list[float]]:
+    """The values of a metric at each iteration that at least half of the runs have reached."""
+    longest = max((len(run.data.rl) for run in runs), default=0)
+    columns: list[list[float]] = []
+    for iteration in range(longest):
+        rows: list[Mapping[str, Any]] = [
+            run.data.rl[iteration] for run in runs if iteration < len(run.data.rl)
+        ]
+        values = [float(row[key]) for row in rows if row.get(key) is not None]
+        if 2 * len(values) < len(runs):
+            break
+        columns.append(values)
+    return columns
+
+
+def draw_course(found: Found, level: str, path: Path) -> None:
+    with drawing(path, (9.0, 2.8)) as figure:
+        for axes, (key, name) in zip(
+            figure.subplots(1, len(COURSES)), COURSES.items(), strict=True
+        ):
+            for arm in (GRPO, GCD):
+                columns = course(found.arms.get(f"{level}.{arm}", []), key)
+                if columns:
+                    x = np.arange(1, len(columns) + 1)
+                    axes.plot(x, [np.mean(c) for c in columns], label=arm)
+                    low, high = zip(*(np.quantile(c, (0.25, 0.75)) for c in columns), strict=True)
+                    axes.fill_between(x, low, high, alpha=0.2)
+            axes.set_title(name, fontsize=9)
+            axes.set_xlabel("iteration")
+            axes.legend(fontsize=8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("sweep", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--level", default="wrong")
+    given = parser.parse_args()
+    found = find_runs([given.sweep])
+    given.out.mkdir(parents=True, exist_ok=True)
+    draw_pairs(found, given.level, SETS, given.out / "study-pairs.svg")
+    draw_course(found, given.level, given.out / "study-course.svg")
+
+
+if __name__ == "__main__":
+    main()
