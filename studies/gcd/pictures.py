@@ -89,7 +89,8 @@ def draw_course(found: Found, level: str, path: Path) -> None:
                     axes.fill_between(x, low, high, alpha=0.2)
             axes.set_title(name, fontsize=9)
             axes.set_xlabel("iteration")
-            axes.legend(fontsize=8)
+            if axes.lines:
+                axes.legend(fontsize=8)
 
 
 def main() -> None:
