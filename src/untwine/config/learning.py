@@ -11,6 +11,9 @@ from untwine.envs.protocol import ExpertKind
 
 
 class OptimizerConfig(Section):
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: orthogonal steps for the matrices of the layers, else AdamW"
+    )
     lr: float = Field(3e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: Rate = 0.0

@@ -27,6 +27,7 @@ from untwine.scoring import Targets, score
 from untwine.training.checkpoint import fill_optimizer, optimizer_tensors
 from untwine.training.measures import Measures
 from untwine.training.mixing import Mixing, make_mixing
+from untwine.training.optimizers import make_optimizer
 
 Loss = Callable[[Sequence[Row], Measures], torch.Tensor]
 
@@ -87,10 +88,12 @@ class Updater:
         trained = [p for p in policy.model.parameters() if p.requires_grad]
         extra = [] if module is None else list(module.parameters())
         self.parameters = [*trained, *extra]
-        self.optimizer = self._adam(trained if gcd.step == "own" else self.parameters)
+        main = trained if gcd.step == "own" else self.parameters
+        self.optimizer = make_optimizer(optimizer, policy, main)
         self.own: torch.optim.Optimizer | None = None
         if gcd.step == "own":
-            self.own = self._adam([p for p in self.parameters if id(p) not in shut])
+            open_ = [p for p in self.parameters if id(p) not in shut]
+            self.own = make_optimizer(optimizer, policy, open_)
         self._mixing: Mixing = make_mixing(gcd)
         self._halvings = 0
         self.reference: Policy | None = None
@@ -166,12 +169,6 @@ class Updater:
             fill_optimizer(self.own, extra["gcd_optimizer"])
         if self.module is not None and "gcd_module" in extra:
             self.module.load_state_dict(extra["gcd_module"])
-
-    def _adam(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        config = self.config
-        return torch.optim.AdamW(
-            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-        )
 
     def imitate(
         self, rows: Sequence[Row], exercise: Exercise | None, verdict_weight: float
