@@ -51,7 +51,8 @@ class Transcript:
         if prompt.tags:
             yield from (written for written, _ in replies(self, prompt))
         past = [(move.before.text, move.command.text) for move in self.moves]
-        yield state_text(self.goal, past, self.moves[-1].after.text, len(past), prompt.tried)
+        whole = prompt.model_copy(update={"history": len(past)})
+        yield state_text(self.goal, past, self.moves[-1].after.text, whole)
 
 
 def play_experts(

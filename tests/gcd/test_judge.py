@@ -13,7 +13,7 @@ import torch
 
 from tests.builders import REF, make_episode, make_step
 from tests.gcd.judge_server import Handler, Server, good_north, mute, serving, trickle
-from untwine.config import JudgeConfig, PolicyConfig
+from untwine.config import JudgeConfig, PolicyConfig, PromptConfig
 from untwine.errors import ConfigError, ModelError
 from untwine.gcd.sources.answers import AnswerFile
 from untwine.gcd.sources.endpoint import Completion, Endpoint, EndpointError
@@ -238,7 +238,7 @@ def test_local_judge_compares_the_two_words(policy: Policy, tmp_path: Path) -> N
     judge = LocalJudge(settings, PolicyConfig(device="cpu"), budget=200)
     steps = [make_step(t, state=f"s{t}", command=f"go {t}") for t in range(4)]
     episode = make_episode(0.0, steps, ref=REF)
-    texts = [verdict_text(episode, t, 8) for t in range(4)]
+    texts = [verdict_text(episode, t, PromptConfig(history=8)) for t in range(4)]
     found = judge.ask(texts, lambda: None)
     for text, opinion in zip(texts, found, strict=True):
         prompt = policy.chat.opening(JUDGE_SYSTEM, text)

@@ -83,6 +83,29 @@ def test_the_task_ends_every_question_when_asked_for(
         conversation.advance(reply, "go", f"obs-{t}")
 
 
+def test_a_window_may_show_how_the_episode_began(policy: Policy) -> None:
+    """All prompts of an episode then begin alike, with what its first prompt says."""
+    config = PromptConfig(layout="window", history=1, beginning=True)
+    prompter = Prompter(policy.chat, config)
+    conversation = prompter.begin("find it", "a list")
+    first = conversation.prompt_ids
+    shown = []
+    for t in range(3):
+        conversation.advance(prompter.reply_ids("go"), f"go {t}", f"place {t}")
+        shown.append(policy.tokenizer.decode(conversation.prompt_ids))
+    question = "Task: find it\n\na list"
+    assert question in policy.tokenizer.decode(first)
+    assert f"{question}\n> go 0\n\nplace 0<" in shown[0]
+    assert f"{question}\n\nplace 0\n> go 1\n\nplace 1<" in shown[1]
+    assert f"{question}\n\nplace 1\n> go 2\n\nplace 2<" in shown[2]
+    # and what a judge or a question apart reads says the same
+    steps = [make_step(t, state=f"s{t}") for t in range(3)]
+    verdict = policy.tokenizer.decode(prompter.verdict_ids(make_episode(0.0, steps, ref=REF), 2))
+    assert "\n\nobservation of s0\n\nobservation of s1\n> go north\n\n" in verdict
+    with pytest.raises(ValueError, match="a growing chat holds everything"):
+        PromptConfig(beginning=True)
+
+
 def test_commands_tried_are_listed_once_in_the_order_of_their_first_use(policy: Policy) -> None:
     config = PromptConfig(layout="window", history=1, tried=True)
     conversation = Prompter(policy.chat, config).begin("fetch it", "obs-0")

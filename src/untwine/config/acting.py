@@ -37,6 +37,9 @@ class PromptConfig(Section):
     tried: bool = Field(
         False, description="`window` lists the commands given so far, each once, before these pairs"
     )
+    beginning: bool = Field(
+        False, description="`window` shows the first observation of the episode, too, right away"
+    )
     thoughts: bool = Field(False, description="let the model think before it acts")
     tags: bool = Field(False, description="let the model say what a step is for, in one of 4 tags")
     task: Literal["start", "end", "both"] = Field(
@@ -63,6 +66,8 @@ class PromptConfig(Section):
     def _only_windows_forget(self) -> PromptConfig:
         if self.tried and self.layout == "append":
             raise ValueError("tried is for layout: window; a growing chat holds every command")
+        if self.beginning and self.layout == "append":
+            raise ValueError("beginning is for layout: window; a growing chat holds everything")
         return self
 
     @model_validator(mode="after")

@@ -91,7 +91,7 @@ class Prompter:
         """
         first = goal if self.config.task != "end" else None
         seen = self._seen(goal, observation, admissible)
-        user = state_text(first, past, seen, self.config.history, self.config.tried)
+        user = state_text(first, past, seen, self.config)
         return self.chat.opening(system_text(self.config, told), user)
 
     def follow_up_ids(
@@ -121,12 +121,12 @@ class Prompter:
             step = episode.steps[t]
             reply = step.action_ids if command is None else self.reply_ids(command)
             return step.prompt_ids + reply + self.chat.follow_up(reply, VERDICT_QUESTION)
-        user = verdict_text(episode, t, self.config.history, command, tried=self.config.tried)
+        user = verdict_text(episode, t, self.config, command)
         return self.chat.opening(JUDGE_SYSTEM, user)
 
     def pair_ids(self, episode: Episode, t: int, first: str, second: str) -> tuple[int, ...]:
         """Prompt that asks which of two actions in the state before step `t` is better."""
-        past = past_text(episode, t, self.config.history, self.config.tried)
+        past = past_text(episode, t, self.config)
         return self.chat.opening(COMPARE_SYSTEM, f"{past}\n\nA: {first}\nB: {second}\nA or B?")
 
     def _seen(self, goal: str, observation: str, admissible: Sequence[str] | None) -> str:
@@ -188,43 +188,41 @@ class Conversation:
             )
 
 
-def verdict_text(
-    episode: Episode, t: int, history: int, command: str | None = None, *, tried: bool = False
-) -> str:
-    """The question whether an action of step `t` is good, after the last `history` pairs.
+def verdict_text(episode: Episode, t: int, config: PromptConfig, command: str | None = None) -> str:
+    """The question whether an action of step `t` is good, after what a window shows.
 
     command   the action in question; by default the one that was taken
     """
     step = episode.steps[t]
     candidate = command if command is not None else action_as_shown(step.command, step.text)
-    return f"{past_text(episode, t, history, tried)}\n\nAction: {candidate}\n{VERDICT_QUESTION}"
+    return f"{past_text(episode, t, config)}\n\nAction: {candidate}\n{VERDICT_QUESTION}"
 
 
-def past_text(episode: Episode, t: int, history: int, tried: bool = False) -> str:
+def past_text(episode: Episode, t: int, config: PromptConfig) -> str:
     """Task, what is shown of the steps before `t`, and the observation of step `t`."""
-    first = 0 if tried else max(0, t - history)  # what comes before is not shown
-    steps = episode.steps[first:t]
-    past = [(s.observation, action_as_shown(s.command, s.text)) for s in steps]
-    return state_text(episode.goal, past, episode.steps[t].observation, history, tried)
+    past = [(s.observation, action_as_shown(s.command, s.text)) for s in episode.steps[:t]]
+    return state_text(episode.goal, past, episode.steps[t].observation, config)
 
 
 def state_text(
     goal: str | None,
     past: Sequence[tuple[str, str]],
     now: str,
-    history: int,
-    tried: bool = False,
+    config: PromptConfig,
 ) -> str:
-    """The task, if any, the last `history` pairs of (observation, action), and what is there now.
+    """The task, if any, the last `history` pairs of (observation, action), and what is there now;
+    before the pairs, where the config asks for it,
 
-    tried   list all commands of the past before the pairs, each where it was first given, so that
-            what an episode's prompts say alike grows
+    beginning  the first observation, so that all prompts of an episode begin alike
+    tried      all commands of the past, each where it was first given, so that this beginning grows
     """
     parts = [f"Task: {goal}"] if goal is not None else []
-    if tried:
+    shown = past[-config.history :] if config.history else []
+    if config.beginning and len(shown) < len(past):
+        parts.append(past[0][0])
+    if config.tried:
         commands = dict.fromkeys(action for _, action in past)
         parts.append("\n".join(["Tried:", *(f"> {command}" for command in commands)]))
-    shown = past[-history:] if history else []
     parts += [f"{observation}\n> {action}" for observation, action in shown]
     parts.append(now)
     return "\n\n".join(parts)

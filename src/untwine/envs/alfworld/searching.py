@@ -4,7 +4,7 @@ The oracle goes straight to a thing it cannot have seen. Who imitates that learn
 thing that comes, because in its examples the right one always lies where the expert goes
 (docs/log.md). These experts follow the oracle only where what is to be taken or used has been
 mentioned. Before that they look into one place after the other: `search` into new ones at random,
-`in_order` into the one whose name comes next.
+`in_order` into the one that comes next in the list with which a game begins.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def in_order(
     plan: Sequence[str], valid: Sequence[str], read: Collection[str], said: Sequence[str]
 ) -> Due:
     """The next command, which follows from the last place it looked into and from what it knows,
-    without luck: that place is opened, or else the next one by kind and number is looked into, and
-    after the last one the first. What it carries goes to the first of the places that are as good.
+    without luck: that place is opened, or else the next one in the list of places is looked into,
+    and after the last one the first. What it carries goes to the first place that is as good.
     """
     commands = _visits(valid)
     places = sorted(commands)
@@ -80,7 +80,9 @@ def _visits(valid: Sequence[str]) -> dict[tuple[str, int], str]:
     """For every place the command that shows what is in it: goes there, or, where it is there
     already, opens or examines it."""
     matches = [match for command in valid if (match := _VISITS.match(command))]
-    kinds = {_place(m["place"])[0] for m in matches if m["verb"] != "examine"}  # else it is a thing
+    closing = [c.removeprefix("close ") for c in valid if c.startswith("close ")]
+    sure = [*closing, *(m["place"] for m in matches if m["verb"] != "examine")]
+    kinds = {_place(name)[0] for name in sure}  # what else is examined is a thing
     found: dict[tuple[str, int], str] = {}
     for match in sorted(matches, key=lambda m: _VERBS.index(m["verb"])):
         place = _place(match["place"])
@@ -90,6 +92,6 @@ def _visits(valid: Sequence[str]) -> dict[tuple[str, int], str]:
 
 
 def _place(name: str) -> tuple[str, int]:
-    """Kind and number."""
+    """What places are sorted by: games list them by kind, the highest number first."""
     kind, _, number = name.rpartition(" ")
-    return (kind, int(number)) if number.isdecimal() else (name, 0)
+    return (kind, -int(number)) if number.isdecimal() else (name, 0)

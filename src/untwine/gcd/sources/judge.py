@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from untwine.config import PromptConfig
 from untwine.errors import ConfigError
 from untwine.gcd.labels import action_key
 from untwine.gcd.sources.answers import AnswerFile
@@ -46,7 +47,8 @@ class JudgeSource(Source):
     ) -> tuple[list[Table], dict[str, float]]:
         seed = self._bench.recipe.seed
         asked = _drawn(groups, self._config.questions, random.Random(f"{seed}/judge/{iteration}"))
-        texts = [verdict_text(e, t, self._config.history) for e, t in asked.values()]
+        shown = PromptConfig(history=self._config.history)
+        texts = [verdict_text(e, t, shown) for e, t in asked.values()]
         with self._bench.display.bar("asking the judge", len(texts), "question"):
             opinions = self._judge.ask(texts, self._bench.on_progress)
         by_pair = dict(zip(asked, opinions, strict=True))
