@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from tests.gcd.test_training import recipe
 from untwine.batch import Row
 from untwine.config import ColdStartConfig, Recipe
+from untwine.demonstrations import demonstration
 from untwine.errors import ConfigError
 from untwine.progress import Display
 from untwine.training.cold_start import ColdStart
@@ -133,3 +134,47 @@ def test_the_cold_start_may_have_threads_of_its_own(
     own = recipe(1, cold_start=cold, policy={"threads": 1}, rl={"drop_constant_groups": False})
     train(own, tmp_path / "run", Display(quiet=True))
     assert set(seen) == {("imitate", 2), ("step", 1)}
+
+
+def test_looking_and_going_on_purpose_are_taught_equally_often() -> None:
+    """An expert that searches goes somewhere to look much oftener than to fetch or bring."""
+    own = recipe(
+        0,
+        env={"name": "alfworld", "tasks": ["look_at_obj_in_light"], "max_steps": 40},
+        prompt={"layout": "window", "history": 1},
+        cold_start={
+            "expert": "search",
+            "episodes": 12,
+            "noise": 0.0,
+            "steps": 60,
+            "batch_tokens": 256,
+            "lessons": [{"steps": 60, "commands": ["go"]}],
+        },
+    )
+    with Workshop(own, Display(quiet=True)) as workshop:
+        purposes: dict[tuple[int, ...], bool] = {}
+        for transcript in workshop.transcripts:
+            steps = demonstration(transcript, workshop.collector.prompter).steps
+            for move, step in zip(transcript.moves, steps, strict=True):
+                purposes[step.prompt_ids] = move.command.looks
+        data = ColdStart(
+            *(own, workshop.info, workshop.transcripts, workshop.policy, workshop.collector),
+            random.Random(0),
+        )
+        updater: Any = Recorder()
+        for _ in range(60):
+            data.step(updater)
+        seen = Counter(
+            purposes[tuple(row.ids[: int(row.targets[row.advantages != 0][0])].tolist())]
+            for rows in updater.seen
+            for row in rows
+        )
+    going = Counter(
+        move.command.looks
+        for transcript in workshop.transcripts
+        for move in transcript.moves
+        if move.command.text.startswith("go ")
+    )
+    assert going[True] > 2 * going[False]
+    assert seen[True] > 20
+    assert 0.5 < seen[True] / seen[False] < 2

@@ -61,8 +61,12 @@ class ColdStart:
         sentences = instructed(episodes, info, recipe)
         again = [entry for entry in zip(transcripts, sentences, strict=True) if entry[1]]
         self._episodes = [*episodes, *(played(*entry) for entry in again)]
+        self._looks = [
+            [move.command.looks for move in transcript.moves]
+            for transcript in [*transcripts, *(transcript for transcript, _ in again)]
+        ]
         self.samples = self._samples(self._episodes)
-        self._taught: dict[str, list[Sample]] = {}
+        self._taught: dict[str, list[list[Sample]]] = {}
         for word in {word: None for lesson in self._config.lessons for word in lesson.commands}:
             self._taught[word] = self._only(word)
         self.critic: Critic | None = None
@@ -93,7 +97,7 @@ class ColdStart:
         """What step number `step` draws from, each pool equally often."""
         for lesson in self._config.lessons:
             if step < lesson.steps:
-                return [self._taught[word] for word in lesson.commands]
+                return [pool for word in lesson.commands for pool in self._taught[word]]
             step -= lesson.steps
         return [self.samples]
 
@@ -105,16 +109,21 @@ class ColdStart:
             for row, steps in imitation_rows(episode, weight)
         ]
 
-    def _only(self, word: str) -> list[Sample]:
-        """What imitates commands with this first word. ConfigError when there is nothing."""
-        samples = self._samples([_masked(episode, word) for episode in self._episodes])
-        if not samples:
+    def _only(self, word: str) -> list[list[Sample]]:
+        """What imitates commands with this first word, apart where the expert looks for something
+        and where it does not: it does the one much oftener. ConfigError when there is nothing."""
+        known = list(zip(self._episodes, self._looks, strict=True))
+        pools = [
+            self._samples([_masked(episode, word, looks, wanted) for episode, looks in known])
+            for wanted in (False, True)
+        ]
+        if not any(pools):
             imitated = {_first_word(s) for e in self._episodes for s in e.steps if s.advantage}
             raise ConfigError(
                 f"cold_start.lessons names {word!r}, and no expert step to imitate begins so; they "
                 f"begin with: {', '.join(sorted(imitated))}"
             )
-        return samples
+        return [pool for pool in pools if pool]
 
 
 def instructed(episodes: Sequence[Episode], info: EnvInfo, recipe: Recipe) -> list[tuple[str, ...]]:
@@ -161,10 +170,13 @@ def _first_word(step: Step) -> str:
     return first_word(step.command or "")
 
 
-def _masked(episode: Episode, word: str) -> Episode:
-    """The episode with no advantage but at commands with this first word."""
+def _masked(episode: Episode, word: str, looks: Sequence[bool], wanted: bool) -> Episode:
+    """The episode with no advantage but at commands with this first word that look for something,
+    or (not `wanted`) do not."""
     steps = [
-        step if _first_word(step) == word else dataclasses.replace(step, advantage=None)
-        for step in episode.steps
+        step
+        if _first_word(step) == word and looking == wanted
+        else dataclasses.replace(step, advantage=None)
+        for step, looking in zip(episode.steps, looks, strict=True)
     ]
     return dataclasses.replace(episode, steps=tuple(steps))
