@@ -75,6 +75,9 @@ def test_in_order_things_go_to_the_first_place_that_is_as_good() -> None:
     valid = ("go to drawer 2", "go to drawer 10", "go to bed 1", "examine book 1")
     plan = ("go to drawer 2", "open drawer 2", "move book 1 to drawer 2")
     assert in_order(plan, valid, [], []) == ("go to drawer 10", False)
+    for earlier in ("take book 1 from bed 1", "heat book 1 with microwave 1"):
+        fetching = ("go to bed 1", earlier, *plan)
+        assert in_order(fetching, valid, ["a book 1"], []) == ("go to bed 1", False)
     here = ("open drawer 2", "move book 1 to drawer 2")
     assert in_order(here, ("open drawer 2", *valid), [], []) == ("open drawer 2", False)
 

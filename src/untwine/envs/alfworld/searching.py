@@ -55,13 +55,9 @@ def in_order(
     commands = _visits(valid)
     places = sorted(commands)
     if _knows(plan, read):
-        goal = _MOVES.match(plan[-1]) if plan[0].startswith("go to ") else None
-        if goal and _place(goal["place"]) in commands:
-            kind = _place(goal["place"])[0]
-            first = next(place for place in places if place[0] == kind)
-            if commands[first].startswith("go to "):
-                return Due(commands[first], looks=False)
-        return Due(plan[0], looks=False)
+        kind = _brings_to(plan)
+        first = next((commands[place] for place in places if place[0] == kind), "")
+        return Due(first if first.startswith("go to ") else plan[0], looks=False)
     last = [m["place"] for command in said if (m := _VISITS.match(command))][-1:]
     here = _place(last[0]) if last else ("", 0)
     if commands.get(here, "").startswith("open "):
@@ -74,6 +70,16 @@ def _knows(plan: Sequence[str], read: Collection[str]) -> bool:
     """Whether the next thing that the plan takes or uses was mentioned, if there is one."""
     thing = next((m["thing"] for command in plan if (m := _HANDLES.match(command))), None)
     return thing is None or any(re.search(rf"\b{re.escape(thing)}\b", text) for text in read)
+
+
+def _brings_to(plan: Sequence[str]) -> str | None:
+    """The kind of place that a plan goes to with nothing else to do than to put something there."""
+    goes, *rest = plan
+    goal = _MOVES.match(plan[-1])
+    if goal is None or not goes.startswith("go to "):
+        return None
+    only = all(command.startswith(("open ", "move ")) for command in rest)
+    return _place(goal["place"])[0] if only else None
 
 
 def _visits(valid: Sequence[str]) -> dict[tuple[str, int], str]:
