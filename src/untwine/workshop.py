@@ -76,8 +76,8 @@ class TaskCursor:
 class Workshop:
     """Pool, policy and collector of one recipe. Close it, or use it as a context.
 
-    splits  of the environment, where they have been read before
     model   folder to load the policy from; by default what the recipe says
+    splits  of the environment, where they have been read before
     """
 
     def __init__(

@@ -11,6 +11,7 @@ import torch
 
 from untwine.errors import ConfigError
 from untwine.policy.loading import Policy
+from untwine.policy.lora import is_adapter
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -28,7 +29,7 @@ def closed_parameters(
     if gradient == "all":
         return []
     if gradient == "lora":
-        closed = [p for name, p in trained if "lora_" not in name]
+        closed = [p for name, p in trained if not is_adapter(name)]
         if len(closed) == len(trained):
             raise ConfigError("gcd.gradient: lora needs adapters; set policy.lora.rank=8 or more")
         return closed

@@ -16,6 +16,11 @@ from untwine.config import LoRAConfig
 from untwine.errors import ModelError
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is A or B."""
+    return "lora_" in name
+
+
 def add_lora(model: Any, config: LoRAConfig, seed: int) -> None:
     """Put adapters beside the linear layers whose name ends as asked, and freeze the rest of
     `model` if asked to.
@@ -45,7 +50,7 @@ def add_lora(model: Any, config: LoRAConfig, seed: int) -> None:
         inject_adapter_in_model(adapters, model)
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name or not config.freeze)
+        parameter.requires_grad_(is_adapter(name) or not config.freeze)
     model.eval()
 
 

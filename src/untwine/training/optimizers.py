@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from untwine.config import OptimizerConfig
 from untwine.policy.loading import Policy
-
-LORA = "lora_"
+from untwine.policy.lora import is_adapter
 
 
 def make_optimizer(
@@ -32,7 +30,7 @@ def layer_matrices(policy: Policy) -> list[torch.nn.Parameter]:
     return [
         parameter
         for name, parameter in policy.model.named_parameters()
-        if parameter.ndim == 2 and id(parameter) not in excluded and LORA not in name
+        if parameter.ndim == 2 and id(parameter) not in excluded and not is_adapter(name)
     ]
 
 
@@ -75,5 +73,6 @@ class Muon(torch.optim.Optimizer):
 def _adamw(
     parameters: Sequence[torch.nn.Parameter], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    settings: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
-    return torch.optim.AdamW(parameters, lr=config.lr, **settings)
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+    )
