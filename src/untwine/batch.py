@@ -58,14 +58,17 @@ def policy_rows(groups: Sequence[Group], mean: LossMean) -> list[Row]:
     return rows
 
 
-def imitation_rows(episode: Episode, text_weight: float = 0.0) -> list[tuple[Row, list[int]]]:
+def imitation_rows(
+    episode: Episode, text_weight: float = 0.0, step_weights: Sequence[float] | None = None
+) -> list[tuple[Row, list[int]]]:
     """Rows for imitating the steps of one episode that carry an advantage, each with the numbers of
     its steps.
 
-    Their tokens have weight 1. With a `text_weight`, all other tokens are targets of that weight
-    and advantage 0: the model also learns the environment's text, and to copy from it.
+    Their tokens have the weight of their step, by default 1. With a `text_weight`, all other tokens
+    are targets of that weight and advantage 0: the model also learns the environment's text, and to
+    copy from it.
     """
-    rows = _episode_rows(episode, [1.0] * episode.length)
+    rows = _episode_rows(episode, step_weights or [1.0] * episode.length)
     if text_weight == 0:
         return rows
     return [(_with_text(row, text_weight), steps) for row, steps in rows]

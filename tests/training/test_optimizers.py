@@ -59,6 +59,28 @@ def test_steps_are_orthogonal_and_as_large_as_adamw_would_make_them(policy: Poli
     assert seen >= 7
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_steps_are_those_of_pytorch_but_for_its_rounding(policy: Policy, decay: float) -> None:
+    """Ten steps against `torch.optim.Muon`, which rounds to bfloat16 (2 to the power of -8)."""
+    config = CONFIG.model_copy(update={"weight_decay": decay})
+    ours = layer_matrices(policy)
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    before = [p.detach().clone() for p in ours]
+    optimizer = make_optimizer(config, policy, ours)
+    reference = torch.optim.Muon(
+        theirs, lr=0.01, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+    )
+    for seed in range(10):
+        with_gradients(policy, seed)
+        for p, copy in zip(ours, theirs, strict=True):
+            assert p.grad is not None
+            copy.grad = p.grad.clone()
+        optimizer.step()
+        reference.step()
+    for p, copy, old in zip(ours, theirs, before, strict=True):
+        assert (p - copy).norm() < 0.02 * (copy - old).norm()
+
+
 def test_everything_else_is_stepped_by_adamw(policy: Policy) -> None:
     parameters = with_gradients(policy)
     known = set(map(id, layer_matrices(policy)))

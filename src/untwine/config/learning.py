@@ -43,6 +43,11 @@ class ColdStartConfig(Section):
     lessons: list[LessonConfig] = Field(
         default_factory=list, description="what the first steps imitate; then everything"
     )
+    balance: Fraction = Field(
+        0.0,
+        description="how much more rare kinds of commands weigh than frequent ones: 0 not at all, "
+        "1 so much that all kinds weigh the same",
+    )
     verdict_weight: Rate = Field(0.0, description="weight of the verdict loss; 0 leaves it out")
     verdict_share: Rate = Field(
         0.25, description="tokens of verdict data per token of imitation in each step"

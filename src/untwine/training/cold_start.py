@@ -4,6 +4,8 @@ stated ratio of tokens.
 What an agent does rarely it learns late, or not at all: one step in ten takes something, and only
 there can be learnt what to take. Lessons are a curriculum against that (docs/log.md): first steps
 that imitate certain commands only, each equally often. The rest of their episodes is context.
+Where one row holds a whole episode (`append` layout) that context is most of the cost, and rare
+commands are better given more weight (`cold_start.balance`).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 from untwine.batch import imitation_rows
@@ -65,6 +68,7 @@ class ColdStart:
             [move.command.looks for move in transcript.moves]
             for transcript in [*transcripts, *(transcript for transcript, _ in again)]
         ]
+        self._weights = _step_weights(self._episodes, self._looks, self._config.balance)
         self.samples = self._samples(self._episodes)
         self._taught: dict[str, list[list[Sample]]] = {}
         for word in {word: None for lesson in self._config.lessons for word in lesson.commands}:
@@ -81,7 +85,7 @@ class ColdStart:
                 for episode, transcript in zip(asked, sources, strict=False)
             ]
             if after:
-                self.critic = Alongside(objective, copies)
+                self.critic = Alongside(objective, copies, self._config.verdict_share)
             else:
                 tokens = int(self._config.batch_tokens * self._config.verdict_share)
                 self.critic = Apart(objective, itertools.chain(*copies), tokens, recipe.seed)
@@ -102,11 +106,11 @@ class ColdStart:
         return [self.samples]
 
     def _samples(self, episodes: Sequence[Episode]) -> list[Sample]:
-        weight = self._config.text_weight
+        text = self._config.text_weight
         return [
             Sample(row, number, steps)
             for number, episode in enumerate(episodes)
-            for row, steps in imitation_rows(episode, weight)
+            for row, steps in imitation_rows(episode, text, self._weights[number])
         ]
 
     def _only(self, word: str) -> list[list[Sample]]:
@@ -168,6 +172,27 @@ def _check_room(episodes: Sequence[Episode], recipe: Recipe) -> None:
 
 def _first_word(step: Step) -> str:
     return first_word(step.command or "")
+
+
+def _step_weights(
+    episodes: Sequence[Episode], looks: Sequence[Sequence[bool]], balance: float
+) -> list[list[float]]:
+    """The weight of every step, 1 on average over those that are imitated: the number of steps of
+    its kind to the power of minus `balance`. A kind is the first word of a command and whether the
+    expert looks for something with it."""
+    kinds = [
+        [(_first_word(step), looking) for step, looking in zip(e.steps, own, strict=True)]
+        for e, own in zip(episodes, looks, strict=True)
+    ]
+    number = Counter(
+        kind
+        for e, own in zip(episodes, kinds, strict=True)
+        for step, kind in zip(e.steps, own, strict=True)
+        if step.advantage is not None
+    )
+    weight = {kind: n**-balance for kind, n in number.items()}
+    mean = sum(n * weight[kind] for kind, n in number.items()) / max(1, number.total())
+    return [[weight.get(kind, 0.0) / mean for kind in own] for own in kinds]
 
 
 def _masked(episode: Episode, word: str, looks: Sequence[bool], wanted: bool) -> Episode:

@@ -22,7 +22,7 @@ from untwine.envs.protocol import EnvInfo
 from untwine.gcd.labels import EXPERT_GOOD, OFF_PLAN, label_group
 from untwine.gcd.objectives.cross_entropy import CrossEntropy
 from untwine.gcd.objectives.protocol import Exercise
-from untwine.gcd.questions import Judged, judged_steps
+from untwine.gcd.questions import Judged, Question, judged_steps
 from untwine.prompting.prompter import Prompter
 from untwine.records import Episode, Group, Verdict
 
@@ -86,10 +86,13 @@ class Alongside:
     both are known, and else about as many good as flawed ones of what is imitated.
 
     episodes  for each episode that is imitated, itself and the copies that `alternatives` made
+    share     tokens of questions per token of imitation, at most
     """
 
-    def __init__(self, objective: CrossEntropy, episodes: Sequence[Sequence[Episode]]) -> None:
-        self._objective = objective
+    def __init__(
+        self, objective: CrossEntropy, episodes: Sequence[Sequence[Episode]], share: float
+    ) -> None:
+        self._objective, self._share = objective, share
         self._sides: list[dict[int, dict[Verdict, list[Judged]]]] = []
         for copies in episodes:
             own: dict[int, dict[Verdict, list[Judged]]] = defaultdict(
@@ -122,7 +125,16 @@ class Alongside:
                             alone[verdict].append(one)
         number = min(map(len, alone.values()))
         pairs += map(list, zip(*(rng.sample(side, number) for side in alone.values()), strict=True))
-        questions = [q for pair in pairs for q in self._objective.questions(pair, 10**12, rng)]
+        rng.shuffle(pairs)
+        budget = self._share * sum(sample.length for sample in drawn)
+        questions: list[Question] = []
+        for pair in pairs:
+            asked = self._objective.questions(pair, 10**12, rng)
+            budget -= sum(len(q.prompt_ids) for q in asked)
+            budget += sum(len(j.episode.steps[j.t].prompt_ids) for j in pair)
+            if questions and budget < 0:
+                break
+            questions += asked
         return self._objective.drawn(self._objective.rows(questions)) if questions else None
 
 

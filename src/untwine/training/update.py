@@ -173,17 +173,18 @@ class Updater:
     def imitate(
         self, rows: Sequence[Row], exercise: Exercise | None, verdict_weight: float
     ) -> Measures:
-        """One step of imitation: mean cross-entropy per token, plus the verdict loss.
+        """One step of imitation: weighted mean cross-entropy per token, plus the verdict loss.
 
         Tokens with an advantage are the expert's; the others are text (`imitation_rows`), whose
         mean cross-entropy is added with its weight.
         """
         tokens = max(1, sum(int((row.advantages != 0).sum()) for row in rows))
+        weight = sum(float(row.weights[row.advantages != 0].sum()) for row in rows) or 1.0
         others = max(1, sum(len(row.targets) for row in rows) - tokens)
 
         def imitation(batch: Sequence[Row], targets: Targets, measures: Measures) -> torch.Tensor:
             acted_N = targets.advantages_N != 0
-            loss = -targets.logprobs_N[acted_N].sum() / tokens
+            loss = -(targets.logprobs_N * targets.weights_N)[acted_N].sum() / weight
             text_loss = (-targets.logprobs_N * targets.weights_N * ~acted_N).sum() / others
             right_N = targets.likeliest_N == targets.ids_N
             measures.add(
