@@ -270,18 +270,46 @@ def test_where_one_class_is_known_per_state_as_many_good_as_flawed_are_asked(
             found.append((t, policy.tokenizer.decode(made.ids[made.targets])))
         return sorted(found)
 
-    alone = Alongside(objective, [[episode]])
+    alone = Alongside(objective, [[episode]], 10.0)
     assert alone.size == 2
     assert asked(alone, 0, 1, 2, 3) == [(0, "good"), (1, "bad"), (2, "good"), (3, "bad")]
     assert len(asked(alone, 0, 1, 2)) == 2
     assert (1, "bad") in asked(alone, 0, 1, 2)
     assert asked(alone, 0, 2) == []
     assert asked(alone, 3) == []
-    paired = Alongside(objective, [[episode, twin]])
+    paired = Alongside(objective, [[episode, twin]], 10.0)
     assert paired.size == 1 + 1
     assert asked(paired, 0) == [(0, "bad"), (0, "good")]
     assert asked(paired, 0, 2) == [(0, "bad"), (0, "good")]
     assert asked(paired, 0, 2, 3) == [(0, "bad"), (0, "good"), (2, "good"), (3, "bad")]
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.3, 10.0])
+def test_questions_keep_to_their_share_of_the_tokens(share: float) -> None:
+    """In chats that grow, a row holds all steps of an episode."""
+    own = on_alfworld(1, layout="append")
+    cold = own.cold_start.model_copy(update={"verdict_share": share})
+    own = own.model_copy(update={"cold_start": cold})
+    with Workshop(own, Display(quiet=True)) as workshop:
+        data = ColdStart(
+            *(own, workshop.info, workshop.transcripts, workshop.policy, workshop.collector),
+            random.Random(0),
+        )
+        assert data.critic is not None
+        drawn = data.samples[:4]
+        exercise = data.critic.exercise(drawn, random.Random(0))
+        assert exercise is not None
+        read = [sample.row for sample in drawn]
+        steps = sum(len(sample.steps) for sample in drawn)
+        added = distinct_tokens([*read, *exercise.rows]) - distinct_tokens(read)
+        allowed = share * sum(sample.length for sample in drawn)
+    asked = len(exercise.rows)
+    if share == 10:  # all that can be asked
+        assert 1.5 * steps < asked <= 2 * steps
+    elif share < 0.01:  # never nothing
+        assert asked == 2
+    else:
+        assert 0.5 * allowed < added <= allowed
 
 
 def on_alfworld(iterations: int, **prompt: Any) -> Any:

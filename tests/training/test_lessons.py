@@ -178,3 +178,35 @@ def test_looking_and_going_on_purpose_are_taught_equally_often() -> None:
     assert going[True] > 2 * going[False]
     assert seen[True] > 20
     assert 0.5 < seen[True] / seen[False] < 2
+
+
+@pytest.mark.parametrize("layout", ["append", "window"])
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_rare_kinds_weigh_more_with_more_balance(layout: str, balance: float) -> None:
+    """The weights that each kind has in all go with the number of its steps to the power of 1 minus
+    `balance`; on average a step weighs 1."""
+    cold = {"steps": 1, "balance": balance, "text_weight": 0.1}
+    own = recipe(0, cold_start=cold, prompt={"layout": layout}, sampling={"constrained": False})
+    with Workshop(own, Display(quiet=True)) as workshop:
+        data = ColdStart(
+            *(own, workshop.info, workshop.transcripts, workshop.policy, workshop.collector),
+            random.Random(0),
+        )
+        number: Counter[tuple[str, bool]] = Counter()
+        total: Counter[tuple[str, bool]] = Counter()
+        for sample in data.samples:
+            transcript = workshop.transcripts[sample.episode]
+            episode = demonstration(transcript, workshop.collector.prompter)
+            weight = dict(zip(sample.row.targets.tolist(), sample.row.weights, strict=True))
+            for t in sample.steps:
+                command = transcript.moves[t].command
+                kind = (command.text.split()[0], command.looks)
+                step = episode.steps[t]
+                own_tokens = range(len(step.prompt_ids), len(step.prompt_ids + step.action_ids))
+                assert len({weight[i] for i in own_tokens}) == 1
+                number[kind] += 1
+                total[kind] += float(weight[own_tokens[0]])
+    assert len(number) > 2
+    assert total.total() == pytest.approx(number.total(), rel=1e-4)
+    shares = [total[kind] / n ** (1 - balance) for kind, n in number.items()]
+    assert shares == pytest.approx([shares[0]] * len(shares), rel=1e-4)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,3 +133,28 @@ def test_one_sequence_that_does_not_fit_is_said(
         pytest.raises(UntwineError, match="one sequence of 12 tokens does not fit"),
     ):
         updater(policy, 10_000).step(policy_batch())
+
+
+def test_imitation_is_a_weighted_mean(policy: Policy) -> None:
+    """Loss and gradient against plain forward passes over each row alone."""
+    weights = [[2.0, 2.0], [0.5], [1.0, 1.0, 3.0]]
+    rows = []
+    for k, own in enumerate(weights):
+        made = completion_row([5, 6, *range(20 + k, 28)], list(range(30, 30 + len(own))), 1.0)
+        rows.append(dataclasses.replace(made, weights=np.array(own), advantages=np.ones(len(own))))
+    worker = updater(policy, 100)
+    measures = worker.imitate(rows, None, 0.0)
+    found = [p.grad.clone() for p in policy.model.parameters()]
+
+    policy.model.zero_grad()
+    total = torch.zeros(())
+    for row, own in zip(rows, weights, strict=True):
+        ids = torch.from_numpy(row.ids)
+        logprobs = policy.model(ids[None]).logits[0].log_softmax(-1)
+        for position, weight in zip(row.targets.tolist(), own, strict=True):
+            total = total - weight * logprobs[position - 1, ids[position]] / 9.5
+    total.backward()
+    assert measures.values["loss"] == pytest.approx(total.item(), rel=1e-5)
+    for gradient, p in zip(found, policy.model.parameters(), strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-6)
