@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from untwine.demonstrations import play_experts
@@ -60,6 +62,36 @@ def test_its_errors_can_be_kept_to_valid_commands() -> None:
             env.step(command.text)
             errors += not command.expert
     assert errors > 12
+
+
+def test_half_of_its_errors_say_again_what_was_said_and_the_rest_are_of_all_kinds() -> None:
+    """Frequencies over 1,000 errors; going somewhere is most of what is valid."""
+    env = make_env("alfworld")
+    assert isinstance(env, Planner)
+    again: list[bool] = []
+    words: Counter[str] = Counter()
+    valid: Counter[str] = Counter()
+    for seed in range(200):
+        variation = seed % 20
+        plan = wandering_plan(env, TASK, variation, 0.3, 50, seed, valid_only=True) or ()
+        env.reset(TASK, variation)
+        given: set[str] = set()
+        for command in plan:
+            if not command.expert:
+                due = (env.plan() or ("",))[0]
+                possible = [c for c in env.admissible() if c != due]
+                if given & set(possible):
+                    again.append(command.text in given)
+                else:
+                    words[command.text.split()[0]] += 1
+                    valid.update(c.split()[0] for c in possible)
+            given.add(command.text)
+            env.step(command.text)
+    assert len(again) > 300
+    # others may be commands that were given, too
+    assert 0.45 < sum(again) / len(again) < 0.7
+    assert words.total() > 30
+    assert words["go"] / words.total() < 0.7 * valid["go"] / valid.total()
 
 
 def test_without_noise_it_is_the_shortest_plan() -> None:

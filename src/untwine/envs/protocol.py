@@ -13,7 +13,7 @@ declared in `EnvInfo`, so that callers ask before they use it.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -143,7 +143,7 @@ class Searcher(Planner, Protocol):
     def search(
         self,
         plan: Sequence[str],
-        read: Collection[str],
+        read: Sequence[str],
         said: Sequence[str],
         rng: random.Random | None,
     ) -> Due:

@@ -14,6 +14,7 @@ from untwine.envs.guiding import Advice, helps
 from untwine.envs.protocol import ExpertKind, Planner, Searcher
 
 STALE = 0.5  # of the errors, how many were valid before and are not now, where there are such
+AGAIN = 0.5  # of the others, how many were given before, where there are such
 
 
 class Command(NamedTuple):
@@ -50,13 +51,15 @@ def wandering_plan(
     """Solve an instance, erring with probability `noise` at each step; None when that fails, or
     takes more than `max_steps`.
 
-    An error is any command that is valid now, except the one that is due, or, unless `valid_only`,
-    one that was valid before and no longer is: neither tells where the plan goes. The expert then
-    plans anew (`EnvInfo.replans`). Where there are too few steps left for a detour, it errs no
-    more. One that searches does not know what it has not read (`EnvInfo.searches`) in the last
-    `memory` observations, or in all of them where that is 0. Beside each command up to
-    `alternatives` others are tried and judged (only where `EnvInfo.snapshots`). The same
-    arguments give the same commands where the environment is deterministic.
+    An error is a command that is valid now, except the one that is due, or, unless `valid_only`,
+    one that was valid before and no longer is: neither tells where the plan goes. Half of the valid
+    ones say again what was said before, as agents do; of the rest each first word is as likely as
+    the others. The expert then plans anew (`EnvInfo.replans`). Where there are too few steps left
+    for a detour, it errs no more. One that searches does not know what it has not read
+    (`EnvInfo.searches`) in the last `memory` observations, or in all of them where that is 0.
+    Beside each command up to `alternatives` others are tried and judged (only where
+    `EnvInfo.snapshots`). The same arguments give the same commands where the environment is
+    deterministic.
     """
     rng = random.Random(f"{seed}/{task}/{variation}")
     draw = random.Random(f"others {seed}/{task}/{variation}")
@@ -77,7 +80,7 @@ def wandering_plan(
         wrong: Sequence[str] = []
         if rng.random() < noise and len(taken) + 2 + len(plan) <= max_steps:
             stale = [] if valid_only else [c for c in known if c not in set(valid)]
-            wrong = _errors(valid, due, stale, rng)
+            wrong = _errors(valid, due, stale, {command.text for command in taken}, rng)
         said, left = rng.choice(wrong) if wrong else due, len(plan)
         others: tuple[tuple[str, bool], ...] = ()
         if alternatives:
@@ -138,9 +141,18 @@ def _judged(
 
 
 def _errors(
-    valid: Sequence[str], due: str, stale: Sequence[str], rng: random.Random
+    valid: Sequence[str],
+    due: str,
+    stale: Sequence[str],
+    given: Collection[str],
+    rng: random.Random,
 ) -> Sequence[str]:
     """The errors to draw one from: all of them valid, or none."""
     if stale and rng.random() < STALE:
         return stale
-    return [command for command in valid if command != due]
+    others = [command for command in valid if command != due]
+    again = [command for command in others if command in given]
+    if again and rng.random() < AGAIN:
+        return again
+    word = rng.choice([*dict.fromkeys(map(first_word, others))]) if others else ""
+    return [command for command in others if first_word(command) == word]

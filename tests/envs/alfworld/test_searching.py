@@ -71,6 +71,28 @@ def test_in_order_places_are_opened_and_those_beside_are_looked_into() -> None:
     assert in_order(plan, seen, [], ["go to sofa 1"]) == ("go to bed 1", True)
 
 
+def test_in_order_places_are_not_looked_into_twice_as_long_as_it_remembers() -> None:
+    plan = ("go to desk 1", "take book 1 from desk 1")
+    valid = ("go to bed 1", "go to drawer 2", "go to drawer 1", "go to sofa 1")
+    said = ["go to drawer 2", "open drawer 2", "go to drawer 1", "go to bed 1"]
+    read = [
+        "You are in the middle of a room.",
+        "The drawer 2 is closed.",
+        "You open the drawer 2. In it, you see nothing.",
+        "The drawer 1 is closed.",
+        "On the bed 1, you see nothing.",
+    ]
+    # it has opened drawer 2, but not drawer 1
+    assert in_order(plan, valid, read, said) == ("go to drawer 1", True)
+    # of the last three observations, the first answers what it no longer knows
+    assert in_order(plan, valid, read[-3:], said) == ("go to drawer 2", True)
+    # when it has looked everywhere it goes round again
+    read += ["On the sofa 1, you see nothing.", "In the drawer 1, you see nothing."]
+    said += ["go to sofa 1", "open drawer 1"]
+    there = ("go to bed 1", "go to drawer 2", "close drawer 1", "examine drawer 1", "go to sofa 1")
+    assert in_order(plan, there, read, said) == ("go to sofa 1", True)
+
+
 def test_in_order_things_go_to_the_first_place_that_is_as_good() -> None:
     valid = ("go to drawer 2", "go to drawer 10", "go to bed 1", "examine book 1")
     plan = ("go to drawer 2", "open drawer 2", "move book 1 to drawer 2")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -173,7 +173,7 @@ class AlfWorldEnv:
     def search(
         self,
         plan: Sequence[str],
-        read: Collection[str],
+        read: Sequence[str],
         said: Sequence[str],
         rng: random.Random | None,
     ) -> Due:

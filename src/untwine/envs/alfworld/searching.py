@@ -46,11 +46,14 @@ def search(
 
 
 def in_order(
-    plan: Sequence[str], valid: Sequence[str], read: Collection[str], said: Sequence[str]
+    plan: Sequence[str], valid: Sequence[str], read: Sequence[str], said: Sequence[str]
 ) -> Due:
     """The next command, which follows from the last place it looked into and from what it knows,
     without luck: that place is opened, or else the next one in the list of places is looked into,
-    and after the last one the first. What it carries goes to the first place that is as good.
+    and after the last one the first. Places of which it has read what is in them are left out. What
+    it carries goes to the first place that is as good.
+
+    read   the observations that it remembers, the present one last
     """
     commands = _visits(valid)
     places = sorted(commands)
@@ -63,7 +66,20 @@ def in_order(
     if commands.get(here, "").startswith("open "):
         return Due(commands[here], looks=True)
     following = [place for place in places if place > here] + [p for p in places if p < here]
-    return Due(commands[following[0]], looks=True) if following else Due(plan[0], looks=False)
+    seen = _seen(read, said)
+    fresh = [place for place in following if place not in seen] or following
+    return Due(commands[fresh[0]], looks=True) if fresh else Due(plan[0], looks=False)
+
+
+def _seen(read: Sequence[str], said: Sequence[str]) -> set[tuple[str, int]]:
+    """The places of which what is in them was read: answers to a visit that name no closed door."""
+    answers = read[1:]
+    given = said[len(said) - len(answers) :]
+    return {
+        _place(m["place"])
+        for command, answer in zip(given, answers, strict=True)
+        if (m := _VISITS.match(command)) and " is closed" not in answer
+    }
 
 
 def _knows(plan: Sequence[str], read: Collection[str]) -> bool:
