@@ -19,11 +19,11 @@ from untwine.prompting.prompter import (
     JUDGE_SYSTEM,
     JUDGING_WORDS,
     Prompter,
+    reply_text,
     state_text,
     system_text,
 )
 from untwine.prompting.tags import expert_tags
-from untwine.prompting.word_order import verb_last
 from untwine.records import Episode, Label, Observation, Step, TaskRef
 
 
@@ -198,10 +198,7 @@ def replies(transcript: Transcript, prompt: PromptConfig) -> list[tuple[str, str
     """(text of the reply, its reasoning tag) for every move, as the expert would have written it.
     Tags come by rule (prompting/tags.py)."""
     commands = [move.command for move in transcript.moves]
-    if not prompt.reasons:
-        order = verb_last if prompt.verb_last else str
-        return [(order(command.text), None) for command in commands]
-    actions = [f"<action>{command.text}</action>" for command in commands]
+    actions = [reply_text(prompt, command.text) for command in commands]
     if not prompt.tags:
         return [(action, None) for action in actions]
     steps = [Step.played(t, b, c.text, a) for t, (b, c, a) in enumerate(transcript.moves)]

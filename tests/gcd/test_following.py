@@ -247,6 +247,36 @@ def test_imitated_steps_bring_one_good_and_one_flawed_command() -> None:
         assert seen > 5
 
 
+def test_alternatives_come_in_the_words_of_the_reply_beside_which_they_stand() -> None:
+    """Else what is good could be told from the form of a reply. In each pair the two prompts are
+    alike, but for the command."""
+    own = on_alfworld(1, layout="append")
+    changes = {
+        "prompt": {"tags": True},
+        "sampling": {"constrained": False, "max_new_tokens": 200},
+        "cold_start": {"verdict_share": 10.0, "noise": 0.0},
+    }
+    parts = {k: getattr(own, k).model_copy(update=v) for k, v in changes.items()}
+    own = own.model_copy(update=parts)
+    with Workshop(own, Display(quiet=True)) as workshop:
+        data = ColdStart(
+            *(own, workshop.info, workshop.transcripts, workshop.policy, workshop.collector),
+            random.Random(0),
+        )
+        assert data.critic is not None
+        exercise = data.critic.exercise(data.samples[:2], random.Random(0))
+        assert exercise is not None
+        decode = workshop.policy.tokenizer.decode
+        forms: dict[str, set[str]] = {}
+        for row in exercise.rows:
+            answer = decode(row.ids[row.targets])
+            before, _, given = decode(row.ids).rpartition("<action>")
+            after = given.partition("</action>")[2].removesuffix(answer)
+            forms.setdefault(before + after, set()).add(answer)
+    assert len(exercise.rows) > 10
+    assert all(answers == {"good", "bad"} for answers in forms.values())
+
+
 def test_where_one_class_is_known_per_state_as_many_good_as_flawed_are_asked(
     policy: Policy,
 ) -> None:

@@ -44,6 +44,14 @@ def system_text(config: PromptConfig, told: Sequence[str] = ()) -> str:
     return " ".join(["\n\n".join(parts), *told])
 
 
+def reply_text(config: PromptConfig, command: str, instead: str = "") -> str:
+    """The reply that gives a command, after what the reply `instead` says before its own."""
+    if not config.reasons:
+        return verb_last(command) if config.verb_last else command
+    before, _, _ = instead.partition("<action>")
+    return f"{before}<action>{command}</action>"
+
+
 def _form_of_replies(config: PromptConfig) -> str:
     role = "You act in a text environment to solve a task."
     if not config.reasons:
@@ -110,7 +118,7 @@ class Prompter:
 
     def reply_ids(self, command: str) -> tuple[int, ...]:
         """Ids of the reply that is only this command."""
-        return self.chat.reply_ids(verb_last(command) if self.config.verb_last else command)
+        return self.chat.reply_ids(reply_text(self.config, command))
 
     def verdict_ids(self, episode: Episode, t: int, command: str | None = None) -> tuple[int, ...]:
         """Prompt that asks whether an action of step `t` is good or bad.

@@ -23,7 +23,7 @@ from untwine.gcd.labels import EXPERT_GOOD, OFF_PLAN, label_group
 from untwine.gcd.objectives.cross_entropy import CrossEntropy
 from untwine.gcd.objectives.protocol import Exercise
 from untwine.gcd.questions import Judged, Question, judged_steps
-from untwine.prompting.prompter import Prompter
+from untwine.prompting.prompter import Prompter, reply_text
 from untwine.records import Episode, Group, Verdict
 
 
@@ -163,16 +163,18 @@ def judged(episode: Episode, info: EnvInfo) -> Episode:
 
 def alternatives(episode: Episode, transcript: Transcript, prompter: Prompter) -> list[Episode]:
     """For each command that was judged beside one of the episode's, a copy of the episode up to
-    there that gives it instead. Only this last step has a label."""
+    there that gives it instead, in the same words (else these would tell good from bad). Only this
+    last step has a label."""
     found = []
     unlabelled = tuple(dataclasses.replace(step, labels=()) for step in episode.steps)
     for t, move in enumerate(transcript.moves):
         for command, good in move.command.others:
-            reply = prompter.reply_ids(command)
+            written = reply_text(prompter.config, command, unlabelled[t].text)
+            reply = prompter.chat.reply_ids(written)
             step = dataclasses.replace(
                 unlabelled[t],
                 command=command,
-                text=command,
+                text=written,
                 action_ids=reply,
                 logprobs=(0.0,) * len(reply),
                 allowed=None,
