@@ -135,12 +135,13 @@ def test_the_plan_of_the_study_is_complete(tmp_path: Path) -> None:
     ):
         arms = {f"wrong.{arm}" for arm in alike}
         assert len({one.job.after for one in runs if one.arm in arms}) == 5
-    for name in ("rlvmr", "rlvmr-gcd"):  # as the recipes of the same name
+    for name in ("rlvmr", "rlvmr-gcd"):  # as the recipes of the same name, which read whole episodes
         recipe, named = own[f"wrong.{name}"], load_recipe(RECIPES / f"{name}.yaml")
         check_credit(recipe.credit.name, recipe.prompt)
         credit_method(recipe.credit.name, recipe.credit.options)
         assert (recipe.credit, recipe.sampling) == (named.credit, named.sampling)
-        assert (recipe.prompt, recipe.gcd.objective) == (named.prompt, named.gcd.objective)
+        whole = recipe.prompt.model_copy(update={"layout": "append"})
+        assert (whole, recipe.gcd.objective) == (named.prompt, named.gcd.objective)
     assert set(own["wrong.correction"].correction.kinds) <= set(
         instructions(own["wrong.correction"].correction)
     )
