@@ -135,7 +135,7 @@ def test_the_plan_of_the_study_is_complete(tmp_path: Path) -> None:
     ):
         arms = {f"wrong.{arm}" for arm in alike}
         assert len({one.job.after for one in runs if one.arm in arms}) == 5
-    for name in ("rlvmr", "rlvmr-gcd"):  # as the recipes of the same name, which read whole episodes
+    for name in ("rlvmr", "rlvmr-gcd"):  # as the recipes of that name, which read whole episodes
         recipe, named = own[f"wrong.{name}"], load_recipe(RECIPES / f"{name}.yaml")
         check_credit(recipe.credit.name, recipe.prompt)
         credit_method(recipe.credit.name, recipe.credit.options)
