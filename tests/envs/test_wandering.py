@@ -65,7 +65,7 @@ def test_its_errors_can_be_kept_to_valid_commands() -> None:
 
 
 def test_half_of_its_errors_say_again_what_was_said_and_the_rest_are_of_all_kinds() -> None:
-    """Frequencies over 1,000 errors; going somewhere is most of what is valid."""
+    """Frequencies over hundreds of errors; going somewhere is most of what is valid."""
     env = make_env("alfworld")
     assert isinstance(env, Planner)
     again: list[bool] = []

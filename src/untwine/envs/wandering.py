@@ -107,10 +107,9 @@ def _beside(
     left = list(commands)
     drawn: list[str] = []
     while left and len(drawn) < number:
-        words = {first_word(command): None for command in left}
         turn = len(drawn) % 3
-        word = first_word(due) if turn == 1 and first_word(due) in words else rng.choice([*words])
-        among = [command for command in left if first_word(command) == word]
+        among = _beginning(left, first_word(due)) if turn == 1 else []
+        among = among or _of_any_kind(left, rng)
         if turn == 0:
             among = [command for command in left if command in given] or among
         drawn.append(rng.choice(among))
@@ -154,5 +153,13 @@ def _errors(
     again = [command for command in others if command in given]
     if again and rng.random() < AGAIN:
         return again
-    word = rng.choice([*dict.fromkeys(map(first_word, others))]) if others else ""
-    return [command for command in others if first_word(command) == word]
+    return _of_any_kind(others, rng) if others else others
+
+
+def _of_any_kind(commands: Sequence[str], rng: random.Random) -> list[str]:
+    """Those with one first word, each such word as likely as the others."""
+    return _beginning(commands, rng.choice([*dict.fromkeys(map(first_word, commands))]))
+
+
+def _beginning(commands: Sequence[str], word: str) -> list[str]:
+    return [command for command in commands if first_word(command) == word]

@@ -140,7 +140,7 @@ def balanced(judged: Sequence[Judged], rng: random.Random) -> list[tuple[Judged,
     return list(zip(classes["good"], classes["flawed"], strict=False))
 
 
-def within(budget: int, parts: Iterable[list[Question]], cost: Cost) -> list[Question]:
+def within(budget: float, parts: Iterable[list[Question]], cost: Cost) -> list[Question]:
     """Whole parts, in order, until the next one would exceed `budget` tokens."""
     taken: list[Question] = []
     used = 0

@@ -22,7 +22,7 @@ from untwine.envs.protocol import EnvInfo
 from untwine.gcd.labels import EXPERT_GOOD, OFF_PLAN, label_group
 from untwine.gcd.objectives.cross_entropy import CrossEntropy
 from untwine.gcd.objectives.protocol import Exercise
-from untwine.gcd.questions import Judged, Question, judged_steps
+from untwine.gcd.questions import Judged, judged_steps, within
 from untwine.prompting.prompter import Prompter, reply_text
 from untwine.records import Episode, Group, Verdict
 
@@ -126,15 +126,11 @@ class Alongside:
         number = min(map(len, alone.values()))
         pairs += map(list, zip(*(rng.sample(side, number) for side in alone.values()), strict=True))
         rng.shuffle(pairs)
+        parts = (self._objective.questions(pair, 10**12, rng) for pair in pairs)
+        first = next(parts, [])
         budget = self._share * sum(sample.length for sample in drawn)
-        questions: list[Question] = []
-        for pair in pairs:
-            asked = self._objective.questions(pair, 10**12, rng)
-            budget -= sum(len(q.prompt_ids) for q in asked)
-            budget += sum(len(j.episode.steps[j.t].prompt_ids) for j in pair)
-            if questions and budget < 0:
-                break
-            questions += asked
+        budget -= sum(len(q.prompt_ids) - q.shared for q in first)
+        questions = [*first, *within(budget, parts, lambda own: own)]
         return self._objective.drawn(self._objective.rows(questions)) if questions else None
 
 
@@ -178,7 +174,6 @@ def alternatives(episode: Episode, transcript: Transcript, prompter: Prompter) -
                 action_ids=reply,
                 logprobs=(0.0,) * len(reply),
                 allowed=None,
-                advantage=None,
                 labels=(EXPERT_GOOD if good else OFF_PLAN,),
             )
             found.append(dataclasses.replace(episode, steps=(*unlabelled[:t], step)))
