@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from safetensors.numpy import load_file
 
 from untwine.config import Recipe
 from untwine.progress import Display
+from untwine.training.cold_start import ColdStart
 from untwine.training.loop import train
+from untwine.workshop import Workshop
 
 
 def rows(run: Path, stage: str = "rl") -> list[dict[str, Any]]:
@@ -25,6 +28,18 @@ def steady(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Metrics without those that tell how long something took."""
     timed = ("time", "seconds", "cost_seconds", "diagnose_share")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in found]
+
+
+def cold_start_of(workshop: Workshop) -> ColdStart:
+    """The data of its cold start."""
+    return ColdStart(
+        workshop.recipe,
+        workshop.info,
+        workshop.transcripts,
+        workshop.policy,
+        workshop.collector,
+        random.Random(0),
+    )
 
 
 def assert_same_weights(run: Path, reference: Path) -> None:

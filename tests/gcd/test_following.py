@@ -15,7 +15,7 @@ import torch
 
 from tests.builders import make_episode, make_step
 from tests.gcd.test_training import recipe
-from tests.runs import in_one_and_in_two, rows
+from tests.runs import cold_start_of, in_one_and_in_two, rows
 from untwine.batch import Row, completion_row, distinct_tokens
 from untwine.config import GCDConfig, LossConfig, OptimizerConfig, PromptConfig
 from untwine.demonstrations import play_experts
@@ -30,7 +30,6 @@ from untwine.policy.loading import Policy
 from untwine.progress import Display
 from untwine.prompting.prompter import Prompter
 from untwine.records import Episode, Label, TaskRef
-from untwine.training.cold_start import ColdStart
 from untwine.training.critic import Alongside, Sample
 from untwine.training.update import Updater
 from untwine.workshop import Workshop
@@ -225,10 +224,7 @@ def test_where_nothing_can_be_judged_it_says_so() -> None:
 def test_imitated_steps_bring_one_good_and_one_flawed_command() -> None:
     own = on_alfworld(1)
     with Workshop(own, Display(quiet=True)) as workshop:
-        data = ColdStart(
-            *(own, workshop.info, workshop.transcripts, workshop.policy, workshop.collector),
-            random.Random(0),
-        )
+        data = cold_start_of(workshop)
         assert isinstance(data.critic, Alongside)
         decode = workshop.policy.tokenizer.decode
         seen = 0
@@ -259,10 +255,7 @@ def test_alternatives_come_in_the_words_of_the_reply_beside_which_they_stand() -
     parts = {k: getattr(own, k).model_copy(update=v) for k, v in changes.items()}
     own = own.model_copy(update=parts)
     with Workshop(own, Display(quiet=True)) as workshop:
-        data = ColdStart(
-            *(own, workshop.info, workshop.transcripts, workshop.policy, workshop.collector),
-            random.Random(0),
-        )
+        data = cold_start_of(workshop)
         assert data.critic is not None
         exercise = data.critic.exercise(data.samples[:2], random.Random(0))
         assert exercise is not None
@@ -321,10 +314,7 @@ def test_questions_keep_to_their_share_of_the_tokens(share: float) -> None:
     cold = own.cold_start.model_copy(update={"verdict_share": share})
     own = own.model_copy(update={"cold_start": cold})
     with Workshop(own, Display(quiet=True)) as workshop:
-        data = ColdStart(
-            *(own, workshop.info, workshop.transcripts, workshop.policy, workshop.collector),
-            random.Random(0),
-        )
+        data = cold_start_of(workshop)
         assert data.critic is not None
         drawn = data.samples[:4]
         exercise = data.critic.exercise(drawn, random.Random(0))

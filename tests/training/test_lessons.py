@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +12,12 @@ import torch
 from pydantic import ValidationError
 
 from tests.gcd.test_training import recipe
+from tests.runs import cold_start_of
 from untwine.batch import Row
 from untwine.config import ColdStartConfig, Recipe
 from untwine.demonstrations import demonstration
 from untwine.errors import ConfigError
 from untwine.progress import Display
-from untwine.training.cold_start import ColdStart
 from untwine.training.loop import train
 from untwine.training.measures import Measures
 from untwine.training.update import Updater
@@ -45,11 +44,7 @@ class Recorder:
 
 def imitated(workshop: Workshop, steps: int) -> list[Counter[str]]:
     """First words of the commands that each step imitates."""
-    own = workshop.recipe
-    data = ColdStart(
-        *(own, workshop.info, workshop.transcripts, workshop.policy, workshop.collector),
-        random.Random(0),
-    )
+    data = cold_start_of(workshop)
     updater: Any = Recorder()
     for _ in range(steps):
         data.step(updater)
@@ -157,10 +152,7 @@ def test_looking_and_going_on_purpose_are_taught_equally_often() -> None:
             steps = demonstration(transcript, workshop.collector.prompter).steps
             for move, step in zip(transcript.moves, steps, strict=True):
                 purposes[step.prompt_ids] = move.command.looks
-        data = ColdStart(
-            *(own, workshop.info, workshop.transcripts, workshop.policy, workshop.collector),
-            random.Random(0),
-        )
+        data = cold_start_of(workshop)
         updater: Any = Recorder()
         for _ in range(60):
             data.step(updater)
@@ -188,10 +180,7 @@ def test_rare_kinds_weigh_more_with_more_balance(layout: str, balance: float) ->
     cold = {"steps": 1, "balance": balance, "text_weight": 0.1}
     own = recipe(0, cold_start=cold, prompt={"layout": layout}, sampling={"constrained": False})
     with Workshop(own, Display(quiet=True)) as workshop:
-        data = ColdStart(
-            *(own, workshop.info, workshop.transcripts, workshop.policy, workshop.collector),
-            random.Random(0),
-        )
+        data = cold_start_of(workshop)
         number: Counter[tuple[str, bool]] = Counter()
         total: Counter[tuple[str, bool]] = Counter()
         for sample in data.samples:

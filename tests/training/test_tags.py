@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.gcd.test_training import recipe
-from tests.runs import in_one_and_in_two, rows
+from tests.runs import cold_start_of, in_one_and_in_two, rows
 from untwine.config import Recipe
 from untwine.credit.rlvmr import rlvmr
 from untwine.demonstrations import demonstration
@@ -18,7 +17,6 @@ from untwine.errors import ConfigError
 from untwine.progress import Display
 from untwine.prompting.parser import parse_reply
 from untwine.prompting.tags import TAGS
-from untwine.training.cold_start import ColdStart
 from untwine.workshop import Workshop
 
 
@@ -60,14 +58,7 @@ def test_a_reply_with_tags_must_have_room() -> None:
         Workshop(own, Display(quiet=True)) as workshop,
         pytest.raises(ConfigError, match=r"raise sampling\.max_new_tokens \(now 6\) to \d\d "),
     ):
-        ColdStart(
-            own,
-            workshop.info,
-            workshop.transcripts,
-            workshop.policy,
-            workshop.collector,
-            random.Random(0),
-        )
+        cold_start_of(workshop)
 
 
 def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path) -> None:
