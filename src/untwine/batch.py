@@ -242,7 +242,7 @@ def _chosen(step: Step) -> np.ndarray:
     """Indices of the action tokens that were chosen, not forced."""
     if step.allowed is None:
         return np.arange(len(step.action_ids), dtype=np.int64)
-    return np.array([i for i, ids in enumerate(step.allowed) if len(ids) > 1], dtype=np.int64)
+    return np.array([i for i, ids in enumerate(step.allowed) if len(ids) != 1], dtype=np.int64)
 
 
 def _choices(step: Step, chosen: np.ndarray) -> np.ndarray:

@@ -153,10 +153,10 @@ def demonstration(
     for index, ((before, command, after), (written, tag)) in enumerate(
         zip(moves, said, strict=True)
     ):
-        action_ids = prompter.chat.reply_ids(written)
+        action_ids = prompter.written_ids(written)
         allowed = None
         if choices and before.admissible:
-            allowed = allowed_along(choices.trie(before.admissible), action_ids)
+            allowed = allowed_along(choices.among(before.admissible), action_ids)
             if allowed and command.chance:
                 given = {move.command.text for move in moves[:index]}
                 known = given if prompter.remembers else set()
@@ -222,6 +222,9 @@ def without_luck(
     not."""
     found = []
     for among, token in zip(allowed, ids, strict=True):
+        if not among:  # the text before the command
+            found.append(among)
+            continue
         found.append(tuple(i for i in among if i == token or i not in equals))
         equals = equals.get(token, {})
     return tuple(found)

@@ -88,7 +88,7 @@ class Step:
                   temperature, before any truncation), len == len(action_ids)
     allowed       for each action id the ids it was chosen from, when the choice was constrained
                   to the admissible commands (the log-probabilities are then normalised over
-                  these); None: the whole vocabulary
+                  these), none where the whole vocabulary was open; None: it always was
     text          the action decoded, for people
     thought       the part before the command, if any (the words inside think and reasoning tags)
     tag           the reasoning tag before the command, if any (prompting/tags.py)

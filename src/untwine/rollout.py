@@ -24,12 +24,12 @@ from untwine.config import PromptConfig, SamplingConfig, lists_commands
 from untwine.envs.pool import Beginning, EnvPool, EpisodeAnswer, Lost, ResetRequest, StepRequest
 from untwine.envs.protocol import Reset
 from untwine.errors import EnvError, UntwineError
-from untwine.policy.choices import CommandChoices, Node
+from untwine.policy.choices import Choices
 from untwine.policy.loading import Policy
 from untwine.policy.sampler import Sample, Sampler
+from untwine.prompting.choosing import command_choices
 from untwine.prompting.parser import PROBLEM_FEEDBACK, Reply, parse_reply
 from untwine.prompting.prompter import Conversation, Prompter, action_as_shown
-from untwine.prompting.word_order import verb_first
 from untwine.records import Episode, Group, Observation, Step, TaskRef
 
 _MAX_RETRIES = 5
@@ -122,7 +122,7 @@ class Collector:
         self.sampling = sampling
         self.prompter = Prompter(policy.chat, prompt)
         self._longest = min(prompt.max_tokens, policy.max_positions - sampling.max_new_tokens)
-        self.choices = CommandChoices(self.prompter.reply_ids) if sampling.constrained else None
+        self.choices = command_choices(self.prompter) if sampling.constrained else None
         waves = sampling.waves or (2 if self.info.remote else 1)
         self.waves = min(waves, pool.slots) if pool.workers else 1
         if lists_commands(prompt, sampling) and not self.info.lists_commands:
@@ -140,12 +140,14 @@ class Collector:
         prefix: str = "",
         told: Sequence[tuple[str, ...]] = (),
         greedy: bool = False,
+        temperature: float | None = None,
         on_turn: Callable[[int, int], None] | None = None,
     ) -> tuple[list[Group], RolloutStats]:
         """One group of `group_size` episodes for every ref, in the order of `refs`.
 
         prefix   begins the ids of the episodes
         told     for each ref, sentences that the prompts of all its episodes carry; none by default
+        temperature  instead of `sampling.temperature`
         on_turn  called before every turn with (episodes done, episodes in all); may raise to stop
         """
         sentences = told or [()] * len(refs)
@@ -154,7 +156,10 @@ class Collector:
             for i, (ref, said) in enumerate(zip(refs, sentences, strict=True))
             for g in range(group_size)
         ]
-        sampler = Sampler(self.policy, self.sampling, generator, greedy=greedy)
+        sampling = self.sampling
+        if temperature is not None:
+            sampling = sampling.model_copy(update={"temperature": temperature})
+        sampler = Sampler(self.policy, sampling, generator, greedy=greedy)
         play = _Play(self, sampler, deque(jobs), on_turn)
         finished, stats = play.run()
         episodes = [episode for episode in finished if episode is not None]
@@ -189,13 +194,13 @@ class Collector:
             )
         return _Live(job, goal, conversation, observation)
 
-    def choices_of(self, live: _Live) -> Node | None:
-        """The trie of the commands the policy may give; None when it may say anything."""
+    def choices_of(self, live: _Live) -> Choices | None:
+        """The replies the policy may give; None when it may say anything."""
         return self.choices_among(live.observation.admissible, live.job.ref, len(live.steps))
 
     def choices_among(
         self, admissible: Sequence[str] | None, ref: TaskRef, step: int
-    ) -> Node | None:
+    ) -> Choices | None:
         """The same where these commands are admissible. EnvError when there is none."""
         if self.choices is None:
             return None
@@ -205,14 +210,15 @@ class Collector:
                 f"{ref} lists no admissible command at step {step}; "
                 "set sampling.constrained to false"
             )
-        return self.choices.trie(commands)
+        return self.choices.among(commands)
 
     def read(self, live: _Live, sample: Sample) -> _Act:
         """What a reply says."""
         text, over = self.policy.chat.decode(sample.ids)
         reply = parse_reply(
-            verb_first(text) if self.prompt.verb_last else text,
+            text,
             ended=over,
+            verb_last=self.prompt.verb_last,
             thoughts=self.prompt.thoughts,
             tags=self.prompt.tags,
             blocked=self.info.blocked,

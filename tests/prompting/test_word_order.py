@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from untwine.config import PromptConfig, SamplingConfig
 from untwine.demonstrations import demonstration, play_experts
@@ -66,8 +65,3 @@ def test_what_is_written_so_is_done(policy: Policy, constrained: bool) -> None:
         prompt = policy.tokenizer.decode(with_two.steps[1].prompt_ids)
         assert f"> {with_two.steps[0].command}\n" in prompt
         assert "its first word last" in prompt
-
-
-def test_only_for_bare_commands() -> None:
-    with pytest.raises(ValidationError, match="without thoughts or tags"):
-        PromptConfig(verb_last=True, tags=True)

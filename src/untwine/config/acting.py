@@ -70,14 +70,6 @@ class PromptConfig(Section):
             raise ValueError("beginning is for layout: window; a growing chat holds everything")
         return self
 
-    @model_validator(mode="after")
-    def _bare_commands(self) -> PromptConfig:
-        if self.verb_last and self.reasons:
-            raise ValueError(
-                "verb_last is for replies that are only a command, without thoughts or tags"
-            )
-        return self
-
     @property
     def reasons(self) -> bool:
         """Whether something comes before the command, which then stands in `<action>` tags."""
@@ -146,7 +138,9 @@ class SamplingConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1.0)
     max_new_tokens: Positive = 24
     constrained: bool = Field(
-        False, description="choose among the admissible commands only, token by token"
+        False,
+        description="choose among the admissible commands only, token by token; thoughts and tags "
+        "before the command stay free",
     )
     waves: Natural = Field(
         0, description="parts of the slots that act in turn, with workers; 0: 2 for slow ones"

@@ -38,7 +38,7 @@ from typing import Literal
 import torch
 
 from untwine.diagnose.betting import evidence, mean_bounds
-from untwine.policy.choices import Node
+from untwine.policy.choices import Choices
 from untwine.policy.sampler import Sample, Sampler
 from untwine.records import Episode, Group
 from untwine.rollout import Collector, RolloutStats, Start
@@ -300,7 +300,7 @@ class Brancher:
                 missing[i] -= 1
         return pairs
 
-    def _choices(self, occurrence: Occurrence) -> Node | None:
+    def _choices(self, occurrence: Occurrence) -> Choices | None:
         start = occurrence.start
         return self.collector.choices_among(occurrence.admissible, start.ref, len(start.steps))
 

@@ -10,7 +10,7 @@ import torch
 
 from untwine.batch import LossMean, unit_weights
 from untwine.diagnose.analysis import merge_duplicates
-from untwine.diagnose.samples import StepSample
+from untwine.diagnose.samples import Allowed, StepSample
 from untwine.errors import UntwineError
 from untwine.gcd.labels import agreed_verdict
 from untwine.records import Episode, Group, Label, Step, Verdict
@@ -72,6 +72,14 @@ def labelled_samples(groups: Sequence[Group]) -> list[RunSample]:
     return [sample for sample in _merged(found) if sample.verdict is not None]
 
 
+def step_sample(step: Step) -> StepSample:
+    """A step as the sample it was."""
+    allowed: Allowed | None = None
+    if step.allowed is not None:
+        allowed = tuple(ids or None for ids in step.allowed)
+    return StepSample(step.prompt_ids, step.action_ids, allowed)
+
+
 _Found = tuple[Episode, Step, float, float]
 
 
@@ -90,7 +98,7 @@ def _merged(found: Sequence[_Found]) -> list[RunSample]:
         label = _first_label(members[u], verdict)
         samples.append(
             RunSample(
-                sample=StepSample(step.prompt_ids, step.action_ids, step.allowed),
+                sample=step_sample(step),
                 episode=episode,
                 step=step,
                 weight=float(merged.weights[u]),

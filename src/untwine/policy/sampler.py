@@ -18,7 +18,7 @@ import torch
 
 from untwine.config import SamplingConfig
 from untwine.policy.attention import packed_hidden_states
-from untwine.policy.choices import Node
+from untwine.policy.choices import Choices, Later, Node
 from untwine.policy.loading import Policy
 from untwine.policy.packing import Ids, Packed, pack, prompt_pieces, reply_pieces
 from untwine.policy.row_cache import RowCache, RowPass
@@ -31,8 +31,8 @@ class Sample:
     """A reply: sampled ids (end token included if drawn) and the log-probability of each one under
     the temperature-scaled distribution, before any truncation.
 
-    allowed   for each id the ids it was chosen from, over which its log-probability is normalised;
-              None when the whole vocabulary was open
+    allowed   for each id the ids it was chosen from, over which its log-probability is normalised,
+              none where the whole vocabulary was open; None when it always was
     """
 
     ids: tuple[int, ...]
@@ -46,11 +46,13 @@ class _Draft:
 
     prompt   what the model is to read before it; None when it has
     node     where the reply stands in the trie of choices; None when the whole vocabulary is open
+    later    says where the choice begins, if it does not at once
     fed      how many of its ids the model has read
     """
 
     prompt: Ids | None
     node: Node | None
+    later: Later | None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     allowed: list[tuple[int, ...]] = field(default_factory=list)
@@ -80,11 +82,14 @@ class _Draft:
         return Sample(tuple(self.ids), tuple(self.logprobs), allowed)
 
     def _append(self, token: int, logprob: float) -> None:
+        self.ids.append(token)
+        self.logprobs.append(logprob)
         if self.node is not None:
             self.allowed.append(tuple(self.node))
             self.node = self.node[token]
-        self.ids.append(token)
-        self.logprobs.append(logprob)
+        else:
+            self.allowed.append(())
+            self.node = self.later.node_after(self.ids) if self.later else None
 
 
 class Sampler:
@@ -120,15 +125,17 @@ class Sampler:
         """Whether a reply is under way."""
         return bool(self._drafts)
 
-    def begin(self, slot: int, prompt: Sequence[int], choices: Node | None = None) -> None:
+    def begin(self, slot: int, prompt: Sequence[int], choices: Choices | None = None) -> None:
         """Begin a reply; a slot has one at a time. Slots are small integers.
 
-        choices   the trie of the replies it may give (policy/choices.py); the reply ends where the
-                  trie does, whatever `max_new_tokens`
+        choices   the replies it may give (policy/choices.py); the reply ends where their trie does,
+                  whatever `max_new_tokens`
         """
         if slot in self._drafts:
             raise ValueError(f"slot {slot} has a reply under way")
-        draft = _Draft(tuple(prompt), choices)
+        later = choices if isinstance(choices, Later) else None
+        node = None if isinstance(choices, Later) else choices
+        draft = _Draft(tuple(prompt), node, later)
         draft.force()
         self._drafts[slot] = draft
 
@@ -151,7 +158,7 @@ class Sampler:
     def sample(
         self,
         prompts: Mapping[int, Sequence[int]],
-        choices: Mapping[int, Node] | None = None,
+        choices: Mapping[int, Choices] | None = None,
     ) -> dict[int, Sample]:
         """One reply for each slot, in the order of the slots."""
         for slot in sorted(prompts):
@@ -226,7 +233,14 @@ class Sampler:
     def _draw(
         self, logits_BV: torch.Tensor, nodes: Sequence[Node | None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token (B,) and its log-probability (B,). `nodes` restrict the choice, all or none."""
+        """Token (B,) and its log-probability (B,); a node restricts the choice."""
+        free = [b for b, node in enumerate(nodes) if node is None]
+        if free and len(free) < len(nodes):  # some have begun their command, others have not
+            bound = [b for b, node in enumerate(nodes) if node is not None]
+            parts = [self._draw(logits_BV[own], [nodes[b] for b in own]) for own in (free, bound)]
+            back = torch.tensor([*free, *bound]).argsort().to(logits_BV.device)
+            tokens, logprobs = (torch.cat(x)[back] for x in zip(*parts, strict=True))
+            return tokens, logprobs
         ids_BC = _children(nodes).to(logits_BV.device)
         # In float64: summed in float32, a vocabulary of 50 000 costs 1e-5.
         if ids_BC.numel():

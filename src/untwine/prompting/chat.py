@@ -88,6 +88,10 @@ class Chat:
         body = ids[:-1] if ended else ids
         return str(self.tokenizer.decode(list(body), skip_special_tokens=False)), ended
 
+    def piece(self, token: int) -> str:
+        """A token as the tokenizer writes it; ASCII letters and signs stay what they are."""
+        return str(self.tokenizer.convert_ids_to_tokens(token))
+
     def reply_ids(self, text: str) -> tuple[int, ...]:
         """Ids of a whole reply: the text and the end-of-sequence token."""
         return (*self._encode(text), self._end)

@@ -7,10 +7,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from untwine.prompting.tags import read_tags
+from untwine.prompting.word_order import verb_first
 
 MAX_COMMAND_CHARS = 200
+ACTION, ACTION_END = "<action>", "</action>"
 _THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
-_ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
+_ACTION = re.compile(f"{ACTION}(.*?){ACTION_END}", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ def parse_reply(
     ended: bool,
     thoughts: bool,
     tags: bool = False,
+    verb_last: bool = False,
     blocked: Collection[str] = (),
     admissible: Collection[str] | None = None,
 ) -> Reply:
@@ -50,6 +53,7 @@ def parse_reply(
     thoughts    the reply must hold `<action>…</action>`, and may hold `<think>…</think>` before it
     tags        the reply must hold exactly one reasoning tag, not empty, and `<action>…</action>`
                 after it
+    verb_last   the first word of the command is its last one
     blocked     commands that are never sent
     admissible  if given, the only commands that are accepted
     """
@@ -71,7 +75,7 @@ def parse_reply(
     body = body.strip()
     if problem is None and "\n" in body:
         problem = "several_lines"
-    command = normalise(body)
+    command = verb_first(body) if verb_last else normalise(body)
     problem = problem or _refusal(command, blocked, admissible)
     return Reply(None, thought, problem) if problem else Reply(command, thought, None, tag)
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from untwine.config import PromptConfig
 from untwine.prompting.chat import Chat
+from untwine.prompting.parser import ACTION, ACTION_END
 from untwine.prompting.tags import TAG_USES
 from untwine.prompting.word_order import verb_last
 from untwine.records import Episode
@@ -46,23 +47,30 @@ def system_text(config: PromptConfig, told: Sequence[str] = ()) -> str:
 
 def reply_text(config: PromptConfig, command: str, instead: str = "") -> str:
     """The reply that gives a command, after what the reply `instead` says before its own."""
+    written = command_text(config, command)
     if not config.reasons:
-        return verb_last(command) if config.verb_last else command
-    before, _, _ = instead.partition("<action>")
-    return f"{before}<action>{command}</action>"
+        return written
+    before, _, _ = instead.partition(ACTION)
+    return f"{before}{ACTION}{written}{ACTION_END}"
+
+
+def command_text(config: PromptConfig, command: str) -> str:
+    """How a reply writes a command."""
+    return verb_last(command) if config.verb_last else command
 
 
 def _form_of_replies(config: PromptConfig) -> str:
     role = "You act in a text environment to solve a task."
+    order = ", its first word last" if config.verb_last else ""
     if not config.reasons:
-        order = ", its first word last" if config.verb_last else ""
         return f"{role} Reply with one command{order}."
     before = ["think inside <think></think>"] if config.thoughts else []
     if config.tags:
         uses = ", ".join(f"<{tag}></{tag}> {use}" for tag, use in TAG_USES.items())
         before.append(f"write one sentence inside one of {uses}")
     said = ", then ".join(before)
-    return f"{role} {said[0].upper()}{said[1:]}, then give one command inside <action></action>."
+    command = f"one command inside {ACTION}{ACTION_END}{order}"
+    return f"{role} {said[0].upper()}{said[1:]}, then give {command}."
 
 
 class Prompter:
@@ -118,7 +126,15 @@ class Prompter:
 
     def reply_ids(self, command: str) -> tuple[int, ...]:
         """Ids of the reply that is only this command."""
-        return self.chat.reply_ids(reply_text(self.config, command))
+        return self.written_ids(reply_text(self.config, command))
+
+    def written_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a reply written so. What it says inside `<action>` begins with a token of its own,
+        so that it has the same ids whatever is said before."""
+        if not self.config.reasons:
+            return self.chat.reply_ids(text)
+        before, mark, rest = text.partition(ACTION)
+        return self.chat.word_ids(before + mark) + self.chat.reply_ids(rest)
 
     def verdict_ids(self, episode: Episode, t: int, command: str | None = None) -> tuple[int, ...]:
         """Prompt that asks whether an action of step `t` is good or bad.

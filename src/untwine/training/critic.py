@@ -166,7 +166,7 @@ def alternatives(episode: Episode, transcript: Transcript, prompter: Prompter) -
     for t, move in enumerate(transcript.moves):
         for command, good in move.command.others:
             written = reply_text(prompter.config, command, unlabelled[t].text)
-            reply = prompter.chat.reply_ids(written)
+            reply = prompter.written_ids(written)
             step = dataclasses.replace(
                 unlabelled[t],
                 command=command,
