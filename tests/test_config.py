@@ -37,6 +37,45 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, "")) == Recipe()
 
 
+def test_a_recipe_on_top_of_another(tmp_path: Path) -> None:
+    """Sections are merged key by key, at every level; lists and options of a method are values."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "first.yaml").write_text("seed: 3\nrl: {groups: 4, epochs: 2}\n")
+    (tmp_path / "second.yaml").write_text(
+        "base: below/first.yaml\nrl: {groups: 5}\nenv: {tasks: [a, b]}\n"
+        "credit: {name: rlvmr, options: {weight: 0.5, normalise: none}}\n"
+    )
+    text = (
+        "base: second.yaml\nname: third\nenv: {tasks: [c]}\ncredit: {options: {weight: 0.2}}\n"
+        "rl: {optimizer: {lr: 0.1}}\n"
+    )
+    recipe = load_recipe(write(tmp_path, text), ["rl.optimizer.warmup=3"])
+    assert (recipe.name, recipe.seed) == ("third", 3)
+    assert (recipe.rl.groups, recipe.rl.epochs) == (5, 2)
+    assert (recipe.rl.optimizer.lr, recipe.rl.optimizer.warmup) == (0.1, 3)
+    assert recipe.env.tasks == ["c"]
+    assert (recipe.credit.name, recipe.credit.options) == ("rlvmr", {"weight": 0.2})
+    assert "base" not in recipe.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: other.yaml\n", "base r.yaml leads back to this file"),
+        ("base: r.yaml\n", "base r.yaml leads back to this file"),
+        ("base: nowhere.yaml\n", "nowhere.yaml is missing"),
+        ("base: [r.yaml]\n", "base must be the path of a recipe"),
+        ("base: fine.yaml\nrl: 3\n", "rl: input should be"),
+    ],
+)
+def test_a_base_that_is_none(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "other.yaml").write_text("base: r.yaml\n")
+    (tmp_path / "fine.yaml").write_text("rl: {groups: 4}\n")
+    with pytest.raises(ConfigError) as error:
+        load_recipe(write(tmp_path, text))
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
@@ -58,16 +97,6 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
         ("diagnose: {probes: -3}\n", [], "diagnose.probes: input should be greater than or"),
         ("diagnose: {samples: 1}\n", [], "diagnose: samples must be 2 or more"),
         ("diagnose: {evry: 2}\n", [], "unknown key 'diagnose.evry'. Did you mean 'diagnose.every'"),
-        (
-            "prompt: {tags: true}\nsampling: {constrained: true}\n",
-            [],
-            "leaves no room for tags; set one of it and prompt.tags to false",
-        ),
-        (
-            "prompt: {thoughts: true}\nsampling: {constrained: true}\n",
-            [],
-            "leaves no room for thoughts; set one of it and prompt.thoughts to false",
-        ),
         ("correction: {below: 0.3}\n", [], "below (0.3) is larger than above (0.1), so an"),
         ("correction: {above: 1.5}\n", [], "correction.above: input should be less than or equal"),
         ("correction: {share: -1}\n", [], "correction.share: input should be greater than or"),

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from tests.builders import REF
 from untwine.config import EnvConfig, Recipe, make_recipe
-from untwine.evaluate.identity import set_identity
+from untwine.evaluate.identity import DECODINGS, set_identity
 
 RATES = {"episode_length": 5.0, "invalid_rate": 0.1, "repeated_rate": 0.2, "flawed_rate": 0.3}
 Tasks = Mapping[str, float]
@@ -39,7 +39,9 @@ def row(
             task: {"success_rate": value, "outcome_mean": value / 2}
             for task, value in success.items()
         },
-        "identity": set_identity(EnvConfig(name="rooms"), name, refs, greedy=greedy, seed=seed),
+        "identity": set_identity(
+            EnvConfig(name="rooms"), name, refs, decoding=DECODINGS[greedy], seed=seed
+        ),
     }
 
 

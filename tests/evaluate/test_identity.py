@@ -13,20 +13,26 @@ from safetensors.numpy import save_file
 from tests.builders import REF
 
 from untwine.config import EnvConfig
-from untwine.evaluate.identity import model_digest, set_identity
+from untwine.evaluate.identity import decoding_name, model_digest, set_identity
 
 ENV = EnvConfig(name="rooms", max_steps=8)
 REFS = [dataclasses.replace(REF, variation=v) for v in (0, 1, 2, 0)]
 
 
 def digest(env: EnvConfig = ENV, **changes: Any) -> str:
-    options = {"set_name": "L0", "refs": REFS, "greedy": False, "seed": 0} | changes
+    options = {"set_name": "L0", "refs": REFS, "decoding": "sampled", "seed": 0} | changes
     found: str = set_identity(env, **options)["digest"]
     return found
 
 
+def test_the_decoding_has_a_name() -> None:
+    assert decoding_name(False, None) == "sampled"
+    assert decoding_name(False, 0.4) == "sampled at 0.4"
+    assert decoding_name(True, 0.4) == "greedy"
+
+
 def test_it_says_what_is_played() -> None:
-    found = set_identity(ENV, "L0", REFS, greedy=True, seed=5)
+    found = set_identity(ENV, "L0", REFS, decoding="greedy", seed=5)
     assert (found["episodes"], found["instances"], found["repetitions"]) == (4, 3, 2)
     assert (found["set"], found["decoding"], found["seed"]) == ("L0", "greedy", 5)
     assert found["max_steps"] == 8
@@ -38,7 +44,8 @@ def test_it_says_what_is_played() -> None:
         {"refs": REFS[:3]},
         {"refs": REFS[::-1]},
         {"set_name": "L1"},
-        {"greedy": True},
+        {"decoding": "greedy"},
+        {"decoding": "sampled at 0.4"},
         {"env": EnvConfig(name="rooms", max_steps=9)},
         {"env": EnvConfig(name="rooms", max_steps=8, options={"rooms": 4})},
     ],

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from tests.builders import REF, make_episode, make_step
 
-from untwine.config import EnvConfig
+from untwine.config import EnvConfig, Recipe
 from untwine.envs.protocol import EnvInfo
 from untwine.errors import EnvError
-from untwine.evaluate.protocol import evaluation_refs, success_gain, summarise
+from untwine.evaluate.protocol import evaluate, evaluation_refs, success_gain, summarise
 from untwine.evaluate.statistics import bootstrap_interval, wilson_interval
+from untwine.progress import Display
 from untwine.records import Group
+from untwine.workshop import Workshop
 
 INFO = EnvInfo(
     "test", deterministic=True, snapshots=False, lists_commands=False, has_expert=False
@@ -80,3 +83,25 @@ def test_held_out_tasks_of_a_recipe_are_those_of_l2() -> None:
     env = EnvConfig(name="alfworld", held_out_tasks=["look_at_obj_in_light"], tasks=[])
     assert {ref.task for ref in evaluation_refs(env, "L2", 8)} == {"look_at_obj_in_light"}
     assert len({ref.task for ref in evaluation_refs(env, "L1", 10)}) == 5
+
+
+def test_at_a_temperature_of_its_own() -> None:
+    """Near zero, sampling takes what greedy decoding takes; at the policy's it does not."""
+    tree = {
+        "env": {"name": "rooms", "tasks": ["fetch"], "max_steps": 5, "sessions": 8},
+        "policy": {
+            "threads": 1,
+            "tiny": {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 2},
+        },
+        "sampling": {"constrained": True},
+    }
+    with Workshop(Recipe.model_validate(tree), Display(quiet=True)) as workshop:
+
+        def said(**decoding: Any) -> list[list[str | None]]:
+            groups = evaluate(workshop.collector, workshop.refs[:8], 0, **decoding)
+            return [[step.command for step in g.episodes[0].steps] for g in groups]
+
+        greedy = said(greedy=True)
+        assert said(temperature=1e-7) == greedy
+        assert said() != greedy
+        assert said(temperature=1.0) == said()

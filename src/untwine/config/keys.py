@@ -15,8 +15,8 @@ def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        if section := _section(field.annotation):
-            keys += all_keys(section, f"{prefix}{name}.")
+        if below := section(field.annotation):
+            keys += all_keys(below, f"{prefix}{name}.")
     return keys
 
 
@@ -24,17 +24,18 @@ def keys_below(model: type[BaseModel], parents: Sequence[str]) -> list[str]:
     """The keys of one section, without prefix; none where there is no such section."""
     for parent in parents:
         field = model.model_fields.get(parent)
-        section = _section(field.annotation) if field else None
-        if section is None:
+        below = section(field.annotation) if field else None
+        if below is None:
             return []
-        model = section
+        model = below
     return list(model.model_fields)
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key of this type holds; None where it holds a value."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation if issubclass(annotation, BaseModel) else None
     for argument in typing.get_args(annotation):
-        if found := _section(argument):
+        if found := section(argument):
             return found
     return None

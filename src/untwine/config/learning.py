@@ -159,6 +159,9 @@ class EvaluateConfig(Section):
     )
     episodes: Natural = Field(64, description="episodes per set; 0 skips the evaluation")
     greedy: bool = Field(False, description="take the most likely token instead of sampling")
+    temperature: float | None = Field(
+        None, gt=0, description="of the sampling; null: that of `sampling`"
+    )
 
 
 class DiagnoseConfig(Section):

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from untwine.config.acting import EnvConfig, PolicyConfig, PromptConfig, SamplingConfig
 from untwine.config.base import Section
 from untwine.config.gcd import GCDConfig
-from untwine.config.keys import all_keys, keys_below
+from untwine.config.keys import all_keys, keys_below, section
 from untwine.config.learning import (
     CheckpointConfig,
     ColdStartConfig,
@@ -46,14 +46,6 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
-    def _constrained_without_reasons(self) -> Recipe:
-        if self.sampling.constrained and self.prompt.reasons:
-            what = "thoughts" if self.prompt.thoughts else "tags"
-            no_room = f"sampling.constrained leaves no room for {what}"
-            raise ValueError(f"{no_room}; set one of it and prompt.{what} to false")
-        return self
-
-    @model_validator(mode="after")
     def _episodes_within_budget(self) -> Recipe:
         longest = self.prompt.max_tokens + self.sampling.max_new_tokens
         if longest > self.rl.microbatch_tokens:
@@ -79,11 +71,42 @@ def lists_commands(prompt: PromptConfig, sampling: SamplingConfig) -> bool:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `section.key=value` overrides.
+    """Read a recipe file, on top of the one it names as its `base`, and apply `section.key=value`
+    overrides.
 
     Raises ConfigError with one sentence for anything that is wrong.
     """
-    path = Path(path)
+    return make_recipe(_read_tree(Path(path), ()), str(path), overrides)
+
+
+def _read_tree(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """What a recipe file and its bases say. `readers` are the files that this one is a base of."""
+    tree = _read_file(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base must be the path of a recipe, such as demo.yaml")
+    readers = (*readers, path.resolve())
+    below = path.parent / base
+    if below.resolve() in readers:
+        raise ConfigError(f"{path}: base {base} leads back to this file; name another recipe")
+    return _over(_read_tree(below, readers), tree, Recipe)
+
+
+def _over(below: dict[str, Any], tree: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """`tree` laid over `below`: sections key by key, every other value as a whole."""
+    merged = dict(below)
+    for key, value in tree.items():
+        field = model.model_fields.get(key)
+        part = section(field.annotation) if field else None
+        if part and isinstance(value, dict) and isinstance(below.get(key), dict):
+            value = _over(below[key], value, part)
+        merged[key] = value
+    return merged
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     if path.is_dir() or not path.exists():
         kind = "a folder" if path.is_dir() else "missing"
         raise ConfigError(
@@ -102,7 +125,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections such as `env:`, not a {type(tree).__name__}")
-    return make_recipe(tree, str(path), overrides)
+    return tree
 
 
 def make_recipe(

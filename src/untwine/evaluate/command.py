@@ -17,7 +17,7 @@ from untwine.config import LoRAConfig, Recipe
 from untwine.envs.protocol import EnvInfo
 from untwine.envs.registry import get_catalogue
 from untwine.errors import CheckpointError, EnvError
-from untwine.evaluate.identity import model_digest, set_identity
+from untwine.evaluate.identity import decoding_name, model_digest, set_identity
 from untwine.evaluate.protocol import evaluate, evaluation_refs, summarise
 from untwine.evaluate.random_agent import play_random
 from untwine.policy.loading import load_policy
@@ -56,10 +56,18 @@ def evaluate_run(
         for name in sets:
             refs = evaluation_refs(recipe.env, name, episodes)
             for decoding in decodings:
-                greedy = decoding == "greedy"
+                greedy, temperature = decoding == "greedy", recipe.evaluate.temperature
                 with display.bar(f"evaluate {name}, {decoding}", len(refs), "episode") as bar:
-                    groups = evaluate(collector, refs, seed, greedy=greedy, on_turn=bar.update)
-                identity = set_identity(recipe.env, name, refs, greedy=greedy, seed=seed)
+                    groups = evaluate(
+                        collector,
+                        refs,
+                        seed,
+                        greedy=greedy,
+                        temperature=temperature,
+                        on_turn=bar.update,
+                    )
+                said = decoding_name(greedy, temperature)
+                identity = set_identity(recipe.env, name, refs, decoding=said, seed=seed)
                 rows.append(_row(folder, groups, collector.info, identity))
                 if not model:
                     rows[-1] |= run_cost(run)
@@ -102,7 +110,7 @@ def evaluate_random(
             refs = evaluation_refs(env, name, episodes)
             with display.bar(f"random on {name}", len(refs), "episode") as bar:
                 groups = play_random(pool, refs, env.max_steps, seed, bar.update)
-            identity = set_identity(env, name, refs, greedy=False, seed=seed)
+            identity = set_identity(env, name, refs, decoding=decoding_name(False, None), seed=seed)
             rows.append(_row("random", groups, info, identity))
     return rows
 
@@ -126,7 +134,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
-            row["set"] if row["decoding"] == "sampled" else f"{row['set']}, greedy",
+            row["set"] if row["decoding"] == "sampled" else f"{row['set']}, {row['decoding']}",
             Path(row["policy"]).as_posix(),
             str(row["episodes"]),
             with_interval(row["outcome_mean"], row["outcome_interval"]),

@@ -15,8 +15,15 @@ from untwine.records import TaskRef
 DECODINGS = ("sampled", "greedy")
 
 
+def decoding_name(greedy: bool, temperature: float | None) -> str:
+    """How the actions of an evaluation are drawn. Sampled ones are drawn at the temperature of the
+    policy unless the evaluation has one of its own."""
+    own = "" if greedy or temperature is None else f" at {temperature:g}"
+    return DECODINGS[greedy] + own
+
+
 def set_identity(
-    env: EnvConfig, set_name: str, refs: Sequence[TaskRef], *, greedy: bool, seed: int
+    env: EnvConfig, set_name: str, refs: Sequence[TaskRef], *, decoding: str, seed: int
 ) -> dict[str, Any]:
     """The identity of an evaluation set, as it is written beside the results.
 
@@ -25,15 +32,18 @@ def set_identity(
                  how many different ones, and how often the one that is played most
     seed         of the sampling; not in the digest, since runs are sampled independently
 
-    What belongs to the agent (prompt, temperature, constraints) is no part of it: these may be what
-    is compared.
+    decoding     `sampled`, `greedy`, or `sampled at 0.4` where the evaluation has a temperature of
+                 its own
+
+    What belongs to the agent (prompt, its temperature, constraints) is no part of it: these may be
+    what is compared.
     """
     settings = {
         "set": set_name,
         "environment": env.name,
         "options": env.options,
         "max_steps": env.max_steps,
-        "decoding": DECODINGS[greedy],
+        "decoding": decoding,
         "episodes": len(refs),
     }
     content = json.dumps([settings, [str(ref) for ref in refs]], sort_keys=True)

@@ -50,12 +50,20 @@ def evaluate(
     seed: int,
     *,
     greedy: bool = False,
+    temperature: float | None = None,
     on_turn: Callable[[int, int], None] | None = None,
 ) -> list[Group]:
-    """Play every ref once; sampling is seeded by `seed`."""
+    """Play every ref once; sampling is seeded by `seed`, at the `temperature` of the policy unless
+    another is given."""
     generator = torch.Generator().manual_seed(seed)
     groups, _ = collector.collect(
-        refs, 1, generator, prefix="eval-", greedy=greedy, on_turn=on_turn
+        refs,
+        1,
+        generator,
+        prefix="eval-",
+        greedy=greedy,
+        temperature=temperature,
+        on_turn=on_turn,
     )
     return groups
 

@@ -27,7 +27,7 @@ from untwine.credit.penalty import penalise
 from untwine.diagnose.online import Findings, OnlineDiagnosis
 from untwine.envs.protocol import EnvInfo
 from untwine.errors import Interrupted
-from untwine.evaluate.identity import set_identity
+from untwine.evaluate.identity import decoding_name, set_identity
 from untwine.evaluate.protocol import evaluate, evaluation_refs, step_measures, summarise
 from untwine.gcd.labels import agreed_verdict, only_from
 from untwine.gcd.objectives import Exercise, Means, Objective, check_objective, make_objective
@@ -392,11 +392,13 @@ class _Training:
                     refs,
                     self.recipe.seed,
                     greedy=config.greedy,
+                    temperature=config.temperature,
                     on_turn=on_turn,
                 )
             numbers = summarise(groups, self.workshop.info) | self.run_dir.cost()
+            said = decoding_name(config.greedy, config.temperature)
             identity = set_identity(
-                self.recipe.env, set_name, refs, greedy=config.greedy, seed=self.recipe.seed
+                self.recipe.env, set_name, refs, decoding=said, seed=self.recipe.seed
             )
             self.run_dir.log(
                 "evaluate", step, set=set_name, phase=phase, **numbers, identity=identity
