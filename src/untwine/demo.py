@@ -18,6 +18,7 @@ from untwine.config import Recipe, load_recipe, make_recipe
 from untwine.envs.registry import get_catalogue
 from untwine.errors import CheckpointError, Interrupted, UntwineError
 from untwine.evaluate.command import evaluate_random, with_interval
+from untwine.evaluate.identity import decoding_name
 from untwine.evaluate.protocol import success_gain
 from untwine.progress import Display
 from untwine.report import build_report
@@ -92,9 +93,12 @@ def _wait(crew: Crew, jobs: Sequence[Job], out: Path, display: Display) -> None:
 
 def _print_table(recipe: Recipe, out: Path, random_rows: Sequence[dict[str, Any]]) -> None:
     place = get_catalogue(recipe.env.name, recipe.env.options).info.title
+    examined = recipe.evaluate
+    said = decoding_name(examined.greedy, examined.temperature)
     table = Table(
         title=f"{place}, held-out variations, in percent",
-        caption="95 % intervals; gains in success are over the cold start, instance by instance",
+        caption=f"actions {said}; 95 % intervals; gains in success are over the cold start, "
+        "instance by instance",
     )
     table.add_column("policy")
     for name in recipe.evaluate.sets:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from tests.builders import make_step
@@ -116,8 +118,6 @@ def test_an_expert_tags_by_rule() -> None:
         make_step(t, state=w[0], after=w[1], command=c, invalid="unknown" if c == "dance" else None)
         for t, (w, c) in enumerate(zip(ways, said, strict=True))
     ]
-    import dataclasses
-
     steps = [
         dataclasses.replace(s, feedback=f, observation="an empty room")
         for s, f in zip(steps, told, strict=True)
@@ -125,12 +125,12 @@ def test_an_expert_tags_by_rule() -> None:
     luck = [False] * 6 + [True]
     assert expert_tags("open  the\ndoor", steps, luck) == [
         Tagged("planning", "open the door"),
-        Tagged("explore", "find out more"),  # "is" was not read before
-        Tagged("explore", "find out more"),  # nor "nothing"
-        Tagged("reflection", "dance did not help"),
-        Tagged("monitor", "go on"),
-        Tagged("explore", "find out more"),
-        Tagged("explore", "find out more"),  # luck
+        Tagged("explore", "find out more: open the door"),  # "is" was not read before
+        Tagged("explore", "find out more: open the door"),  # nor "nothing"
+        Tagged("reflection", "dance did not help: open the door"),
+        Tagged("monitor", "go on: open the door"),
+        Tagged("explore", "find out more: open the door"),
+        Tagged("explore", "find out more: open the door"),  # luck
     ]
 
 

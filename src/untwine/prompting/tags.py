@@ -23,12 +23,13 @@ TAG_USES = {
     "monitor": "to go on with the plan",
 }
 TAGS = tuple(TAG_USES)
-# What an expert writes into them. {goal}: the task; {last}: the command before.
+# What an expert writes into them. {goal}: the task; {last}: the command before. Each ends with the
+# task, so that it stands at the same distance before every command: small models find it there.
 TAG_WORDS = {
     "planning": "{goal}",
-    "explore": "find out more",
-    "reflection": "{last} did not help",
-    "monitor": "go on",
+    "explore": "find out more: {goal}",
+    "reflection": "{last} did not help: {goal}",
+    "monitor": "go on: {goal}",
 }
 _LONGEST_GOAL = 120  # characters
 _TAG = re.compile(r"<({})>(.*?)</\1>".format("|".join(TAGS)), re.DOTALL)

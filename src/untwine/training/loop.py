@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,9 @@ from untwine.config import GCDConfig, OptimizerConfig, Recipe
 from untwine.credit import check_credit, credit_method
 from untwine.credit.penalty import penalise
 from untwine.diagnose.online import Findings, OnlineDiagnosis
-from untwine.envs.protocol import EnvInfo
 from untwine.errors import Interrupted
-from untwine.evaluate.identity import decoding_name, set_identity
-from untwine.evaluate.protocol import evaluate, evaluation_refs, step_measures, summarise
-from untwine.gcd.labels import agreed_verdict, only_from
+from untwine.evaluate.protocol import evaluation_refs
+from untwine.gcd.labels import only_from
 from untwine.gcd.objectives import Exercise, Means, Objective, check_objective, make_objective
 from untwine.gcd.questions import why_no_questions
 from untwine.gcd.shuffling import shuffle_labels
@@ -48,7 +45,8 @@ from untwine.training.checkpoint import (
 )
 from untwine.training.cold_start import ColdStart
 from untwine.training.correction import Correction
-from untwine.training.measures import Measures, averaged
+from untwine.training.examination import examine
+from untwine.training.measures import Measures, averaged, rollout_measures
 from untwine.training.run_dir import RunDir, finish_replacing, metric_rows, replace_folder
 from untwine.training.signals import StopRequest
 from untwine.training.update import Updater
@@ -268,7 +266,7 @@ class _Training:
         measures, counts = self._update(updater, groups, iteration)
         self.labeller.recorded(iteration, self.run_dir.save_groups(iteration, groups))
         values = {
-            **_rollout_measures(groups, stats, self.workshop.info),
+            **rollout_measures(groups, stats, self.workshop.info),
             **self.correction.measures(shown, groups, self.workshop.info),
             **label_counts,
             **measures,
@@ -378,37 +376,7 @@ class _Training:
     # Evaluation, saving, restoring
 
     def _evaluate(self, phase: str, step: int) -> None:
-        config = self.recipe.evaluate
-        for set_name in config.sets if config.episodes else []:
-            refs = evaluation_refs(self.recipe.env, set_name, config.episodes)
-            with self.display.bar(f"evaluate {set_name}", len(refs), "episode") as bar:
-
-                def on_turn(done: int, total: int, bar: Any = bar) -> None:
-                    self.stop.check()
-                    bar.update(done, total)
-
-                groups = evaluate(
-                    self.collector,
-                    refs,
-                    self.recipe.seed,
-                    greedy=config.greedy,
-                    temperature=config.temperature,
-                    on_turn=on_turn,
-                )
-            numbers = summarise(groups, self.workshop.info) | self.run_dir.cost()
-            said = decoding_name(config.greedy, config.temperature)
-            identity = set_identity(
-                self.recipe.env, set_name, refs, decoding=said, seed=self.recipe.seed
-            )
-            self.run_dir.log(
-                "evaluate", step, set=set_name, phase=phase, **numbers, identity=identity
-            )
-            low, high = numbers["success_interval"]
-            self.display.line(
-                f"{phase} on {set_name}: score {100 * numbers['outcome_mean']:.1f}, success "
-                f"{numbers['success_rate']:.2f} [{low:.2f}, {high:.2f}] "
-                f"({numbers['episodes']} episodes)"
-            )
+        examine(self.workshop, self.run_dir, phase, step, self.stop.check)
 
     def _updater(
         self, optimizer: OptimizerConfig, total_steps: int, gcd: GCDConfig | None = None
@@ -466,33 +434,3 @@ class _Training:
 
 def _partial(run: Path, name: str) -> Path:
     return run / f".{name}-partial"
-
-
-def _rollout_measures(
-    groups: Sequence[Group], stats: RolloutStats, info: EnvInfo
-) -> dict[str, Any]:
-    episodes = [episode for group in groups for episode in group.episodes]
-    by_task: dict[str, list[float]] = defaultdict(list)
-    for episode in episodes:
-        by_task[episode.ref.task].append(episode.outcome)
-    advantages: dict[str, list[float]] = {"good": [], "flawed": []}
-    for episode in episodes:
-        for step in episode.steps:
-            verdict = agreed_verdict(step)
-            if verdict and step.advantage is not None:
-                advantages[verdict].append(step.advantage)
-    return {
-        "outcome_mean": sum(e.outcome for e in episodes) / len(episodes),
-        "success_rate": sum(e.success for e in episodes) / len(episodes),
-        **step_measures(groups, info),
-        **{f"advantage_{k}": sum(v) / len(v) if v else None for k, v in advantages.items()},
-        "groups_kept": sum(
-            any(s.advantage is not None for e in g.episodes for s in e.steps) for g in groups
-        ),
-        "episodes_lost": stats.episodes_lost,
-        "env_steps": stats.env_steps,
-        "sampled_tokens": stats.sampled_tokens,
-        "prompt_tokens": stats.prompt_tokens,
-        "computed_tokens": stats.computed_tokens,
-        "outcome_by_task": {t: sum(v) / len(v) for t, v in sorted(by_task.items())},
-    }

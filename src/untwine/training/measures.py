@@ -1,11 +1,19 @@
-"""Numbers that one optimizer step gathers."""
+"""Numbers that a rollout and the optimizer steps of an iteration gather."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+
+from untwine.envs.protocol import EnvInfo
+from untwine.evaluate.protocol import step_measures
+from untwine.gcd.labels import agreed_verdict
+from untwine.records import Group
+from untwine.rollout import RolloutStats
 
 _COUNTED = ("_tokens", "out_of_memory")
 
@@ -48,3 +56,32 @@ def averaged(taken: Sequence[Measures]) -> dict[str, float]:
         else:
             result[name] = sum(values) / len(values)
     return result
+
+
+def rollout_measures(groups: Sequence[Group], stats: RolloutStats, info: EnvInfo) -> dict[str, Any]:
+    """What the episodes of an iteration were like, and what they cost."""
+    episodes = [episode for group in groups for episode in group.episodes]
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for episode in episodes:
+        by_task[episode.ref.task].append(episode.outcome)
+    advantages: dict[str, list[float]] = {"good": [], "flawed": []}
+    for episode in episodes:
+        for step in episode.steps:
+            verdict = agreed_verdict(step)
+            if verdict and step.advantage is not None:
+                advantages[verdict].append(step.advantage)
+    return {
+        "outcome_mean": sum(e.outcome for e in episodes) / len(episodes),
+        "success_rate": sum(e.success for e in episodes) / len(episodes),
+        **step_measures(groups, info),
+        **{f"advantage_{k}": sum(v) / len(v) if v else None for k, v in advantages.items()},
+        "groups_kept": sum(
+            any(s.advantage is not None for e in g.episodes for s in e.steps) for g in groups
+        ),
+        "episodes_lost": stats.episodes_lost,
+        "env_steps": stats.env_steps,
+        "sampled_tokens": stats.sampled_tokens,
+        "prompt_tokens": stats.prompt_tokens,
+        "computed_tokens": stats.computed_tokens,
+        "outcome_by_task": {t: sum(v) / len(v) for t, v in sorted(by_task.items())},
+    }
