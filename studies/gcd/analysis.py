@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from untwine.compare.numbers import compare_runs
-from untwine.compare.runs import COLD_ARM, Found, Run, find_runs
+from untwine.compare.runs import COLD_ARM, Found, Run, find_runs, paired
 from untwine.drawing import drawing
 from untwine.errors import UntwineError
 from untwine.evaluate.aggregate import paired_difference
@@ -65,7 +65,7 @@ def claims_of(sweep: Path, level: str = PRIMARY_LEVEL) -> list[Claim]:
     """The four claims at one level of cold start; claim 4 has two parts, each with its own line."""
     found = find_runs([sweep])
     plain = _arm(found, level, GRPO)
-    pairs = _pairs(_arm(found, level, GCD), plain)
+    pairs = paired(_arm(found, level, GCD), plain)
     cured = [
         None if (a := _cosine(ours)) is None or (b := _cosine(theirs)) is None else b - a
         for ours, theirs in pairs
@@ -81,12 +81,6 @@ def claims_of(sweep: Path, level: str = PRIMARY_LEVEL) -> list[Claim]:
 
 def _arm(found: Found, level: str, name: str) -> list[Run]:
     return found.arms.get(f"{level}.{name}", [])
-
-
-def _pairs(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
-    """Runs with the same seed and weights to begin with."""
-    known = {(run.seed, run.start): run for run in theirs if run.start}
-    return [(run, other) for run in ours if (other := known.get((run.seed, run.start or "")))]
 
 
 def _claim(

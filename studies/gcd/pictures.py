@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from untwine.compare.runs import Found, Run, find_runs
+from untwine.compare.runs import Found, Run, find_runs, paired
 from untwine.drawing import drawing
 from untwine.evaluate.aggregate import paired_difference
 
@@ -32,11 +32,9 @@ COURSES = {
 def differences(found: Found, level: str, set_name: str) -> list[float]:
     """Success of GCD minus that of GRPO on a set, for each pair from one cold start with one seed,
     after training."""
-    plain = {(run.seed, run.start): run for run in found.arms.get(f"{level}.{GRPO}", [])}
+    ours, theirs = (found.arms.get(f"{level}.{arm}", []) for arm in (GCD, GRPO))
     return [
-        _success(run, set_name) - _success(plain[run.seed, run.start], set_name)
-        for run in found.arms.get(f"{level}.{GCD}", [])
-        if (run.seed, run.start) in plain
+        _success(run, set_name) - _success(other, set_name) for run, other in paired(ours, theirs)
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from untwine.compare.runs import Evaluation, Found, Run, common_evaluations, find_runs
+from untwine.compare.runs import Evaluation, Found, Run, common_evaluations, find_runs, paired
 from untwine.errors import ConfigError, nearest
 from untwine.evaluate.aggregate import (
     Array,
@@ -176,11 +176,7 @@ def _paired(
 ) -> dict[str, Any] | None:
     """Differences of the whole set, over runs that share seed and cold start; None without any."""
     key = MEASURES[measure][0]
-    known: dict[tuple[int, str | None], Run] = {
-        (run.seed, run.start): run for run in theirs if run.start
-    }
-    both = [(run, known.get((run.seed, run.start))) for run in ours]
-    pairs = [(run, other) for run, other in both if other]
+    pairs = paired(ours, theirs)
     if not pairs:
         return None
     rows = evaluation.rows

@@ -107,6 +107,13 @@ def find_runs(paths: Sequence[Path]) -> Found:
     return Found(runs, notes)
 
 
+def paired(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """The runs of two arms that have seed and cold start in common, in the order of `ours`."""
+    known: dict[tuple[int, str | None], Run]
+    known = {(run.seed, run.start): run for run in theirs if run.start}
+    return [(run, other) for run in ours if (other := known.get((run.seed, run.start)))]
+
+
 def _plain_runs(path: Path) -> list[tuple[Path, str | None]]:
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
