@@ -110,14 +110,14 @@ def test_the_plan_of_the_study_is_complete(tmp_path: Path) -> None:
     plan = read_plan(STUDY)
     planned = plan_sweep(plan.recipe, [], plan.arms, plan.seeds, tmp_path)
     runs = [one for one in planned if one.job.after]
-    assert len(runs) == 132
+    assert len(runs) == 117
     for arm in ("wrong.grpo", "wrong.gcd-ce"):
         assert sum(one.arm == arm for one in runs) == 16
     assert all(one.job.recipe.evaluate.episodes >= 480 for one in runs)
     assert len({one.job.recipe.rl.token_budget for one in runs}) == 1
     shared = {one.job.after for one in runs if one.arm in ("wrong.grpo", "wrong.gcd-ce")}
     assert len(shared) == 16
-    assert len({one.job.after for one in runs}) == 46
+    assert len({one.job.after for one in runs}) == 41
     own = {one.arm: one.job.recipe for one in runs}
     first = read_plan(STUDY.with_name("primary.yaml"))
     begun = plan_sweep(first.recipe, [], first.arms, first.seeds, tmp_path)
@@ -128,24 +128,30 @@ def test_the_plan_of_the_study_is_complete(tmp_path: Path) -> None:
         replace(look, arms=tuple(arm for arm in look.arms if arm in {a.name for a in first.arms}))
         for look in plan.looks
     )
-    for alike in (
-        ["grpo-told-start", "correction"],
-        ["grpo-apart-start", "gcd-apart"],
-        ["grpo-tags", "rlvmr", "rlvmr-gcd"],
-    ):
+    for alike in (["grpo-told-start", "correction"], ["grpo-apart-start", "gcd-apart"]):
         arms = {f"wrong.{arm}" for arm in alike}
         assert len({one.job.after for one in runs if one.arm in arms}) == 5
-    for name in ("rlvmr", "rlvmr-gcd"):  # as the recipes of that name, which read whole episodes
-        recipe, named = own[f"wrong.{name}"], load_recipe(RECIPES / f"{name}.yaml")
-        check_credit(recipe.credit.name, recipe.prompt)
-        credit_method(recipe.credit.name, recipe.credit.options)
-        assert (recipe.credit, recipe.sampling) == (named.credit, named.sampling)
-        whole = recipe.prompt.model_copy(update={"layout": "append"})
-        assert (whole, recipe.gcd.objective) == (named.prompt, named.gcd.objective)
     assert set(own["wrong.correction"].correction.kinds) <= set(
         instructions(own["wrong.correction"].correction)
     )
     assert own["wrong.grpo-told-start"].correction == CorrectionConfig()
+
+
+def test_the_arms_with_tags_share_their_cold_starts(tmp_path: Path) -> None:
+    """And have the credit and the objective of the recipes of their names."""
+    plan = read_plan(STUDY.with_name("tags.yaml"))
+    planned = plan_sweep(plan.recipe, [], plan.arms, plan.seeds, tmp_path)
+    runs = [one for one in planned if one.job.after]
+    assert (len(runs), len({one.job.after for one in runs})) == (15, 5)
+    own = {one.arm: one.job.recipe for one in runs}
+    for name in ("rlvmr", "rlvmr-gcd"):
+        recipe, named = own[f"wrong.{name}"], load_recipe(RECIPES / f"{name}.yaml")
+        check_credit(recipe.credit.name, recipe.prompt)
+        credit_method(recipe.credit.name, recipe.credit.options)
+        assert (recipe.credit, recipe.sampling) == (named.credit, named.sampling)
+        assert recipe.gcd.objective == named.gcd.objective
+        assert recipe.prompt.tags
+    assert own["wrong.grpo"].credit.name == "grpo"
 
 
 def test_sentences_of_its_own_make_a_cold_start_of_its_own() -> None:
