@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from untwine.diagnose.samples import StepSample
@@ -98,3 +99,18 @@ def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
     """Largest |K - K'| / (|g_i| |g_j|)."""
     norms = reference.diagonal().sqrt()
     return float(((found - reference).abs() / (norms[:, None] * norms)).nan_to_num().max())
+
+
+def trained(model: Any) -> list[str]:
+    return [n for n, p in model.named_parameters() if p.requires_grad]
+
+
+class OddLayer(nn.Module):
+    """A layer nobody knows: x * exp(a) + a."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(0.1 * torch.randn(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.a.exp() + self.a

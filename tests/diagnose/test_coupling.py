@@ -15,12 +15,14 @@ from torch import nn
 
 from tests.diagnose.reference import (
     VOCABULARY,
+    OddLayer,
     gradients,
     gram_of,
     logprob,
     relative_error,
     small_model,
     small_samples,
+    trained,
 )
 from untwine.config import PolicyConfig
 from untwine.diagnose import capture, head, sinks, store
@@ -35,7 +37,7 @@ from untwine.diagnose.measure import in_float64
 from untwine.diagnose.parameters import adam_preconditioner
 from untwine.diagnose.samples import StepSample
 from untwine.diagnose.scoring import log_probabilities, weighted_gradient
-from untwine.errors import ConfigError, ModelError, UntwineError
+from untwine.errors import ConfigError, UntwineError
 from untwine.policy.attention import adopt
 from untwine.policy.loading import load_policy
 from untwine.policy.tree_attention import hidden_states_along
@@ -54,10 +56,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi, bias at the head": ("phi", {}),
 }
-
-
-def trained(model: Any) -> list[str]:
-    return [n for n, p in model.named_parameters() if p.requires_grad]
 
 
 @pytest.mark.parametrize("case", FAMILIES)
@@ -199,7 +197,7 @@ def test_other_gradients_come_through_the_file_too(
     reference = gram_of(gradients(model, samples, trained(model)), scale)
     found = gram(model, samples, preconditioner=scale, **options)
     assert relative_error(found.K_NN, reference) < 1e-5
-    model.model.layers[0].mlp.act_fn = nn.Sequential(nn.SiLU(), _Odd(40))
+    model.model.layers[0].mlp.act_fn = nn.Sequential(nn.SiLU(), OddLayer(40))
     reference = gram_of(gradients(model, samples, trained(model)))
     assert relative_error(gram(model, samples, **options).K_NN, reference) < 1e-5
     assert relative_error(gram(model.double(), samples, **options).K_NN, reference) < 1e-12
@@ -378,85 +376,6 @@ def test_adam_preconditioner(tied: bool) -> None:
         gram(model, samples, preconditioner={n: v for n, v in scale.items() if "model.n" not in n})
     with pytest.raises(UntwineError, match="no second moments"):
         adam_preconditioner(model, torch.optim.SGD(model.parameters(), lr=1.0))
-
-
-class _Odd(nn.Module):
-    """A layer nobody knows: x * exp(a) + a."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.a = nn.Parameter(0.1 * torch.randn(size))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.a.exp() + self.a
-
-
-class _Kink(nn.Module):
-    """silu whose gradient at exactly 0 is NaN."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.silu(x) + 0 * x.abs().sqrt()
-
-
-def test_unknown_layers_are_never_left_out() -> None:
-    model, samples = small_model("llama", tie_word_embeddings=True), small_samples(6)
-    model.model.layers[0].mlp.act_fn = nn.Sequential(nn.SiLU(), _Odd(40))
-    found = gram(model, samples, chunk=4)
-    assert found.looped == ("model.layers.0.mlp.act_fn.1.a",)
-    reference = gram_of(gradients(model, samples, trained(model)))
-    assert relative_error(found.K_NN, reference) < 1e-5
-
-
-def test_weights_used_behind_the_back_of_their_module_are_noticed() -> None:
-    model, samples = small_model("llama", tie_word_embeddings=True), small_samples(4)
-    mlp = model.model.layers[0].mlp
-    mlp.forward = lambda x: mlp.down_proj(
-        nn.functional.silu(mlp.gate_proj(x)) * nn.functional.linear(x, mlp.up_proj.weight)
-    )
-    with pytest.raises(ModelError, match="cannot be followed"):
-        gram(model, samples)
-
-
-def test_a_layer_used_twice_is_refused() -> None:
-    model, samples = small_model("llama", tie_word_embeddings=True), small_samples(4)
-    model.model.layers[1].mlp = model.model.layers[0].mlp
-    with pytest.raises(ModelError, match=r"mlp.*used twice"):
-        gram(model, samples)
-    assert gram(model, samples, parameters=["*self_attn*"]).K_NN.shape == (4, 4)
-
-
-def test_models_with_logits_of_their_own_are_refused() -> None:
-    samples = small_samples(4)
-    with pytest.raises(ModelError, match="treats its logits"):
-        gram(small_model("granite", logits_scaling=8.0), samples)
-    with pytest.raises(ModelError, match="no causal language model"):
-        gram(nn.Linear(3, 3), samples)
-
-
-def test_bad_samples() -> None:
-    model, samples = small_model("llama", tie_word_embeddings=True), small_samples(4)
-    with pytest.raises(UntwineError, match="at least two samples"):
-        gram(model, samples[:1])
-    with pytest.raises(UntwineError, match="at least one prompt id"):
-        gram(model, [([], [3]), ([4], [5])])
-    with pytest.raises(UntwineError, match="not among the ids allowed"):
-        StepSample((1, 2), (3,), ((4, 5),))
-    with pytest.raises(UntwineError, match="2 action ids but `allowed` has 1"):
-        StepSample((1, 2), (3, 4), ((3,),))
-
-
-def test_a_gradient_that_is_not_finite_is_named() -> None:
-    model, samples = small_model("llama", tie_word_embeddings=False), small_samples(5)
-    assert not any(59 in s.prompt_ids for s in samples)
-    samples.insert(2, StepSample((59, 59), (3,)))
-    model.model.embed_tokens.weight.data[59] = 0
-    model.model.layers[0].mlp.act_fn = _Kink()
-    assert log_probabilities(model, samples).isfinite().all()
-    with pytest.raises(UntwineError, match=r"sample 2 in model\.layers\.0.* is not finite"):
-        gram(model, samples)
-    model.model.embed_tokens.weight.data[59] = torch.nan
-    with pytest.raises(UntwineError, match=r"log pi of sample 2 is not finite"):
-        gram(model, samples)
 
 
 def test_the_head_alone() -> None:
