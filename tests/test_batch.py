@@ -25,7 +25,7 @@ def chat_episode(
     rng: random.Random, id: str, outcome: float, grow: bool, vocabulary: int, constrained: bool
 ) -> Episode:
     """An episode whose prompts grow (append) or are drawn anew (window). With `constrained`, about
-    every other action is a choice among a few ids."""
+    every other action is a choice among a few ids, some of them after tokens that were free."""
     steps = []
     prompt = [rng.randrange(3, vocabulary) for _ in range(rng.randrange(1, 12))]
     for t in range(rng.randrange(1, 5)):
@@ -33,7 +33,11 @@ def chat_episode(
         allowed = None
         if constrained and rng.random() < 0.6:
             others = [rng.sample(range(3, vocabulary), rng.randrange(4)) for _ in action]
-            allowed = tuple(tuple({a, *more}) for a, more in zip(action, others, strict=True))
+            free = rng.choice([0, 0, 1, 2])
+            allowed = tuple(
+                () if i < free else tuple({a, *more})
+                for i, (a, more) in enumerate(zip(action, others, strict=True))
+            )
         steps.append(make_step(t, prompt=prompt, action=action, allowed=allowed))
         tail = [rng.randrange(3, vocabulary) for _ in range(rng.randrange(0, 8))]
         prompt = [*prompt, *action, *tail] if grow else [*prompt[:2], *tail, 7]
@@ -57,10 +61,14 @@ def reference_gradient(policy: Policy, groups: list[Group], mean: str) -> dict[s
     trained = [[s for s in e.steps if s.advantage is not None] for g in groups for e in g.episodes]
     vocabulary = len(policy.tokenizer)
 
+    def among(step: Step, i: int) -> list[int]:
+        """The ids among which a token was chosen."""
+        own = step.allowed[i] if step.allowed else ()
+        return list(own) if own else list(range(vocabulary))
+
     def chosen(step: Step) -> list[int]:
         """Indices of the tokens that were not forced."""
-        allowed = step.allowed or [range(vocabulary)] * len(step.action_ids)
-        return [i for i, ids in enumerate(allowed) if len(ids) > 1]
+        return [i for i in range(len(step.action_ids)) if len(among(step, i)) > 1]
 
     trained = [[step for step in steps if chosen(step)] for steps in trained]
     trained = [steps for steps in trained if steps]
@@ -79,9 +87,9 @@ def reference_gradient(policy: Policy, groups: list[Group], mean: str) -> dict[s
             logits = model(input_ids=ids, use_cache=False).logits[0, -n - 1 : -1]
             logps = []
             for i in picked:
-                among = list(step.allowed[i]) if step.allowed else list(range(vocabulary))
-                restricted = logits[i, among].log_softmax(-1)
-                logps.append(restricted[among.index(step.action_ids[i])])
+                ids_C = among(step, i)
+                restricted = logits[i, ids_C].log_softmax(-1)
+                logps.append(restricted[ids_C.index(step.action_ids[i])])
             old = torch.tensor(step.logprobs, dtype=torch.float32).double()[picked]
             ratio = (torch.stack(logps) - old).exp()
             clipped = ratio.clamp(0.8, 1.2)

@@ -64,8 +64,10 @@ floats = st.floats(-30, 0, width=32)
 
 
 def choices(tokens: int) -> st.SearchStrategy[tuple[tuple[int, ...], ...] | None]:
-    allowed = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=4).map(tuple)
-    return st.none() | st.lists(allowed, min_size=tokens, max_size=tokens).map(tuple)
+    """None where the whole vocabulary was always open; an empty set where it was for a token."""
+    allowed = st.lists(st.integers(0, 2**31 - 1), max_size=4).map(tuple)
+    sets = st.lists(allowed, min_size=tokens, max_size=tokens)
+    return st.none() | sets.filter(any).map(tuple)
 
 
 @st.composite
