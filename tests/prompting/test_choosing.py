@@ -28,15 +28,11 @@ FORMS = [
 ]
 
 
-def prompter_of(policy: Policy, config: PromptConfig) -> Prompter:
-    return Prompter(policy.chat, config)
-
-
 @pytest.mark.parametrize("config", FORMS, ids=["tags", "verb last", "thoughts"])
 def test_the_choice_begins_inside_the_action(policy: Policy, config: PromptConfig) -> None:
     """Every written reply can be given; its text before the command is free, and inside it each
     token is chosen among those with which some command goes on."""
-    prompter = prompter_of(policy, config)
+    prompter = Prompter(policy.chat, config)
     choices = command_choices(prompter).among(COMMANDS)
     said = "<planning>go > on</planning>"
     written = [prompter.written_ids(f"{said}{reply_text(config, c)}") for c in COMMANDS]
@@ -56,7 +52,7 @@ def test_the_choice_begins_inside_the_action(policy: Policy, config: PromptConfi
 def test_logprobs_follow_the_definition(policy: Policy, config: PromptConfig) -> None:
     """A policy that is made to write `<action>` early: log-probabilities are those of the whole
     vocabulary before it, and inside it those of the definition."""
-    prompter = prompter_of(policy, config)
+    prompter = Prompter(policy.chat, config)
     choices = command_choices(prompter).among(COMMANDS)
     assert isinstance(choices, Later)
     mark = prompter.chat.word_ids("<action>")
@@ -86,7 +82,7 @@ def test_logprobs_follow_the_definition(policy: Policy, config: PromptConfig) ->
 
 def test_a_token_that_goes_past_the_mark(policy: Policy) -> None:
     """Some tokenizers write `>` and the first letters as one token."""
-    prompter = prompter_of(policy, FORMS[0])
+    prompter = Prompter(policy.chat, FORMS[0])
     chat = prompter.chat
     choices = command_choices(prompter).among(COMMANDS)
     assert isinstance(choices, Later)

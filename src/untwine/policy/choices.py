@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Node = dict[int, "Node"]  # the children of a node by token id; a leaf has none
 _REMEMBERED = 500
@@ -36,6 +36,35 @@ class Later:
 Choices = Node | Later
 
 
+@dataclass(slots=True)
+class Walk:
+    """The way of one reply through its choices.
+
+    node     where it stands in their trie; None while the whole vocabulary is open
+    later    says where the choice begins, if it does not at once
+    allowed  for each id so far those it was chosen from, none where the whole vocabulary was open
+    """
+
+    node: Node | None
+    later: Later | None = None
+    allowed: list[tuple[int, ...]] = field(default_factory=list)
+
+    @classmethod
+    def through(cls, choices: Choices | None) -> Walk:
+        """At the beginning of a reply; without choices the vocabulary stays open."""
+        return cls(None, choices) if isinstance(choices, Later) else cls(choices)
+
+    def go(self, ids: Sequence[int]) -> None:
+        """On by the last one of the reply's ids. KeyError when no choice goes on so."""
+        if self.node is not None:
+            following = self.node[ids[-1]]
+            self.allowed.append(tuple(self.node))
+            self.node = following
+        else:
+            self.allowed.append(())
+            self.node = self.later.node_after(ids) if self.later else None
+
+
 class CommandChoices:
     """Tries of commands for one tokenizer. They are remembered: do not change them.
 
@@ -47,7 +76,7 @@ class CommandChoices:
         self._trie = functools.lru_cache(_REMEMBERED)(self._built)
 
     def among(self, commands: Iterable[str]) -> Choices:
-        """What a reply may be that gives one of the commands. ValueError when there are none."""
+        """What a reply may be that gives one of the commands."""
         return self.trie(commands)
 
     def trie(self, commands: Iterable[str]) -> Node:
@@ -69,16 +98,9 @@ class CommandChoices:
 def allowed_along(choices: Choices, ids: Sequence[int]) -> tuple[tuple[int, ...], ...] | None:
     """For each token of a reply the ids among which it is chosen, none where its text is free; None
     when the reply cannot be given."""
-    allowed: list[tuple[int, ...]] = []
-    node = None if isinstance(choices, Later) else choices
-    for place, token in enumerate(ids, 1):
-        if node is not None:
-            if token not in node:
-                return None
-            allowed.append(tuple(node))
-            node = node[token]
-        else:
-            assert isinstance(choices, Later)
-            allowed.append(())
-            node = choices.node_after(ids[:place])
-    return None if node is None else tuple(allowed)
+    walk = Walk.through(choices)
+    for end in range(1, len(ids) + 1):
+        if walk.node is not None and ids[end - 1] not in walk.node:
+            return None
+        walk.go(ids[:end])
+    return None if walk.node is None else tuple(walk.allowed)

@@ -18,7 +18,7 @@ import torch
 
 from untwine.config import SamplingConfig
 from untwine.policy.attention import packed_hidden_states
-from untwine.policy.choices import Choices, Later, Node
+from untwine.policy.choices import Choices, Node, Walk
 from untwine.policy.loading import Policy
 from untwine.policy.packing import Ids, Packed, pack, prompt_pieces, reply_pieces
 from untwine.policy.row_cache import RowCache, RowPass
@@ -45,19 +45,20 @@ class _Draft:
     """A reply under way.
 
     prompt   what the model is to read before it; None when it has
-    node     where the reply stands in the trie of choices; None when the whole vocabulary is open
-    later    says where the choice begins, if it does not at once
+    walk     its way through the choices it has
     fed      how many of its ids the model has read
     """
 
     prompt: Ids | None
-    node: Node | None
-    later: Later | None
+    walk: Walk
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    allowed: list[tuple[int, ...]] = field(default_factory=list)
     over: bool = False
     fed: int = 0
+
+    @property
+    def node(self) -> Node | None:
+        return self.walk.node
 
     def take(self, token: int, logprob: float) -> None:
         """Append a token that was drawn, and those that it forces."""
@@ -78,18 +79,13 @@ class _Draft:
         return (*prompt, *self.ids[first:])
 
     def sample(self) -> Sample:
-        allowed = tuple(self.allowed) if self.node is not None else None
+        allowed = tuple(self.walk.allowed) if self.node is not None else None
         return Sample(tuple(self.ids), tuple(self.logprobs), allowed)
 
     def _append(self, token: int, logprob: float) -> None:
         self.ids.append(token)
         self.logprobs.append(logprob)
-        if self.node is not None:
-            self.allowed.append(tuple(self.node))
-            self.node = self.node[token]
-        else:
-            self.allowed.append(())
-            self.node = self.later.node_after(self.ids) if self.later else None
+        self.walk.go(self.ids)
 
 
 class Sampler:
@@ -133,9 +129,7 @@ class Sampler:
         """
         if slot in self._drafts:
             raise ValueError(f"slot {slot} has a reply under way")
-        later = choices if isinstance(choices, Later) else None
-        node = None if isinstance(choices, Later) else choices
-        draft = _Draft(tuple(prompt), node, later)
+        draft = _Draft(tuple(prompt), Walk.through(choices))
         draft.force()
         self._drafts[slot] = draft
 
