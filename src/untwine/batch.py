@@ -19,6 +19,7 @@ from untwine.policy.trie import common_prefix, shared_lengths, sort_key
 from untwine.records import Episode, Group, Step
 
 LossMean = Literal["token", "step", "episode"]
+Allowed = tuple[tuple[int, ...], ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,7 @@ def _with_text(row: Row, text_weight: float) -> Row:
 def unit_weights(episodes: Sequence[Episode], mean: LossMean) -> list[list[float]]:
     """Weight of each token of each step such that all weights sum to 1. Steps and episodes in which
     no token was chosen, since all were forced, do not count."""
-    chosen = [[len(_chosen(s)) for s in e.steps] for e in episodes]
+    chosen = [[len(chosen_places(s.allowed, len(s.action_ids))) for s in e.steps] for e in episodes]
     trained = [
         [n for n, s in zip(counts, e.steps, strict=True) if n and s.advantage is not None]
         for counts, e in zip(chosen, episodes, strict=True)
@@ -216,13 +217,13 @@ def _run_row(run: Sequence[tuple[Step, float]]) -> list[Row]:
     last = trained[-1][0]
     targets, weights, old, advantages, choices = [], [], [], [], []
     for step, weight in trained:
-        chosen = _chosen(step)
+        chosen = chosen_places(step.allowed, len(step.action_ids))
         n = len(chosen)
         targets.append(len(step.prompt_ids) + chosen)
         weights.append(np.full(n, weight, dtype=np.float32))
         old.append(np.array(step.logprobs, dtype=np.float32)[chosen])
         advantages.append(np.full(n, step.advantage, dtype=np.float32))
-        choices.append(_choices(step, chosen))
+        choices.append(choice_lines(step.allowed, chosen))
     if not sum(map(len, targets)):
         return []
     constrained = any(step.allowed is not None for step, _ in trained)
@@ -238,16 +239,16 @@ def _run_row(run: Sequence[tuple[Step, float]]) -> list[Row]:
     ]
 
 
-def _chosen(step: Step) -> np.ndarray:
-    """Indices of the action tokens that were chosen, not forced."""
-    if step.allowed is None:
-        return np.arange(len(step.action_ids), dtype=np.int64)
-    return np.array([i for i, ids in enumerate(step.allowed) if len(ids) != 1], dtype=np.int64)
+def chosen_places(allowed: Allowed, tokens: int) -> np.ndarray:
+    """Places of the tokens of a reply that were chosen, not forced; `allowed` as in `Step`."""
+    if allowed is None:
+        return np.arange(tokens, dtype=np.int64)
+    return np.array([i for i, ids in enumerate(allowed) if len(ids) != 1], dtype=np.int64)
 
 
-def _choices(step: Step, chosen: np.ndarray) -> np.ndarray:
+def choice_lines(allowed: Allowed, chosen: np.ndarray) -> np.ndarray:
     """Ids among which each chosen token was chosen, (n, C), filled up with -1."""
-    sets = [step.allowed[i] if step.allowed else () for i in chosen]
+    sets = [allowed[i] if allowed else () for i in chosen]
     width = max([1, *map(len, sets)])
     lines = [[*ids, *[-1] * (width - len(ids))] for ids in sets]
     return np.array(lines, dtype=np.int64).reshape(len(chosen), width)

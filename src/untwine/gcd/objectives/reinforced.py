@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from untwine.batch import Row
+from untwine.batch import Row, choice_lines, chosen_places
 from untwine.config import SamplingConfig
 from untwine.gcd.objectives.protocol import Exercise, Means
 from untwine.gcd.questions import Question, Quiz, Words, judged_steps
@@ -161,18 +161,13 @@ def reply_rows(
 
 def _row(question: Question, reply: Sample, advantage: float, weight: float) -> Row:
     """A question and a reply, its weight shared by the tokens that were chosen, not forced."""
-    sets = reply.allowed or ((),) * len(reply.ids)
-    chosen = np.array([i for i, ids in enumerate(sets) if len(ids) != 1], dtype=np.int64)
+    chosen = chosen_places(reply.allowed, len(reply.ids))
     n = len(chosen)
-    width = max([1, *(len(sets[i]) for i in chosen)])
-    lines = [[*sets[i], *[-1] * (width - len(sets[i]))] for i in chosen]
     return Row(
         ids=np.array(question.prompt_ids + reply.ids, dtype=np.int64),
         targets=len(question.prompt_ids) + chosen,
         weights=np.full(n, weight / max(n, 1), dtype=np.float32),
         old_logprobs=np.array(reply.logprobs, dtype=np.float32)[chosen],
         advantages=np.full(n, advantage, dtype=np.float32),
-        choices=None
-        if reply.allowed is None
-        else np.array(lines, dtype=np.int64).reshape(n, width),
+        choices=None if reply.allowed is None else choice_lines(reply.allowed, chosen),
     )
