@@ -18,7 +18,7 @@ from untwine.envs.protocol import EnvInfo
 from untwine.envs.registry import get_catalogue
 from untwine.errors import CheckpointError, EnvError
 from untwine.evaluate.identity import decoding_name, model_digest, set_identity
-from untwine.evaluate.protocol import evaluate, evaluation_refs, summarise
+from untwine.evaluate.protocol import evaluation_refs, examine_set, summarise
 from untwine.evaluate.random_agent import play_random
 from untwine.policy.loading import load_policy
 from untwine.progress import Display
@@ -56,18 +56,11 @@ def evaluate_run(
         for name in sets:
             refs = evaluation_refs(recipe.env, name, episodes)
             for decoding in decodings:
-                greedy, temperature = decoding == "greedy", recipe.evaluate.temperature
+                greedy = decoding == "greedy"
                 with display.bar(f"evaluate {name}, {decoding}", len(refs), "episode") as bar:
-                    groups = evaluate(
-                        collector,
-                        refs,
-                        seed,
-                        greedy=greedy,
-                        temperature=temperature,
-                        on_turn=bar.update,
+                    groups, identity = examine_set(
+                        collector, recipe, name, refs, seed, greedy=greedy, on_turn=bar.update
                     )
-                said = decoding_name(greedy, temperature)
-                identity = set_identity(recipe.env, name, refs, decoding=said, seed=seed)
                 rows.append(_row(folder, groups, collector.info, identity))
                 if not model:
                     rows[-1] |= run_cost(run)

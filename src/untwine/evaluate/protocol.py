@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from untwine.config import EnvConfig
+from untwine.config import EnvConfig, Recipe
 from untwine.envs.protocol import EnvInfo
 from untwine.errors import EnvError
+from untwine.evaluate.identity import decoding_name, set_identity
 from untwine.evaluate.statistics import Interval, bootstrap_interval, mean, wilson_interval
 from untwine.gcd.labels import action_key, label_group
 from untwine.prompting.tags import TAGS
@@ -66,6 +67,26 @@ def evaluate(
         on_turn=on_turn,
     )
     return groups
+
+
+def examine_set(
+    collector: Collector,
+    recipe: Recipe,
+    name: str,
+    refs: Sequence[TaskRef],
+    seed: int,
+    *,
+    greedy: bool,
+    on_turn: Callable[[int, int], None] | None = None,
+) -> tuple[list[Group], dict[str, Any]]:
+    """Play the instances of a set, sampled ones at the temperature of `recipe.evaluate`; the
+    episodes, and the identity of the examination."""
+    temperature = recipe.evaluate.temperature
+    groups = evaluate(
+        collector, refs, seed, greedy=greedy, temperature=temperature, on_turn=on_turn
+    )
+    said = decoding_name(greedy, temperature)
+    return groups, set_identity(recipe.env, name, refs, decoding=said, seed=seed)
 
 
 def summarise(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:

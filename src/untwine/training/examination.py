@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from untwine.evaluate.identity import decoding_name, set_identity
-from untwine.evaluate.protocol import evaluate, evaluation_refs, summarise
+from untwine.evaluate.protocol import evaluation_refs, examine_set, summarise
 from untwine.training.run_dir import RunDir
 from untwine.workshop import Workshop
 
@@ -29,17 +28,16 @@ def examine(
                 check()
                 bar.update(done, total)
 
-            groups = evaluate(
+            groups, identity = examine_set(
                 workshop.collector,
+                recipe,
+                name,
                 refs,
                 recipe.seed,
                 greedy=config.greedy,
-                temperature=config.temperature,
                 on_turn=on_turn,
             )
         numbers = summarise(groups, workshop.info) | run_dir.cost()
-        said = decoding_name(config.greedy, config.temperature)
-        identity = set_identity(recipe.env, name, refs, decoding=said, seed=recipe.seed)
         run_dir.log("evaluate", step, set=name, phase=phase, **numbers, identity=identity)
         low, high = numbers["success_interval"]
         display.line(
