@@ -15,7 +15,7 @@ def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        if below := section(field.annotation):
+        if below := _section(field.annotation):
             keys += all_keys(below, f"{prefix}{name}.")
     return keys
 
@@ -23,19 +23,23 @@ def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 def keys_below(model: type[BaseModel], parents: Sequence[str]) -> list[str]:
     """The keys of one section, without prefix; none where there is no such section."""
     for parent in parents:
-        field = model.model_fields.get(parent)
-        below = section(field.annotation) if field else None
+        below = section_at(model, parent)
         if below is None:
             return []
         model = below
     return list(model.model_fields)
 
 
-def section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a key of this type holds; None where it holds a value."""
+def section_at(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The section that a key holds; None where it holds a value, or is not there."""
+    field = model.model_fields.get(key)
+    return _section(field.annotation) if field else None
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation if issubclass(annotation, BaseModel) else None
     for argument in typing.get_args(annotation):
-        if found := section(argument):
+        if found := _section(argument):
             return found
     return None

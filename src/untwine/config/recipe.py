@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from untwine.config.acting import EnvConfig, PolicyConfig, PromptConfig, SamplingConfig
 from untwine.config.base import Section
 from untwine.config.gcd import GCDConfig
-from untwine.config.keys import all_keys, keys_below, section
+from untwine.config.keys import all_keys, keys_below, section_at
 from untwine.config.learning import (
     CheckpointConfig,
     ColdStartConfig,
@@ -98,8 +98,7 @@ def _over(below: dict[str, Any], tree: dict[str, Any], model: type[BaseModel]) -
     """`tree` laid over `below`: sections key by key, every other value as a whole."""
     merged = dict(below)
     for key, value in tree.items():
-        field = model.model_fields.get(key)
-        part = section(field.annotation) if field else None
+        part = section_at(model, key)
         if part and isinstance(value, dict) and isinstance(below.get(key), dict):
             value = _over(below[key], value, part)
         merged[key] = value
