@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,28 @@ def test_a_reply_with_tags_must_have_room() -> None:
         pytest.raises(ConfigError, match=r"raise sampling\.max_new_tokens \(now 6\) to \d\d "),
     ):
         cold_start_of(workshop)
+
+
+def test_only_what_is_free_needs_room() -> None:
+    """A chosen command comes to its end whatever the limit, so it is not counted."""
+    free = _tokens_wanted(constrained=False)
+    chosen = _tokens_wanted(constrained=True)
+    assert chosen < free
+
+
+def _tokens_wanted(constrained: bool) -> int:
+    own = tagged(1, sampling={"constrained": constrained, "max_new_tokens": 6})
+    with (
+        Workshop(own, Display(quiet=True)) as workshop,
+        pytest.raises(ConfigError, match="with their tags the expert's replies") as caught,
+    ):
+        cold_start_of(workshop)
+    found = re.search(r"up to (\d+) tokens", str(caught.value))
+    assert found is not None
+    enough = {"constrained": constrained, "max_new_tokens": int(found[1])}
+    with Workshop(tagged(1, sampling=enough), Display(quiet=True)) as workshop:
+        cold_start_of(workshop)
+    return int(found[1])
 
 
 def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path) -> None:

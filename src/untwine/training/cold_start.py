@@ -161,13 +161,20 @@ def instructed(episodes: Sequence[Episode], info: EnvInfo, recipe: Recipe) -> li
 
 
 def _check_room(episodes: Sequence[Episode], recipe: Recipe) -> None:
-    """ConfigError when replies with tags are longer than the policy may ever write."""
-    longest = max((len(s.action_ids) for e in episodes for s in e.steps), default=0)
+    """ConfigError when replies with tags are longer than the policy may ever write freely; a command
+    that it chooses comes to its end in any case."""
+    longest = max((_free_tokens(step) for e in episodes for step in e.steps), default=0)
     if recipe.prompt.tags and longest > recipe.sampling.max_new_tokens:
         raise ConfigError(
             f"with their tags the expert's replies have up to {longest} tokens; raise "
             f"sampling.max_new_tokens (now {recipe.sampling.max_new_tokens}) to {longest} or more"
         )
+
+
+def _free_tokens(step: Step) -> int:
+    """How many tokens of the reply are not chosen among commands."""
+    chosen = sum(map(bool, step.allowed)) if step.allowed else 0
+    return len(step.action_ids) - chosen
 
 
 def _first_word(step: Step) -> str:
