@@ -161,8 +161,8 @@ def instructed(episodes: Sequence[Episode], info: EnvInfo, recipe: Recipe) -> li
 
 
 def _check_room(episodes: Sequence[Episode], recipe: Recipe) -> None:
-    """ConfigError when replies with tags are longer than the policy may ever write freely; a command
-    that it chooses comes to its end in any case."""
+    """ConfigError when what is free in replies with tags is longer than the policy may ever write.
+    A command that it chooses comes to its end in any case."""
     longest = max((_free_tokens(step) for e in episodes for step in e.steps), default=0)
     if recipe.prompt.tags and longest > recipe.sampling.max_new_tokens:
         raise ConfigError(
