@@ -107,6 +107,23 @@ def test_command(
         assert sum(sum(row.values()) for row in counts.values()) == numbers["steps"]
 
 
+def test_labels_are_those_that_training_would_have_used(run: Path) -> None:
+    """`undo` has confidence .6, all other kinds of the rules 1."""
+
+    def quality_at(least: float) -> dict[str, Any]:
+        recipe = make_recipe({**RECIPE, "gcd": {"min_confidence": least}})
+        found = find_label_quality(run, recipe, Display(quiet=True), sources=["rule", "group"])
+        sources: dict[str, Any] = found["sources"]
+        return sources
+
+    loose, strict = quality_at(0.0), quality_at(0.7)
+    truth = [row for k in (0, 1) for row in read_truth(truth_path(run, k), episodes(run, k)).rows]
+    sure = weight([row for row in truth if row.kind not in ("other", "undo")])
+    assert strict["rule"]["coverage"]["value"] == pytest.approx(sure / weight(truth))
+    coverages = [s["group"]["coverage"]["value"] for s in (strict, loose)]
+    assert coverages[0] < coverages[1]
+
+
 def test_what_is_lacking_is_said(run: Path, tmp_path: Path) -> None:
     recipe, display = make_recipe(RECIPE), Display(quiet=True)
     with pytest.raises(ConfigError, match="leave it out"):

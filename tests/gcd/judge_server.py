@@ -88,3 +88,13 @@ def trickle(handler: Handler, body: dict[str, Any]) -> None:
         handler.wfile.write(b" ")
         handler.wfile.flush()
         time.sleep(0.1)
+
+
+def trickle_headers(handler: Handler, body: dict[str, Any]) -> None:
+    """The same before the first byte of the answer."""
+    handler.send_response(200)
+    for number in range(20):
+        handler.send_header(f"X-{number}", "wait")
+        handler.flush_headers()
+        time.sleep(0.1)
+    handler.end_headers()

@@ -92,11 +92,46 @@ def test_the_budget_pays_for_what_is_added(policy: Policy) -> None:
 
         def drawn(budget: int, judged: Any = judged) -> int:
             rng = random.Random(0)
-            return len(verdict_questions(judged, prompter, budget, lambda n: n + 1, rng))
+            return len(verdict_questions(judged, prompter, budget, lambda q: q.added + 1, rng))
 
         everything = sum(tails) + 4
         assert drawn(everything) == 4
         assert drawn(everything - 1) == 2
+
+
+@pytest.mark.parametrize(
+    ("gcd", "temperature"),
+    [({}, 1.0), ({}, 0.7), ({"step": "own"}, 1.0), ({"weight_of": "gradient"}, 1.0)],
+)
+def test_the_budget_holds_however_questions_are_computed(
+    policy: Policy, gcd: dict[str, Any], temperature: float
+) -> None:
+    """By themselves they pay for their prompts, in one pass with the policy's rows they do not."""
+    episode, prompter = acted(policy), Prompter(policy.chat, AFTER)
+    asked = {}
+    for budget in range(60, 800, 20):
+        settings = GCDConfig(objective="generative/ce", token_budget=budget, **gcd)
+        objective = make_objective(
+            "generative/ce", Means(policy, prompter, settings, temperature=temperature)
+        )
+        assert objective is not None
+        exercise = objective.exercise([episode], random.Random(0), torch.Generator())
+        if exercise is None:
+            continue
+        updater = Updater(
+            policy,
+            OptimizerConfig(lr=1e-12),
+            LossConfig(),
+            temperature=temperature,
+            microbatch_tokens=10_000,
+            gcd=settings,
+        )
+        found = updater.step(policy_rows(episode), exercise, 0.5).values
+        assert 0 < found["gcd_tokens"] <= budget
+        asked[budget] = len(exercise.rows)
+    assert max(asked.values()) == 4
+    together = not gcd and temperature == 1
+    assert (min(asked) < 150) == together
 
 
 def policy_rows(episode: Episode) -> list[Row]:
@@ -164,6 +199,10 @@ def test_one_pass_gives_both_gradients(policy: Policy, budget: int) -> None:
     if budget == 10_000:
         together = distinct_tokens([*policy_rows(episode), *exercise.rows])
         assert measures["gcd_tokens"] == together - distinct_tokens(policy_rows(episode))
+    # the pass is divided by tokens, in micro-batches too
+    seconds = [measures[f"seconds_{loss}"] for loss in ("policy", "gcd")]
+    tokens = [measures["update_tokens"], measures["gcd_tokens"]]
+    assert seconds[1] / sum(seconds) == pytest.approx(tokens[1] / sum(tokens))
 
 
 TASK = "look_at_obj_in_light"

@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from tests.builders import REF, make_episode, make_step
-from tests.gcd.judge_server import Handler, Server, good_north, mute, serving, trickle
+from tests.gcd.judge_server import (
+    Handler,
+    Server,
+    good_north,
+    mute,
+    serving,
+    trickle,
+    trickle_headers,
+)
 from untwine.config import JudgeConfig, PolicyConfig, PromptConfig
 from untwine.errors import ConfigError, ModelError
 from untwine.gcd.sources.answers import AnswerFile
@@ -99,7 +107,42 @@ def test_a_failure_that_may_pass_is_tried_again(tmp_path: Path) -> None:
 def test_a_failure_that_stays_is_not(tmp_path: Path) -> None:
     with serving(failing(9, 401)) as server:
         (found,) = ask(server, tmp_path, TEXTS[:1])
-        assert (found.how, found.reason, len(server.requests)) == ("failed", "status 401", 1)
+        assert (found.how, found.reason) == ("failed", "status 401: no")
+        assert len(server.requests) == 1
+
+
+def refusing(*names: str) -> Any:
+    """A server that takes none of these parameters, and says so one at a time."""
+
+    def behave(handler: Handler, body: dict[str, Any]) -> None:
+        for name in names:
+            if name in body:
+                said = f"Unsupported parameter: '{name}' is not supported with this model."
+                handler.reply(json.dumps({"error": {"message": said}}).encode(), 400)
+                return
+        good_north(handler, body)
+
+    return behave
+
+
+def test_a_parameter_that_the_server_refuses_is_left_out(tmp_path: Path) -> None:
+    with serving(refusing("max_tokens", "temperature", "top_logprobs")) as server:
+        found = ask(server, tmp_path, logprobs=True)
+        last = server.requests[-1]["body"]
+        assert [o.verdict for o in found] == ["good", "flawed", "flawed"]
+        assert last["max_completion_tokens"] == 1024
+        assert {"max_tokens", "temperature", "top_logprobs"}.isdisjoint(last)
+        assert len(server.requests) <= 3 + 2 * 3  # two threads may learn it side by side
+
+
+def test_what_an_error_says_is_kept(tmp_path: Path) -> None:
+    with serving(refusing("model")) as server:
+        (found,) = ask(server, tmp_path, TEXTS[:1])
+        assert len(server.requests) == 1
+    assert found.how == "failed"
+    assert found.reason == (
+        "status 400: Unsupported parameter: 'model' is not supported with this model."
+    )
 
 
 def test_the_key_follows_no_redirect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +160,7 @@ def test_the_key_follows_no_redirect(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert other.requests == []
 
 
-@pytest.mark.parametrize("behaviour", [mute, trickle])
+@pytest.mark.parametrize("behaviour", [mute, trickle, trickle_headers])
 def test_slow_endpoint(tmp_path: Path, behaviour: Any) -> None:
     with serving(behaviour) as server:
         (found,) = ask(server, tmp_path, TEXTS[:1])
@@ -190,8 +233,32 @@ def test_confidence_from_log_probabilities(tmp_path: Path) -> None:
     assert found.confidence == pytest.approx((0.6 - 0.2) / 0.8)
 
 
+def sure(text: str, **probabilities: float) -> Opinion:
+    words = {word: math.log(p) for word, p in probabilities.items()}
+    return read(Completion(text, words, 3), 0.6)
+
+
+def test_a_word_that_is_not_listed_is_less_likely_than_all_that_are() -> None:
+    found = sure("good", good=0.95, well=0.03, better=0.01)
+    assert (found.verdict, found.confidence) == ("good", pytest.approx(0.94 / 0.96))
+    rest = sure("bad", bad=0.99)  # at most .01 is left for "good"
+    assert (rest.verdict, rest.confidence) == ("flawed", pytest.approx(0.98))
+    assert sure("bad", bad=0.95, good=0.05).confidence < rest.confidence
+
+
+def test_candidates_for_another_word_are_not_read() -> None:
+    """What stands first here is not the verdict, so nothing is known of how sure it is."""
+    aloud = sure("<think>good question</think> bad", good=0.3, bad=0.01)
+    assert (aloud.verdict, aloud.confidence) == ("flawed", 0.6)
+    bold = sure("**bad**", good=0.3, bad=0.01)
+    assert (bold.verdict, bold.confidence) == ("flawed", 0.6)
+    missing = sure("bad", perhaps=0.5)
+    assert (missing.verdict, missing.confidence) == ("flawed", 0.6)
+
+
 def test_nonsense_log_probabilities_are_left_out(tmp_path: Path) -> None:
-    for bad in ("x", {"content": [{"top_logprobs": [{"token": "good", "logprob": "NaN"}]}]}, []):
+    odd = ["NaN", 10**400, 1.0]
+    for bad in ["x", [], *({"content": [{"top_logprobs": [top(x)]}]} for x in odd)]:
         with serving(lambda handler, _, bad=bad: handler.say("good", bad)) as server:
             answer = Endpoint(config(server.url)).ask([{"role": "user", "content": "?"}])
         assert answer.words == {}
@@ -208,7 +275,38 @@ def test_an_answer_without_end_is_cut_off(tmp_path: Path) -> None:
         Endpoint(JudgeConfig(url=server.url, model="m")).ask([])
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/v1", "http://"])
+def top(logprob: Any) -> dict[str, Any]:
+    return {"token": "good", "logprob": logprob}
+
+
+@pytest.mark.parametrize("key", ["with\nline", "schlüssel", "\x07"])
+def test_a_key_that_cannot_be_sent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ConfigError, match=r"the key in \$OPENAI_API_KEY has characters") as caught:
+        Endpoint(JudgeConfig(url="http://localhost:1", model="m"))
+    assert key not in str(caught.value)
+
+
+def test_the_end_of_a_line_after_a_key_is_not_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    with serving(good_north) as server:
+        ask(server, tmp_path, TEXTS[:1])
+        assert server.requests[0]["Authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000",
+        "ftp://x/v1",
+        "http://",
+        "http://[::1/v1",
+        "http://x:port",
+        f"http://{'x' * 99}",
+    ],
+)
 def test_address_that_is_none(url: str) -> None:
     with pytest.raises(ConfigError, match="is no address; use one such as http://localhost"):
         Endpoint(JudgeConfig(url=url, model="m"))
@@ -224,7 +322,13 @@ def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_damaged_answers_are_left_out(tmp_path: Path) -> None:
     file = tmp_path / "judge.jsonl"
-    lines = ['{"key": 1}', "nonsense", '{"key": "k", "text": "good", "words": {}, "tokens": 4}']
+    endless = '{"key": "e", "text": "good", "words": {}, "tokens": Infinity}'
+    lines = [
+        '{"key": 1}',
+        "nonsense",
+        endless,
+        '{"key": "k", "text": "good", "words": {}, "tokens": 4}',
+    ]
     file.write_text("\n".join([*lines, json.dumps([1])]) + "\n")
     answers = AnswerFile(file)
     assert answers.spent == 4

@@ -210,7 +210,12 @@ def test_verdict_in_free_text(policy: Policy) -> None:
     assert verdict_in("It seems good at first, but no: Bad.", words) == "flawed"
     assert verdict_in("goodness", words) is None
     assert verdict_in("", words) is None
-    assert verdict_in("I take B", PAIRS.words(prompter)) == "second"
+    pair = PAIRS.words(prompter)
+    assert verdict_in("I take B", pair) == "second"
+    assert verdict_in("B, because it picks up a key", pair) == "second"
+    assert verdict_in("The right answer is B: it brings a lamp nearer", pair) == "second"
+    assert verdict_in("B opens nothing, a key is missing there: A", pair) == "first"
+    assert verdict_in("neither a nor b", pair) is None
 
 
 def test_head(policy: Policy) -> None:

@@ -38,11 +38,15 @@ def labelled(*pairs: tuple[str, str, Label]) -> Episode:
     )
 
 
+def cost(question: Question) -> int:
+    return len(question.prompt_ids) + 1
+
+
 def ask(
     episodes: list[Episode], prompter: Prompter, budget: int = 10**6, seed: int = 0
 ) -> list[Question]:
     judged = judged_steps(episodes)
-    return verdict_questions(judged, prompter, budget, lambda n: n + 1, random.Random(seed))
+    return verdict_questions(judged, prompter, budget, cost, random.Random(seed))
 
 
 def take(episodes: list[Episode], prompter: Prompter) -> list[str]:
@@ -111,7 +115,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_right_word(
 
 def pairs(episodes: list[Episode], prompter: Prompter, budget: int = 10**6) -> list[Question]:
     judged = judged_steps(episodes)
-    return pair_questions(judged, prompter, budget, lambda n: n + 1, random.Random(3))
+    return pair_questions(judged, prompter, budget, cost, random.Random(3))
 
 
 def test_pairs_are_of_one_state_and_the_better_one_is_first_every_other_time(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,15 @@ from safetensors.numpy import load_file
 
 from tests.gcd.judge_server import Handler, serving
 from tests.gcd.test_judge import closed_port
-from tests.runs import in_one_and_in_two, rows, steady
+from tests.runs import cold_start_of, in_one_and_in_two, rows, steady
 from tests.training.test_resume import RECIPE
 from untwine.config import Recipe, make_recipe
 from untwine.errors import ConfigError
+from untwine.gcd.objectives.reinforced import Reinforced
 from untwine.progress import Display
 from untwine.training.loop import train
 from untwine.training.run_dir import run_cost
+from untwine.workshop import Workshop
 
 
 def recipe(iterations: int, **changes: Any) -> Recipe:
@@ -162,6 +167,74 @@ def test_free_labels_only_without_an_objective(tmp_path: Path) -> None:
     (row,) = rows(tmp_path / "run")
     assert "labels_rule" in row
     assert "labels_branch" not in row
+
+
+def test_each_step_of_the_cold_start_asks_as_many_good_as_flawed_and_none_twice() -> None:
+    cold = {"episodes": 12, "steps": 1, "batch_tokens": 1600, "verdict_weight": 0.3}
+    with Workshop(recipe(0, cold_start=cold), Display(quiet=True)) as workshop:
+        critic = cold_start_of(workshop).critic
+        assert critic is not None
+        drawn = [critic.exercise((), random.Random(seed)) for seed in range(20)]
+        decode = workshop.policy.tokenizer.decode
+    for exercise in drawn:
+        assert exercise is not None
+        answers = Counter(decode(row.ids[row.targets]) for row in exercise.rows)
+        assert answers["good"] == answers["bad"] > 0
+        assert answers.total() == len(exercise.rows) == exercise.counts["verdicts"]
+        assert len({row.ids.tobytes() for row in exercise.rows}) == len(exercise.rows)
+        assert sum(row.weights.sum() for row in exercise.rows) == pytest.approx(1)
+    assert len({exercise.rows[0].ids.tobytes() for exercise in drawn if exercise}) > 5
+
+
+def test_a_cold_start_without_flawed_commands_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cold = {"episodes": 4, "steps": 1, "verdict_weight": 0.3, "noise": 0.0}
+    train(recipe(0, cold_start=cold), tmp_path / "run", Display())
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "no verdicts, since good and flawed commands are both needed" in shown
+    assert "set cold_start.noise" in shown
+
+
+def test_where_the_gradient_enters_is_checked_before_the_cold_start(tmp_path: Path) -> None:
+    gcd = {"objective": "generative/ce", "gradient": "layers", "from_layer": 40}
+    with pytest.raises(ConfigError, match=r"gcd\.from_layer is 40"):
+        train(recipe(1, gcd=gcd), tmp_path / "run", Display(quiet=True))
+    assert not rows(tmp_path / "run", "cold_start")
+
+
+def test_a_judge_without_address_leaves_no_folder(tmp_path: Path) -> None:
+    gcd = {"objective": "head", "labels": ["judge"], "judge": {"url": "nowhere", "model": "m"}}
+    with pytest.raises(ConfigError, match="is no address"):
+        train(recipe(1, gcd=gcd), tmp_path / "run", Display(quiet=True))
+    assert not (tmp_path / "run").exists()
+
+
+def test_sampling_verdicts_is_time_of_verdicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock of our own, on which it takes an hour."""
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 1e-3
+        return now[0]
+
+    plain = Reinforced._replies
+
+    def slow(*given: Any) -> Any:
+        now[0] += 3600
+        return plain(*given)
+
+    monkeypatch.setattr(time, "perf_counter", clock)
+    monkeypatch.setattr(Reinforced, "_replies", slow)
+    gcd = {"objective": "generative/rl", "replies": 4}
+    train(recipe(2, gcd=gcd), tmp_path / "run", Display(quiet=True))
+    found = [row for row in rows(tmp_path / "run") if row["verdicts"]]
+    assert found
+    for row in found:
+        assert row["seconds_gcd"] >= 3600
+        assert row["seconds_policy"] < 3600 <= row["seconds_update"]
 
 
 @pytest.mark.parametrize(("share", "objective"), [(0.25, "generative/ce"), (1.0, "pairwise")])

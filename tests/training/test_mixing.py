@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import copy
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.builders import make_episode, make_step
 from tests.exercises import plain_exercise
 from untwine.batch import Row, completion_row
-from untwine.config import GCDConfig, LoRAConfig, LossConfig, OptimizerConfig, PolicyConfig
+from untwine.config import (
+    GCDConfig,
+    LoRAConfig,
+    LossConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    PromptConfig,
+)
 from untwine.errors import ConfigError
 from untwine.gcd.entering import closed_parameters
+from untwine.gcd.objectives import Means, make_objective
 from untwine.policy.loading import Policy, load_policy
+from untwine.prompting.prompter import Prompter
+from untwine.records import Label
 from untwine.training.update import Updater
 
 Gradients = dict[str, torch.Tensor]
@@ -75,6 +87,50 @@ def test_held_ratio(policy: Policy) -> None:
     assert found["grad_norm_gcd"] == pytest.approx(norm(second), rel=1e-4)
     for name, value in of(policy).items():
         torch.testing.assert_close(value, first[name] + weight * second[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_ratio_is_that_of_the_weights_that_act(policy: Policy) -> None:
+    """A head's own weights learn from the plain gradient; at 0 none passes to the policy."""
+    prompter = Prompter(policy.chat, PromptConfig())
+    config = GCDConfig(objective="head", weight_of="gradient")
+    objective = make_objective("head", Means(policy, prompter, config))
+    assert objective is not None
+    head: Any = objective.module
+    labels = (Label("rule", "good", "progress"), Label("rule", "flawed", "invalid"))
+    steps = [make_step(t, state=f"s{t}", labels=(labels[t % 2],)) for t in range(4)]
+    exercise = objective.exercise([make_episode(0.0, steps)], random.Random(0), torch.Generator())
+    assert exercise is not None
+    first = gradients(policy, policy_batch(), [], 0.0)
+
+    def stepped() -> tuple[Gradients, Gradients]:
+        """The gradients of a step with ratio .4 on the policy, and of the verdict loss alone."""
+        for p in [*policy.model.parameters(), *head.parameters()]:
+            p.grad = None
+        exercise.loss(exercise.rows)[0].backward()  # type: ignore[no-untyped-call]
+        alone, own = of(policy), head.weight.grad.clone()
+        worker = Updater(
+            policy,
+            OptimizerConfig(lr=1e-12, grad_clip=1e9),
+            LossConfig(),
+            temperature=1.0,
+            microbatch_tokens=10_000,
+            gcd=config,
+            module=head,
+        )
+        worker.step(policy_batch(), exercise, 0.4)
+        torch.testing.assert_close(head.weight.grad, own)
+        return of(policy), alone
+
+    found, alone = stepped()
+    assert norm(alone) == 0
+    for name, value in found.items():
+        torch.testing.assert_close(value, first[name])
+    with torch.no_grad():
+        head.weight.copy_(torch.linspace(-0.01, 0.01, head.weight.numel())[None])
+    found, alone = stepped()
+    weight = 0.4 * norm(first) / norm(alone)
+    for name, value in found.items():
+        torch.testing.assert_close(value, first[name] + weight * alone[name], rtol=1e-4, atol=1e-6)
 
 
 def test_held_ratio_without_one_of_the_losses(policy: Policy) -> None:

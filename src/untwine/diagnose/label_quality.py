@@ -69,7 +69,8 @@ def find_label_quality(
     iterations = files_with_truth(run, files, "train with branch in gcd.labels")
     costs: dict[str, float] = defaultdict(float)
     with open_pool(recipe.env, list_commands=recipe.lists_commands) as pool:
-        labeller = Labeller(names, Bench(recipe, pool, None, run, display))
+        bench = Bench(recipe, pool, None, run, display)
+        labeller = Labeller(names, bench, recipe.gcd.min_confidence)  # as the run used them
         for k, file in iterations.items():
             rows = read_truth(truth_path(run, k), file).rows
             groups = read_recorded(file, recipe)

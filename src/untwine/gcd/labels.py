@@ -169,11 +169,11 @@ def _compare(
     n, total = len(takers), len(everyone)
     if n < least or total - n < least:
         return None
+    if len({returns_G[g] for g in everyone}) == 1:
+        return None
     mean_all = math.fsum(returns_G[g] for g in everyone) / total
     mean_takers = math.fsum(returns_G[g] for g in takers) / n
     variance = math.fsum((returns_G[g] - mean_all) ** 2 for g in everyone) / total
-    if variance == 0:
-        return None
     z = (mean_takers - mean_all) / math.sqrt(variance / n * (total - n) / (total - 1))
     confidence = math.erf(abs(z) / math.sqrt(2))
     if confidence == 0:

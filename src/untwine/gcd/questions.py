@@ -21,8 +21,6 @@ from untwine.prompting.prompter import PAIR_WORDS, VERDICT_WORDS, Prompter, acti
 from untwine.records import Episode, Verdict
 from untwine.scoring import Targets
 
-Cost = Callable[[int], int]  # tokens that are computed for a question of so many tokens of its own
-
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -31,13 +29,22 @@ class Question:
     prompt_ids  ids of the question
     answer      key of the right word: good or flawed, or first or second
     kind        kind of the first label of the action asked about (of a pair: of the flawed one)
-    shared      tokens at the beginning of the prompt that the policy's update computes anyway
+    shared      tokens at the beginning of the prompt that the policy's update computes, too; where
+                both are computed in one pass, they cost nothing
     """
 
     prompt_ids: tuple[int, ...]
     answer: str
     kind: str
     shared: int = 0
+
+    @property
+    def added(self) -> int:
+        """Tokens that the question adds to such a pass."""
+        return len(self.prompt_ids) - self.shared
+
+
+Cost = Callable[[Question], int]  # tokens that are computed for a question
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +152,7 @@ def within(budget: float, parts: Iterable[list[Question]], cost: Cost) -> list[Q
     taken: list[Question] = []
     used = 0
     for part in parts:
-        used += sum(cost(len(q.prompt_ids) - q.shared) for q in part)
+        used += sum(map(cost, part))
         if used > budget:
             break
         taken += part
@@ -186,16 +193,18 @@ class Words:
 
 @dataclass(frozen=True, slots=True)
 class Quiz:
-    """A kind of question: how it is drawn, and its answers."""
+    """A kind of question: how it is drawn, its answers, and how many come together, as many with
+    either answer."""
 
     draw: Draw
     answers: Mapping[str, str]
+    at_once: int = 1
 
     def words(self, prompter: Prompter) -> Words:
         return Words(prompter, self.answers)
 
 
-VERDICTS = Quiz(verdict_questions, VERDICT_WORDS)
+VERDICTS = Quiz(verdict_questions, VERDICT_WORDS, at_once=2)
 PAIRS = Quiz(pair_questions, PAIR_WORDS)
 
 

@@ -14,7 +14,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from untwine.batch import Row
 from untwine.demonstrations import Transcript
@@ -40,9 +40,6 @@ class Sample:
         return self.row.length
 
 
-Drawn = TypeVar("Drawn", Row, Sample)
-
-
 class Critic(Protocol):
     """Asks about what experts do."""
 
@@ -55,9 +52,10 @@ class Critic(Protocol):
 
 
 class Apart:
-    """Questions in prompts of their own.
+    """Questions in prompts of their own, as many with either answer. None comes twice in a step
+    before all have come.
 
-    tokens  of questions in each step
+    tokens  of questions in each step, exceeded by the last of them
     """
 
     def __init__(
@@ -65,17 +63,26 @@ class Apart:
     ) -> None:
         self._objective, self._tokens = objective, tokens
         rng = random.Random(seed)
-        self._rows = objective.rows(objective.questions(judged_steps(episodes), 10**12, rng))
+        rows = objective.rows(objective.questions(judged_steps(episodes), 10**12, rng))
+        n = objective.quiz.at_once
+        self._parts = [rows[first : first + n] for first in range(0, len(rows), n)]
 
     @property
     def size(self) -> int:
-        return len(self._rows)
+        return sum(map(len, self._parts))
 
     def exercise(self, drawn: Sequence[Sample], rng: random.Random) -> Exercise | None:
-        rows = draw([self._rows], self._tokens, rng)
-        if not rows:
+        if not self._parts:
             return None
-        scale = len(self._rows) / len(rows)  # so that their weights sum to 1 again
+        rows: list[Row] = []
+        waiting: list[list[Row]] = []
+        left = self._tokens
+        while not rows or left > 0:
+            waiting = waiting or rng.sample(self._parts, len(self._parts))
+            part = waiting.pop()
+            rows += part
+            left -= sum(row.length for row in part)
+        scale = self.size / len(rows)  # so that their weights sum to 1 again
         return self._objective.drawn(
             [dataclasses.replace(row, weights=row.weights * scale) for row in rows]
         )
@@ -129,15 +136,15 @@ class Alongside:
         parts = (self._objective.questions(pair, 10**12, rng) for pair in pairs)
         first = next(parts, [])
         budget = self._share * sum(sample.length for sample in drawn)
-        budget -= sum(len(q.prompt_ids) - q.shared for q in first)
-        questions = [*first, *within(budget, parts, lambda own: own)]
+        budget -= sum(question.added for question in first)
+        questions = [*first, *within(budget, parts, lambda question: question.added)]
         return self._objective.drawn(self._objective.rows(questions)) if questions else None
 
 
-def draw(pools: Sequence[Sequence[Drawn]], tokens: int, rng: random.Random) -> list[Drawn]:
-    """Random rows or samples with about `tokens` tokens, at least one where there are any; every
-    pool is as likely as the others."""
-    drawn: list[Drawn] = []
+def draw(pools: Sequence[Sequence[Sample]], tokens: int, rng: random.Random) -> list[Sample]:
+    """Random samples with about `tokens` tokens, at least one where there are any; every pool is as
+    likely as the others."""
+    drawn: list[Sample] = []
     used = 0
     filled = [pool for pool in pools if pool]
     while filled and (not drawn or used < tokens):

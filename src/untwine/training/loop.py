@@ -26,6 +26,7 @@ from untwine.credit.penalty import penalise
 from untwine.diagnose.online import Findings, OnlineDiagnosis
 from untwine.errors import Interrupted
 from untwine.evaluate.protocol import evaluation_refs
+from untwine.gcd.entering import closed_parameters
 from untwine.gcd.labels import only_from
 from untwine.gcd.objectives import Exercise, Means, Objective, check_objective, make_objective
 from untwine.gcd.questions import why_no_questions
@@ -76,7 +77,7 @@ class _Training:
         self.credit = credit_method(recipe.credit.name, recipe.credit.options)
         check_credit(recipe.credit.name, recipe.prompt)
         check_objective(recipe.gcd.objective)
-        check_sources(recipe.gcd.labels)
+        check_sources(recipe.gcd.labels, recipe.gcd.judge)
         self.correction = Correction(recipe)
         env = recipe.env  # a wrong name is said before any work is done
         splits = read_splits(env)
@@ -144,6 +145,8 @@ class _Training:
             recipe.sampling.temperature,
         )
         objective = make_objective(gcd.objective, means)
+        if objective is not None:  # said before the cold start, not after it
+            closed_parameters(self.policy, gcd.gradient, gcd.from_layer)
         used = objective is not None or recipe.credit.penalty > 0
         names = [name for name in gcd.labels if used or not costly(name)]
         bench = Bench(
@@ -180,6 +183,12 @@ class _Training:
                 f"cold start: {len(self.workshop.transcripts)} expert episodes, "
                 f"{data.critic.size if data.critic else 0} verdicts, {steps} steps"
             )
+            if data.critic is not None and not data.critic.size:
+                self.display.line(
+                    "[yellow]cold start:[/yellow] no verdicts, since good and flawed commands are "
+                    "both needed for questions; set cold_start.noise or cold_start.alternatives "
+                    "above 0, or cold_start.verdict_weight=0"
+                )
             self._imitate(data, updater, first, steps)
         if steps or self.recipe.rl.iterations == 0:
             self._evaluate("cold_start", steps)
@@ -325,13 +334,13 @@ class _Training:
                 groups = shuffle_labels(groups, random.Random(seed))
         # Questions that follow replies go with their minibatch, all others with every one.
         follow = self.recipe.prompt.verdict == "after"
-        exercises = [] if follow else [self._exercise(groups)]
         taken: list[Measures] = []
+        exercises = [] if follow else [self._exercise(groups, taken)]
         tokens = 0
         for _ in range(rl.epochs):
             for part in self._minibatches(groups):
                 if follow:
-                    exercises.append(self._exercise(part))
+                    exercises.append(self._exercise(part, taken))
                 rows = policy_rows(part, self.recipe.loss.mean)
                 tokens += sum(row.length for row in rows)
                 if rows or exercises[-1]:
@@ -347,11 +356,15 @@ class _Training:
             "optimizer_steps": updater.steps,
         }
 
-    def _exercise(self, groups: Sequence[Group]) -> Exercise | None:
+    def _exercise(self, groups: Sequence[Group], taken: list[Measures]) -> Exercise | None:
+        """What is learnt from these groups; the time it took to make is added to `taken`."""
         if self.objective is None:
             return None
+        started = time.perf_counter()
         episodes = [episode for group in groups for episode in group.episodes]
-        return self.objective.exercise(episodes, self.choices, self.sampling)
+        exercise = self.objective.exercise(episodes, self.choices, self.sampling)
+        taken.append(Measures({"seconds_gcd": time.perf_counter() - started}))
+        return exercise
 
     def _explain_none(self, groups: Sequence[Group], iteration: int) -> None:
         """Say once why there is nothing to learn from labels."""

@@ -5,7 +5,9 @@
     own     a step on g_policy, then one on g_gcd by an optimizer of its own, whose learning rate
             is lambda times that of the first (Adam's steps do not depend on the scale of a loss)
 
-Norms are over all trained weights, before clipping.
+Norms are over the trained weights of the policy, before clipping. Weights of the objective itself
+(`head`) get the gradient of the verdict loss as it is: they act on nothing else, and begin at 0,
+where no gradient comes through them to the policy.
 """
 
 from __future__ import annotations
@@ -52,13 +54,17 @@ def held(
             p.grad = None
         updater.add_verdicts(exercise, 1.0, measures)
         verdicts = [p.grad for p in updater.parameters]
-        norm, other = _norm(policy), _norm(verdicts)
+        acting = updater.acting
+        norm, other = _norm(policy[:acting]), _norm(verdicts[:acting])
         weight = ratio * norm / other if other > 0 else 0.0
-        for p, first, second in zip(updater.parameters, policy, verdicts, strict=True):
+        together = list(zip(updater.parameters, policy, verdicts, strict=True))
+        for p, first, second in together[:acting]:
             if second is None:
                 p.grad = first
             else:
                 p.grad = second.mul_(weight) if first is None else first.add_(second, alpha=weight)
+        for p, _, second in together[acting:]:
+            p.grad = second
         measures.add(grad_norm_policy=norm, grad_norm_gcd=other, gcd_lambda=weight)
 
     return updater.apply(accumulate)

@@ -54,7 +54,8 @@ class _Again(Exception):
 class Updater:
     """Holds the optimizers and, when a KL penalty is asked for, the reference model.
 
-    parameters  all that is trained: the policy's, and those of the objective
+    parameters  all that is trained: the policy's, and after them those of the objective
+    acting      how many of them are the policy's
     own         the optimizer of the verdict loss, when it takes steps of its own
     """
 
@@ -88,6 +89,7 @@ class Updater:
         trained = [p for p in policy.model.parameters() if p.requires_grad]
         extra = [] if module is None else list(module.parameters())
         self.parameters = [*trained, *extra]
+        self.acting = len(trained)
         main = trained if gcd.step == "own" else self.parameters
         self.optimizer = make_optimizer(optimizer, policy, main)
         self.own: torch.optim.Optimizer | None = None
@@ -234,7 +236,7 @@ class Updater:
             targets = self._score([*own, *others], reading)
             first, second = targets.split(sum(len(row.targets) for row in own))
             added = distinct_tokens(batch) - distinct_tokens(own)
-            tokens = targets.computed_tokens - added
+            tokens = targets.computed_tokens - added  # of the policy's rows
             value = torch.zeros((), device=self.policy.device)
             if own:
                 value = value + reading.loss(
@@ -244,14 +246,14 @@ class Updater:
                 answers, found = read(others, second)
                 value = value + weight * answers
                 measures.add(gcd_loss=answers.detach(), **found)
-            measures.add(gcd_tokens=added, gcd_update_tokens=added)
+            measures.add(gcd_tokens=added, gcd_update_tokens=added, both=tokens + added)
             return value
 
         started = time.perf_counter()
         found = Measures()
         self._backward([*rows, *asked], loss, found)
         seconds = time.perf_counter() - started
-        share = found.values["gcd_tokens"] / distinct_tokens([*rows, *asked])
+        share = found.sums["gcd_tokens"] / found.sums.pop("both")
         found.add(seconds_policy=(1 - share) * seconds, seconds_gcd=share * seconds)
         measures.join(found)
 

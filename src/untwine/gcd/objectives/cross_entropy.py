@@ -27,7 +27,7 @@ class CrossEntropy:
 
     def __init__(self, means: Means, quiz: Quiz) -> None:
         self._means = means
-        self._quiz = quiz
+        self.quiz = quiz
         self._words = quiz.words(means.prompter)
 
     def exercise(
@@ -42,7 +42,12 @@ class CrossEntropy:
     ) -> list[Question]:
         """Questions about labelled steps that cost, with their answers, at most `budget` tokens."""
         longest = self._words.longest
-        return self._quiz.draw(judged, self._means.prompter, budget, lambda n: n + longest, rng)
+        together = self._means.together
+
+        def cost(question: Question) -> int:
+            return (question.added if together else len(question.prompt_ids)) + longest
+
+        return self.quiz.draw(judged, self._means.prompter, budget, cost, rng)
 
     def rows(self, questions: Sequence[Question]) -> list[Row]:
         """The questions with their answers; the weights sum to 1."""

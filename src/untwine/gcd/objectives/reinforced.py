@@ -8,7 +8,8 @@ otherwise, and its advantage is that of GRPO inside the replies to the question,
 so questions whose replies all earn the same teach nothing. The loss is the clipped surrogate per
 token, each reply with the same weight. With `gcd.rationale_tokens: 0` a reply is one of the two
 words, drawn from the policy's distribution over these two; otherwise it is free text of at most so
-many tokens, and its verdict is the last of the two words in it.
+many tokens, and its verdict is the last of the two words in it. The letters A and B are read as
+they are written, since "a" is a word of its own.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Reinforced:
             judged,
             self._means.prompter,
             config.token_budget,
-            lambda n: n + config.replies * longest,
+            lambda question: len(question.prompt_ids) + config.replies * longest,
             rng,
         )
         if not questions:
@@ -126,10 +127,12 @@ def word_trie(words: Words) -> Node:
 
 
 def verdict_in(text: str, words: Words) -> str | None:
-    """Key of the last of the two words in a text; None when it holds neither."""
-    keys = {word.lower(): key for key, word in words.texts.items()}
+    """Key of the last of the two words in a text; None when it holds neither. Case counts where the
+    words are letters."""
+    letters = all(len(word) == 1 for word in words.texts.values())
+    keys = {word if letters else word.lower(): key for key, word in words.texts.items()}
     pattern = "|".join(map(re.escape, keys))
-    found = re.findall(rf"\b({pattern})\b", text.lower())
+    found = re.findall(rf"\b({pattern})\b", text if letters else text.lower())
     return keys[found[-1]] if found else None
 
 

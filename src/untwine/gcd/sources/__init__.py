@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from untwine.config import JudgeConfig
 from untwine.errors import ConfigError, nearest
 from untwine.gcd.labels import LabelSource, label_sources, plain_source
 from untwine.gcd.sources.branch import BranchSource
 from untwine.gcd.sources.expert import ExpertSource
-from untwine.gcd.sources.judge import JudgeSource
+from untwine.gcd.sources.judge import JudgeSource, check_judge
 from untwine.gcd.sources.protocol import Bench, Source, Table
 from untwine.records import Group, Label
 
@@ -41,14 +42,17 @@ def costly(name: str) -> bool:
     return name in _MAKERS
 
 
-def check_sources(names: Sequence[str]) -> None:
-    """ConfigError when a source does not exist."""
+def check_sources(names: Sequence[str], judge: JudgeConfig | None = None) -> None:
+    """ConfigError when a source does not exist, or (where `judge` is given) the judge's settings
+    are of no use."""
     for name in names:
         if name not in source_names():
             known = ", ".join(source_names())
             raise ConfigError(
                 f"unknown label source {name!r}; known are {known}.{nearest(name, source_names())}"
             )
+        if name == "judge" and judge is not None:
+            check_judge(judge)
 
 
 class Labeller:

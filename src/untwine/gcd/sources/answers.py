@@ -27,7 +27,10 @@ class AnswerFile:
         self.spent = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            text = ""
+            if path.exists():
+                self._append("")  # it must take what is going to be paid for
+                text = path.read_text(encoding="utf-8", errors="replace")
             if text and not text.endswith("\n"):
                 self._append("\n")
         except OSError as error:
@@ -60,7 +63,7 @@ class AnswerFile:
             words = {str(k): float(v) for k, v in tree["words"].items()}
             answer = Completion(str(tree["text"]), words, int(tree["tokens"]))
             self._remember(str(tree["key"]), answer)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return
 
 

@@ -1,20 +1,27 @@
 """A client for OpenAI-compatible chat endpoints: time-outs that hold, retries, nothing else.
 
-Only `POST BASE/chat/completions` with one answer is used, which every such server has.
+Only `POST BASE/chat/completions` with one answer is used, which every such server has. Some refuse
+a parameter, as models that reason refuse `max_tokens` and `temperature`: it is then left out, or
+given under its other name, from the next try on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import math
 import os
+import re
+import socket
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 from untwine.config import JudgeConfig
@@ -23,10 +30,14 @@ from untwine.errors import ConfigError
 Message = Mapping[str, str]
 
 LONGEST = 1 << 20  # bytes of an answer that are read
+_SAID = 200  # characters of an error's text that are shown
 ANSWER_TOKENS = 1024  # enough for a model that thinks before it answers
 _PAUSE_S = 0.25  # before the second try; twice as long before each further one
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # may be well at the next try
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+_REFUSED = {400, 422}  # a parameter may be the reason
+_OTHER_NAME = {"max_tokens": "max_completion_tokens"}
+_DISPENSABLE = ("max_completion_tokens", "max_tokens", "temperature", "top_logprobs", "logprobs")
 
 
 class EndpointError(Exception):
@@ -52,70 +63,172 @@ class Endpoint:
     """One server and one model on it. Safe to use from several threads."""
 
     def __init__(self, config: JudgeConfig) -> None:
-        """ConfigError when the address is none, or no model is named."""
-        parts = urllib.parse.urlsplit(config.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(
-                f"gcd.judge.url {config.url!r} is no address; use one such as "
-                "http://localhost:8000/v1"
-            )
+        """ConfigError when the address is none, no model is named, or the key cannot be sent."""
+        host = _host(config.url)
         if not config.model:
             raise ConfigError("gcd.judge.url needs gcd.judge.model, the server's name of the model")
         self._config = config
         self._address = config.url.rstrip("/") + "/chat/completions"
         self._headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(config.key_variable, ""):
+        if key := os.environ.get(config.key_variable, "").strip():
+            if not (key.isascii() and key.isprintable()):
+                raise ConfigError(
+                    f"the key in ${config.key_variable} has characters that cannot be sent; set it "
+                    "to the key alone"
+                )
             self._headers["Authorization"] = f"Bearer {key}"
         # a server on this machine is never behind a proxy
-        proxies: dict[str, str] | None = {} if parts.hostname in _LOOPBACK else None
-        self._opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler(proxies), _NoRedirects()
-        )
-
-    def ask(self, messages: Sequence[Message]) -> Completion:
-        """The answer to a chat. EndpointError when there is none after all tries."""
-        body: dict[str, Any] = {
-            "model": self._config.model,
-            "messages": list(messages),
+        self._proxies: dict[str, str] | None = {} if host in _LOOPBACK else None
+        self._body: dict[str, Any] = {
+            "model": config.model,
             "temperature": 0,
             "max_tokens": ANSWER_TOKENS,
         }
-        if self._config.logprobs:
-            body |= {"logprobs": True, "top_logprobs": 5}
-        for number in range(self._config.retries + 1):
+        if config.logprobs:
+            self._body |= {"logprobs": True, "top_logprobs": 5}
+        self._changing = threading.Lock()
+
+    def ask(self, messages: Sequence[Message]) -> Completion:
+        """The answer to a chat. EndpointError when there is none after all tries."""
+        tries = self._config.retries + 1
+        while True:
+            body = {**self._body, "messages": list(messages)}
             try:
                 return _completion(self._post(json.dumps(body).encode()))
+            except _RefusedError as error:
+                if not self._without_refused(body, str(error)):
+                    raise EndpointError(str(error)) from None
             except _PassingError as error:
-                reason = str(error)
-                if number < self._config.retries:
-                    time.sleep(min(_PAUSE_S * 2**number, self._config.timeout_s))
-        raise EndpointError(reason)
+                tries -= 1
+                if not tries:
+                    raise EndpointError(str(error)) from None
+                done = self._config.retries - tries
+                time.sleep(min(_PAUSE_S * 2 ** min(done, 20), self._config.timeout_s))
+
+    def _without_refused(self, sent: Mapping[str, Any], said: str) -> bool:
+        """Leave out a parameter that the error names, if one of those that were sent is; True when
+        it makes sense to ask again."""
+        for name in _DISPENSABLE:
+            if name in sent and re.search(rf"\b{name}\b", said):
+                break
+        else:
+            return False
+        with self._changing:
+            body = dict(self._body)  # another thread may have changed it since
+            if name in body:
+                value = body.pop(name)
+                if other := _OTHER_NAME.get(name):
+                    body[other] = value
+                if name == "logprobs":
+                    body.pop("top_logprobs", None)
+                self._body = body
+        return True
 
     def _post(self, body: bytes) -> bytes:
         request = urllib.request.Request(self._address, body, self._headers, method="POST")
         limit = self._config.timeout_s
         end = time.monotonic() + limit
+        late = f"no answer within {limit:g} seconds"
         try:
-            with self._opener.open(request, timeout=limit) as answer:
-                found = bytearray()
-                while part := answer.read1(1 << 16):
-                    found += part
-                    if time.monotonic() > end:
-                        raise _PassingError(f"no answer within {limit:g} seconds")
-                    if len(found) > LONGEST:
-                        raise EndpointError(f"an answer of more than {LONGEST} bytes")
-                return bytes(found)
+            with _Clock(limit) as clock:
+                opener = urllib.request.build_opener(
+                    urllib.request.ProxyHandler(self._proxies), _NoRedirects(), *clock.handlers
+                )
+                with opener.open(request, timeout=limit) as answer:
+                    found = answer.read(LONGEST + 1)
         except urllib.error.HTTPError as error:
-            error.close()
-            what = f"status {error.code}"
-            raise (_PassingError if error.code in _PASSING else EndpointError)(what) from None
+            said = _said(error)
+            if error.code in _PASSING:
+                raise _PassingError(said) from None
+            raise (_RefusedError if error.code in _REFUSED else EndpointError)(said) from None
         except TimeoutError:
-            raise _PassingError(f"no answer within {limit:g} seconds") from None
-        except (OSError, http.client.HTTPException) as error:
+            raise _PassingError(late) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", None)
-            if isinstance(reason, TimeoutError):
-                raise _PassingError(f"no answer within {limit:g} seconds") from None
+            if isinstance(reason, TimeoutError) or time.monotonic() >= end:
+                raise _PassingError(late) from None
             raise _PassingError(f"not reachable ({reason or type(error).__name__})") from None
+        if time.monotonic() >= end:
+            raise _PassingError(late)
+        if len(found) > LONGEST:
+            raise EndpointError(f"an answer of more than {LONGEST} bytes")
+        return bytes(found)
+
+
+def _host(url: str) -> str:
+    """The host of an address. ConfigError when it is none."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+        host.encode("idna")
+        _ = parts.port
+        if parts.scheme in ("http", "https") and host:
+            return host
+    except ValueError:
+        pass
+    raise ConfigError(
+        f"gcd.judge.url {url!r} is no address; use one such as http://localhost:8000/v1"
+    )
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """Status and message of an error page."""
+    with error, contextlib.suppress(OSError, http.client.HTTPException):
+        text = error.read(LONGEST).decode("utf-8", "replace")
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            text = str(json.loads(text)["error"]["message"])
+        short = " ".join(text.split())
+        short = short if len(short) <= _SAID else f"{short[:_SAID]}..."
+        return f"status {error.code}: {short}" if short else f"status {error.code}"
+    return f"status {error.code}"
+
+
+class _Clock:
+    """Ends the connections that its handlers made when their time is up, whatever the server is
+    sending then. Time-outs of sockets only limit the wait for each piece."""
+
+    def __init__(self, seconds: float) -> None:
+        self._sockets: list[socket.socket] = []
+        self._timer = threading.Timer(seconds, self._cut)
+        self._timer.daemon = True
+        watched = self._sockets
+
+        class Plain(http.client.HTTPConnection):
+            def connect(self) -> None:
+                super().connect()
+                watched.append(self.sock)
+
+        class Secure(http.client.HTTPSConnection):
+            def connect(self) -> None:
+                super().connect()
+                watched.append(self.sock)
+
+        class PlainHandler(urllib.request.HTTPHandler):
+            def http_open(self, req: urllib.request.Request) -> Any:
+                return self.do_open(Plain, req)
+
+        class SecureHandler(urllib.request.HTTPSHandler):
+            def https_open(self, req: urllib.request.Request) -> Any:
+                return self.do_open(Secure, req)
+
+        self.handlers = (PlainHandler(), SecureHandler())
+
+    def __enter__(self) -> _Clock:
+        self._timer.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._timer.cancel()
+
+    def _cut(self) -> None:
+        for one in self._sockets:
+            with contextlib.suppress(OSError):  # it is closed
+                socket.socket.shutdown(one, socket.SHUT_RDWR)
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -127,6 +240,10 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 class _PassingError(Exception):
     """A failure that may pass."""
+
+
+class _RefusedError(Exception):
+    """The server does not take the question as it is."""
 
 
 def _completion(body: bytes) -> Completion:
@@ -151,6 +268,6 @@ def _first_token(choice: Mapping[str, Any]) -> dict[str, float]:
     try:
         entries = choice["logprobs"]["content"][0]["top_logprobs"]
         found = {str(e["token"]).strip().lower(): float(e["logprob"]) for e in reversed(entries)}
-    except (KeyError, IndexError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
         return {}
     return {token: x for token, x in found.items() if math.isfinite(x) and x <= 0.0}

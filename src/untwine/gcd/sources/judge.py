@@ -20,10 +20,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from untwine.config import PromptConfig
+from rich.markup import escape
+
+from untwine.config import JudgeConfig, PromptConfig
 from untwine.errors import ConfigError
 from untwine.gcd.labels import action_key
 from untwine.gcd.sources.answers import AnswerFile
+from untwine.gcd.sources.endpoint import Endpoint
 from untwine.gcd.sources.opinions import Judge, LocalJudge, Opinion, RemoteJudge
 from untwine.gcd.sources.protocol import Bench, Source, Table, tables_of
 from untwine.prompting.prompter import verdict_text
@@ -63,15 +66,28 @@ class JudgeSource(Source):
         return tables_of(groups, label_of), counts_of(opinions)
 
     def _complain(self, opinions: Sequence[Opinion], iteration: int) -> None:
-        """Say why answers are missing."""
-        failed = [o.reason for o in opinions if o.how == "failed"]
-        if failed:
-            reason, _ = Counter(failed).most_common(1)[0]
-            silent = sum(o.how in ("failed", "skipped") for o in opinions)
+        """Say why verdicts are missing, unless the judge only fails to give one now and then."""
+        silent = [o for o in opinions if o.how in ("failed", "skipped")]
+        nonsense = [o for o in opinions if o.how == "nonsense"]
+        if len(nonsense) > len(opinions) / 2:
+            silent += nonsense
+        if silent:
+            reason, _ = Counter(o.reason for o in silent).most_common(1)[0]
             self._bench.display.line(
-                f"[yellow]judge:[/yellow] {silent} of {len(opinions)} questions of iteration "
-                f"{iteration + 1} got no answer ({reason}); these steps have no judge label"
+                f"[yellow]judge:[/yellow] {len(silent)} of {len(opinions)} questions of iteration "
+                f"{iteration + 1} got no verdict ({escape(reason)}); judge labels nothing there"
             )
+
+
+def check_judge(config: JudgeConfig) -> None:
+    """ConfigError when no judge is named, or its address or key is of no use."""
+    if config.url:
+        Endpoint(config)
+    elif not config.model:
+        raise ConfigError(
+            "gcd.labels names judge, but there is none; set gcd.judge.url and gcd.judge.model, or "
+            "gcd.judge.model alone for a local model"
+        )
 
 
 def counts_of(opinions: Sequence[Opinion]) -> dict[str, float]:
@@ -87,14 +103,10 @@ def counts_of(opinions: Sequence[Opinion]) -> dict[str, float]:
 
 def _judge(bench: Bench) -> Judge:
     recipe, config = bench.recipe, bench.recipe.gcd.judge
+    check_judge(config)
     if config.url:
         cache = Path(config.cache) if config.cache else bench.run / _FILE
         return RemoteJudge(config, AnswerFile(cache))
-    if not config.model:
-        raise ConfigError(
-            "gcd.labels names judge, but there is none; set gcd.judge.url and gcd.judge.model, or "
-            "gcd.judge.model alone for a local model"
-        )
     return LocalJudge(config, recipe.policy, recipe.rl.microbatch_tokens)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from untwine.batch import Row, completion_row, microbatches
 from untwine.config import JudgeConfig, PolicyConfig
+from untwine.errors import ModelError
 from untwine.gcd.sources.answers import AnswerFile, question_key
 from untwine.gcd.sources.endpoint import Completion, Endpoint, EndpointError
 from untwine.policy.loading import Policy, load_policy
@@ -26,6 +27,7 @@ SYSTEM = (
     "You judge actions in a text environment. Say whether the action helps to solve the task. "
     "Answer with one word: good, bad or unsure."
 )
+_SHOWN = 40  # characters of an answer that is no verdict
 How = Literal["answered", "kept", "unsure", "nonsense", "failed", "skipped"]
 _FIRST_WORD = re.compile(r"\W*(good|bad|unsure)\b")
 _VERDICTS: Mapping[str, Verdict] = {"good": "good", "bad": "flawed"}
@@ -38,7 +40,7 @@ class Opinion:
     how      answered, or kept from earlier: these may have a verdict; unsure, nonsense, failed (no
              answer) or skipped (not asked)
     tokens   that were spent now
-    reason   why it failed
+    reason   why there is no verdict
     """
 
     how: How
@@ -72,12 +74,16 @@ class RemoteJudge:
             if (kept := self._answers.get(key))
         }
         new = [i for i in range(len(texts)) if i not in found]
-        failures = 0
+        failures, reason = 0, ""
         with ThreadPoolExecutor(config.at_once) as threads:
             for part in _parts(new, config.at_once):
                 on_progress()
-                if failures >= PATIENCE or self._answers.spent >= config.token_budget:
-                    found |= dict.fromkeys(part, Opinion("skipped"))
+                if failures >= PATIENCE:
+                    found |= dict.fromkeys(part, Opinion("skipped", reason=reason))
+                    continue
+                if self._answers.spent >= config.token_budget:
+                    used_up = f"gcd.judge.token_budget, {config.token_budget}, is used up"
+                    found |= dict.fromkeys(part, Opinion("skipped", reason=used_up))
                     continue
                 replies = list(threads.map(self._try, [chats[i] for i in part]))
                 for i, reply in zip(part, replies, strict=True):
@@ -86,7 +92,7 @@ class RemoteJudge:
                         self._answers.put(keys[i], reply)
                         found[i] = read(reply, config.confidence)
                     else:
-                        failures += 1
+                        failures, reason = failures + 1, reply
                         found[i] = Opinion("failed", reason=reply)
         return [found[i] for i in range(len(texts))]
 
@@ -104,7 +110,10 @@ class LocalJudge:
         """policy: device and computation type are taken from it. budget: tokens per forward pass.
         ModelError when there is no such model."""
         choice = PolicyConfig(model=config.model, device=policy.device, dtype=policy.dtype)
-        self._model: Policy = load_policy(choice, tuple)
+        try:
+            self._model: Policy = load_policy(choice, tuple)
+        except ModelError as error:
+            raise ModelError(str(error).replace("policy.model", "gcd.judge.model")) from error
         self._model.model.requires_grad_(False)
         self._budget = budget
         self._words = {a: self._model.chat.word_ids(w) for a, w in VERDICT_WORDS.items()}
@@ -134,18 +143,31 @@ class LocalJudge:
 
 
 def read(answer: Completion, confidence: float, *, kept: bool = False) -> Opinion:
-    """The opinion in an answer: its first word, after whatever the model thought aloud."""
+    """The opinion in an answer: its first word, after whatever the model thought aloud. How sure it
+    is, is known where the answer begins with this word, so that candidates for the first token are
+    candidates for the verdict."""
     tokens = 0 if kept else answer.tokens
-    said = _FIRST_WORD.match(answer.text.rpartition("</think>")[2].lower())
+    text = answer.text.lower()
+    said = _FIRST_WORD.match(text.rpartition("</think>")[2])
     if said is None:
-        return Opinion("nonsense", tokens=tokens)
+        shown = " ".join(answer.text.split())
+        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        reason = f"it answers {shown!r}, neither good nor bad nor unsure"
+        return Opinion("nonsense", tokens=tokens, reason=reason)
     if said[1] == "unsure":
         return Opinion("unsure", tokens=tokens)
     how: How = "kept" if kept else "answered"
-    good, bad = (answer.words.get(word) for word in ("good", "bad"))
-    if good is not None and bad is not None:
+    if said[1] in answer.words and text.lstrip().startswith(said[1]):
+        at_most = _rest(answer.words)
+        good, bad = (answer.words.get(word, at_most) for word in ("good", "bad"))
         return _balance(how, good, bad, tokens)
     return Opinion(how, _VERDICTS[said[1]], confidence, tokens)
+
+
+def _rest(words: Mapping[str, float]) -> float:
+    """The largest log-probability that a candidate can have which is not among the likeliest."""
+    left = 1.0 - math.fsum(map(math.exp, words.values()))
+    return min(*words.values(), math.log(left) if left > 0 else -math.inf)
 
 
 def _balance(how: How, good: float, flawed: float, tokens: int) -> Opinion:
