@@ -22,7 +22,8 @@ import random
 import re
 from collections.abc import Sequence
 from statistics import mean, stdev
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,10 +31,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM as Policy
 
+from untwine.config import SamplingConfig
 from untwine.envs.protocol import Env
 from untwine.envs.registry import make_env
 from untwine.envs.rooms import OBJECTS, ROOM_NAMES, SPLIT_RANGES
 from untwine.policy.attention import adopt
+from untwine.policy.loading import Policy as Agent
+from untwine.policy.sampler import Sampler
 from untwine.policy.tree_attention import hidden_states_along
 from untwine.policy.trie import build_trie
 
@@ -78,15 +82,16 @@ def answer_logp(policy: Policy, pairs: Sequence[Pair]) -> list[Tensor]:
 
 @torch.no_grad()
 def sample_actions(policy: Policy, prompts: Sequence[list[int]]) -> list[tuple[Pair, Tensor]]:
-    """Every prompt with an action, and the action's log pi: the pi_old of the ratio."""
-    T = max(map(len, prompts))  # `generate` wants the prompts padded on the left
-    batch_BT = torch.tensor([[PAD] * (T - len(row)) + row for row in prompts])
-    options = {"do_sample": True, "top_k": 0, "max_new_tokens": MAX_TOKENS}
-    tokens_BT = policy.generate(batch_BT, attention_mask=(batch_BT != PAD).long(), **options)
-    rows = tokens_BT[:, T:].tolist()
-    actions = [row[: row.index(END) + 1] if END in row else row for row in rows]
-    pairs = list(zip(prompts, actions, strict=True))
-    return list(zip(pairs, answer_logp(policy, pairs), strict=True))
+    """Every prompt with an action, and the action's log pi: the pi_old of the ratio. Prompts with a
+    common beginning share its keys and values."""
+    ends: Any = SimpleNamespace(end_ids={END})
+    agent = Agent(policy, None, ends, policy.device, torch.float32, "one file")
+    config = SamplingConfig(max_new_tokens=MAX_TOKENS)
+    found = Sampler(agent, config, torch.default_generator).sample(dict(enumerate(prompts)))
+    return [
+        ((prompt, list(found[n].ids)), torch.tensor(found[n].logprobs))
+        for n, prompt in enumerate(prompts)
+    ]
 
 
 class Step(NamedTuple):

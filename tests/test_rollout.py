@@ -13,6 +13,8 @@ import torch
 
 from untwine.config import Recipe
 from untwine.envs.pool import ResetRequest
+from untwine.errors import UntwineError
+from untwine.policy.choices import Later
 from untwine.policy.sampler import Sample, Sampler
 from untwine.progress import Display
 from untwine.records import Group
@@ -63,6 +65,42 @@ def test_an_unconstrained_policy_from_scratch_says_what_nobody_understands() -> 
     steps = [step for group in groups for episode in group.episodes for step in episode.steps]
     assert all(step.allowed is None for step in steps)
     assert sum(step.invalid is not None for step in steps) > len(steps) / 2
+
+
+@pytest.mark.parametrize("tags", [False, True])
+def test_chosen_commands_end_within_the_model(tags: bool) -> None:
+    """A chosen command has no limit but its own end, so room is kept for the longest one."""
+    sections: dict[str, Any] = {"env": {"max_steps": 12}, "sampling": CONSTRAINED}
+    if tags:
+        sections |= {"prompt": {"tags": True}, "sampling": {**CONSTRAINED, "max_new_tokens": 8}}
+    with workshop_of(**sections) as workshop:
+        collector, policy = workshop.collector, workshop.policy
+        if tags:  # begins the command after a few tokens, whatever was said before
+            opened = collector.choices
+            assert opened is not None
+            mark, free = policy.chat.word_ids("<explore>x</explore><action>"), opened.among
+
+            def forced(commands: list[str]) -> Later:
+                later = free(commands)
+                assert isinstance(later, Later)
+                return Later(lambda ids: later.node_after(mark) if len(ids) == 8 else None)
+
+            opened.among = forced  # type: ignore[method-assign,assignment]
+        ends = set()
+        for positions in range(160, 400, 12):
+            policy.model.config.max_position_embeddings = positions
+            generator = torch.Generator().manual_seed(0)
+            try:
+                groups, _ = collector.collect(workshop.refs[:2], 3, generator)
+            except UntwineError:  # the first prompt does not fit
+                continue
+            for group in groups:
+                for episode in group.episodes:
+                    lengths = [len(s.prompt_ids) + len(s.action_ids) for s in episode.steps]
+                    assert max(lengths) <= positions
+                    if episode.length < 12 and not episode.success:
+                        ends.add("limit")
+    assert "limit" in ends
 
 
 class Watch:

@@ -121,7 +121,6 @@ class Collector:
         self.prompt = prompt
         self.sampling = sampling
         self.prompter = Prompter(policy.chat, prompt)
-        self._longest = min(prompt.max_tokens, policy.max_positions - sampling.max_new_tokens)
         self.choices = command_choices(self.prompter) if sampling.constrained else None
         waves = sampling.waves or (2 if self.info.remote else 1)
         self.waves = min(waves, pool.slots) if pool.workers else 1
@@ -182,17 +181,56 @@ class Collector:
         sampler = Sampler(self.policy, self.sampling, generator)
         return _Play(self, sampler, deque(jobs), on_turn).run()
 
+    def check_room(self, ref: TaskRef) -> None:
+        """UntwineError when the first prompt of a task instance leaves no room for a reply."""
+        job = _Job(0, ref, "")
+        self.pool.send({0: job.beginning})
+        answer = self.pool.receive([0])[0]
+        if isinstance(answer, Reset):  # else its worker died, which a rollout survives
+            self.begin(job, answer)
+
     def begin(self, job: _Job, start: Reset) -> _Live:
         """The episode of a job whose environment has been reset."""
         goal, observation = start
         conversation = self.prompter.begin(goal, observation.text, observation.admissible, job.told)
-        if len(conversation.prompt_ids) > self._longest:
-            raise UntwineError(
-                f"the first prompt of {job.ref} has {len(conversation.prompt_ids)} tokens but "
-                f"only {self._longest} fit; raise prompt.max_tokens or use a model with more "
-                "positions"
-            )
-        return _Live(job, goal, conversation, observation)
+        live = _Live(job, goal, conversation, observation)
+        if not self._fits(live):
+            raise UntwineError(self._no_room(job.ref, live))
+        return live
+
+    def _fits(self, live: _Live) -> bool:
+        """Whether the model may read the prompt, and has positions for the longest reply to it."""
+        tokens = len(live.conversation.prompt_ids)
+        fits = tokens + self._reply_tokens(live) <= self.policy.max_positions
+        return fits and tokens <= self.prompt.max_tokens
+
+    def _reply_tokens(self, live: _Live) -> int:
+        """What a reply may have: a command that is chosen comes to its end whatever
+        `sampling.max_new_tokens`, which then limits what is free before it."""
+        if self.choices is None or live.observation.done:
+            return self.sampling.max_new_tokens
+        free = self.sampling.max_new_tokens if self.prompt.reasons else 0
+        return free + self.choices.longest(self._commands(live.observation.admissible))
+
+    def _no_room(self, ref: TaskRef, live: _Live) -> str:
+        """That a first prompt does not fit, and what to do about each cause."""
+        positions, tokens = self.policy.max_positions, len(live.conversation.prompt_ids)
+        reply, limit = self._reply_tokens(live), self.sampling.max_new_tokens
+        room = min(self.prompt.max_tokens, positions - reply)
+        advice = []
+        if tokens > self.prompt.max_tokens:
+            advice.append(f"raise prompt.max_tokens (now {self.prompt.max_tokens})")
+        if tokens >= positions:
+            advice.append(f"use a model with more than {positions} positions")
+        elif tokens + reply > positions:
+            most = positions - tokens - (reply - limit)
+            lower = f"lower sampling.max_new_tokens (now {limit}) to {most} or less, or "
+            lower = lower if 0 < most < limit else ""
+            advice.append(f"{lower}use a model with more than {positions} positions")
+        return (
+            f"the first prompt of {ref} has {tokens} tokens but only {max(room, 0)} fit; "
+            f"{' and '.join(advice)}"
+        )
 
     def choices_of(self, live: _Live) -> Choices | None:
         """The replies the policy may give; None when it may say anything."""
@@ -204,13 +242,16 @@ class Collector:
         """The same where these commands are admissible. EnvError when there is none."""
         if self.choices is None:
             return None
-        commands = [c for c in admissible or () if c not in self.info.blocked]
+        commands = self._commands(admissible)
         if not commands:
             raise EnvError(
                 f"{ref} lists no admissible command at step {step}; "
                 "set sampling.constrained to false"
             )
         return self.choices.among(commands)
+
+    def _commands(self, admissible: Sequence[str] | None) -> list[str]:
+        return [c for c in admissible or () if c not in self.info.blocked]
 
     def read(self, live: _Live, sample: Sample) -> _Act:
         """What a reply says."""
@@ -229,8 +270,7 @@ class Collector:
     def ending(self, live: _Live) -> str | None:
         if live.observation.done:
             return "success" if live.observation.success else "failure"
-        too_long = len(live.conversation.prompt_ids) > self._longest
-        return "limit" if len(live.steps) >= self.max_steps or too_long else None
+        return "limit" if len(live.steps) >= self.max_steps or not self._fits(live) else None
 
 
 class _Play:

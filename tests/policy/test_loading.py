@@ -76,19 +76,61 @@ def test_families_are_sampled_and_scored_exactly(
     torch.testing.assert_close(torch.tensor(sample.logprobs), fresh, atol=1e-5, rtol=0)
 
 
-def test_a_model_that_scales_its_logits_is_refused(policy: Policy, tmp_path: Path) -> None:
-    folder = model_folder(policy, tmp_path / "granite", "granite", logits_scaling=8.0)
-    loaded = load_policy(PolicyConfig(model=str(folder)), tuple)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_scales_its_logits_is_refused(
+    policy: Policy, tmp_path: Path, dtype: Any
+) -> None:
+    """Computing in bfloat16 is no excuse: the scale of 1.2 would pass for rounding."""
+    folder = model_folder(policy, tmp_path / "granite", "granite", logits_scaling=1.2)
+    loaded = load_policy(PolicyConfig(model=str(folder), dtype=dtype), tuple)
     with pytest.raises(ModelError, match="cannot be trained exactly"):
         exactness(loaded)
+    assert str(loaded.dtype) == f"torch.{dtype}"
 
 
-@pytest.mark.parametrize("family", ["bloom", "gptj", "mpt", "gemma2"])
+def test_longrope_ends_where_its_factors_change(policy: Policy, tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+    }
+    extra = {"rope_parameters": rope, "max_position_embeddings": 256, "head_dim": 8}
+    folder = model_folder(policy, tmp_path / "long", "llama", **extra)
+    loaded = load_policy(PolicyConfig(model=str(folder)), tuple)
+    assert loaded.max_positions == 64
+    plain = load_policy(
+        PolicyConfig(model=str(model_folder(policy, tmp_path / "l", "llama"))), tuple
+    )
+    assert plain.max_positions == plain.model.config.max_position_embeddings
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_dropout_stays_off_where_activations_are_computed_again(
+    policy: Policy, tmp_path: Path, family: str
+) -> None:
+    """OPT's layers drop out by themselves in training mode, which checkpointing needs."""
+    extra = {"ffn_dim": 64, "word_embed_proj_dim": SHAPE["hidden_size"], "dropout": 0.5}
+    folder = model_folder(policy, tmp_path / family, family, **(extra if family == "opt" else {}))
+    loaded = load_policy(PolicyConfig(model=str(folder), gradient_checkpointing=True), tuple)
+    row = completion_row([5, 6, 7, 8], [9, 10, 11], 1.0)
+    drawn = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        drawn.append(score(loaded, [row]).logprobs_N.detach())
+    torch.testing.assert_close(*drawn)
+
+
+@pytest.mark.parametrize("family", ["bloom", "gptj", "mpt", "gemma2", "lfm2"])
 def test_a_model_that_cannot_attend_along_a_trie_is_refused(
     policy: Policy, tmp_path: Path, family: str
 ) -> None:
-    """Positions that are not rotary, attention of its own, or scores that are capped."""
-    folder = model_folder(policy, tmp_path / family, family, n_head=4, n_layer=2, rotary_dim=8)
+    """Positions that are not rotary, attention of its own, scores that are capped, convolutions."""
+    extra: dict[str, Any] = {"n_head": 4, "n_layer": 2, "rotary_dim": 8}
+    if family == "lfm2":
+        extra = {"layer_types": ["conv", "full_attention"]}
+    folder = model_folder(policy, tmp_path / family, family, **extra)
     with pytest.raises(ModelError):
         exactness(load_policy(PolicyConfig(model=str(folder)), tuple))
 
@@ -134,6 +176,9 @@ def test_what_is_no_model(policy: Policy, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=words):
             load_policy(PolicyConfig(model=name), tuple)
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"holds no tokenizer .* tokenizer\.save_pretrained"):
+        load_policy(PolicyConfig(model=str(tmp_path)), tuple)
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="cannot load model"):
         load_policy(PolicyConfig(model=str(tmp_path)), tuple)
 

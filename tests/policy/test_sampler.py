@@ -7,14 +7,16 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.policy.test_loading import model_folder
 from untwine.config import PolicyConfig, SamplingConfig
-from untwine.errors import ModelError
+from untwine.errors import ModelError, UntwineError
 from untwine.policy import sampler as sampler_module
 from untwine.policy.loading import Policy, check_exactness, load_policy
+from untwine.policy.packing import Packed
 from untwine.policy.row_cache import RowCache
 from untwine.policy.sampler import Sample, Sampler, _nucleus
 
@@ -70,6 +72,40 @@ def test_rewritten_prompt_keeps_only_the_common_head(policy: Policy) -> None:
     torch.testing.assert_close(
         torch.tensor(sample.logprobs, dtype=torch.float64), expected, atol=1e-5, rtol=0
     )
+
+
+def test_scarce_memory_makes_shorter_passes(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replies are those of enough memory; with too little for any pass, it is said."""
+    prompts = {s: [5 + s, *range(10, 60)] for s in range(6)}
+    config = SamplingConfig(max_new_tokens=5)
+
+    def sampler() -> Sampler:
+        return Sampler(policy, config, torch.Generator().manual_seed(3))
+
+    plenty = sampler().sample(prompts)
+    forward = Sampler._forward
+    limit = 70
+
+    def scarce(self: Sampler, part: Packed, wanted_U: np.ndarray) -> torch.Tensor:
+        if len(part.ids_N) > limit:
+            forward(self, part, wanted_U)  # keys and values may have been written before it fails
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(self, part, wanted_U)
+
+    monkeypatch.setattr(Sampler, "_forward", scarce)
+    with pytest.warns(UserWarning, match="out of memory with 306 tokens at once"):
+        found = sampler().sample(prompts)
+    assert {s: x.ids for s, x in found.items()} == {s: x.ids for s, x in plenty.items()}
+    for slot, sample in found.items():
+        assert sample.logprobs == pytest.approx(plenty[slot].logprobs, abs=1e-5)
+    limit = 0
+    with (
+        pytest.warns(UserWarning, match="out of memory"),
+        pytest.raises(UntwineError, match=r"6 episodes side by side .* lower env\.sessions"),
+    ):
+        sampler().sample(prompts)
 
 
 def test_greedy_equals_generate(policy: Policy) -> None:

@@ -87,27 +87,39 @@ def test_a_token_that_goes_past_the_mark(policy: Policy) -> None:
     choices = command_choices(prompter).among(COMMANDS)
     assert isinstance(choices, Later)
 
+    pieces = {-1: ">op", -2: ">\n", -3: ">sing"}
+
     class Merged:
         end_ids = chat.end_ids
         reply_ids = staticmethod(chat.reply_ids)
 
         def piece(self, token: int) -> str:
-            return ">op" if token == -1 else chat.piece(token)
+            return pieces.get(token) or chat.piece(token)
 
         def decode(self, ids: tuple[int, ...]) -> tuple[str, bool]:
-            before, ended = chat.decode(tuple(i for i in ids if i != -1))
-            return before + (">op" if -1 in ids else ""), ended
+            before, ended = chat.decode(tuple(i for i in ids if i >= 0))
+            return before + "".join(pieces[i] for i in ids if i < 0), ended
 
     prompter.chat = Merged()  # type: ignore[assignment]
     merged = command_choices(prompter).among(COMMANDS)
     assert isinstance(merged, Later)
-    node = merged.node_after((*chat.word_ids("<action"), -1))
-    ids: list[int] = []
-    while node:
-        token, node = next(iter(node.items()))
-        ids.append(token)
-    assert chat.decode(tuple(ids)) == ("en door to kitchen</action>", True)
-    assert choices.node_after(chat.word_ids("<action>sing</action>")) is None
+
+    def first_end(last: int) -> str:
+        node = merged.node_after((*chat.word_ids("<action"), last))
+        ids: list[int] = []
+        while node:
+            token, node = next(iter(node.items()))
+            ids.append(token)
+        text, over = chat.decode(tuple(ids))
+        assert over == bool(ids)
+        return text
+
+    assert first_end(-1) == "en door to kitchen</action>"
+    assert first_end(-2).removesuffix("</action>") in COMMANDS
+    assert first_end(-3) == ""  # the reply is over
+    assert merged.node_after((*chat.word_ids("<action"), -3)) == {}
+    assert choices.node_after(chat.word_ids("<action>sing</action>")) == {}
+    assert choices.node_after(chat.word_ids("<b>action</b>")) is None
 
 
 def test_in_an_environment(policy: Policy) -> None:

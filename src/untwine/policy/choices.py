@@ -74,10 +74,18 @@ class CommandChoices:
     def __init__(self, reply_ids: Callable[[str], tuple[int, ...]]) -> None:
         self._reply_ids = reply_ids
         self._trie = functools.lru_cache(_REMEMBERED)(self._built)
+        self._depth = functools.lru_cache(_REMEMBERED)(self._measured)
 
     def among(self, commands: Iterable[str]) -> Choices:
         """What a reply may be that gives one of the commands."""
         return self.trie(commands)
+
+    def longest(self, commands: Iterable[str]) -> int:
+        """Tokens of the longest reply that may be chosen, without what is free before it."""
+        return self._depth(tuple(commands))
+
+    def _measured(self, commands: tuple[str, ...]) -> int:
+        return _depth(self.trie(commands))
 
     def trie(self, commands: Iterable[str]) -> Node:
         """The trie of the commands, each followed by the end token. ValueError when there are
@@ -93,6 +101,10 @@ class CommandChoices:
             for token in self._reply_ids(command):
                 node = node.setdefault(token, {})
         return root
+
+
+def _depth(node: Node) -> int:
+    return max((1 + _depth(child) for child in node.values()), default=0)
 
 
 def allowed_along(choices: Choices, ids: Sequence[int]) -> tuple[tuple[int, ...], ...] | None:

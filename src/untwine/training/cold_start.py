@@ -38,7 +38,10 @@ _QUIZZES = {"generative/ce": VERDICTS, "pairwise": PAIRS}
 
 
 class ColdStart:
-    """Draws the batches of the cold start; its only state is the generator it is given."""
+    """Draws the batches of the cold start; its only state is the generator it is given.
+
+    cut   how many expert episodes end where their tokens would exceed what fits
+    """
 
     def __init__(
         self,
@@ -61,6 +64,18 @@ class ColdStart:
 
         episodes = [played(transcript) for transcript in transcripts]
         _check_room(episodes, recipe)
+        longest = min(policy.max_positions, recipe.rl.microbatch_tokens)
+        whole = transcripts
+        transcripts = [_cut(*entry, longest) for entry in zip(whole, episodes, strict=True)]
+        self.cut = sum(a is not b for a, b in zip(whole, transcripts, strict=True))
+        if self.cut:
+            transcripts = [transcript for transcript in transcripts if transcript.moves]
+            episodes = [played(transcript) for transcript in transcripts]
+        if not episodes:
+            raise ConfigError(
+                f"no step of an expert fits into {longest} tokens, the positions of the model or "
+                "rl.microbatch_tokens; use a longer model, raise the budget, or shorten prompts"
+            )
         sentences = instructed(episodes, info, recipe)
         again = [entry for entry in zip(transcripts, sentences, strict=True) if entry[1]]
         self._episodes = [*episodes, *(played(*entry) for entry in again)]
@@ -169,6 +184,14 @@ def _check_room(episodes: Sequence[Episode], recipe: Recipe) -> None:
             f"with their tags the expert's replies have up to {longest} tokens; raise "
             f"sampling.max_new_tokens (now {recipe.sampling.max_new_tokens}) to {longest} or more"
         )
+
+
+def _cut(transcript: Transcript, episode: Episode, longest: int) -> Transcript:
+    """The transcript up to the first step with more than `longest` tokens, prompt and reply."""
+    for t, step in enumerate(episode.steps):
+        if len(step.prompt_ids) + len(step.action_ids) > longest:
+            return dataclasses.replace(transcript, moves=transcript.moves[:t])
+    return transcript
 
 
 def _free_tokens(step: Step) -> int:
