@@ -73,6 +73,7 @@ def test_numbers_worked_by_hand(two_arms: list[Path]) -> None:
     assert plain["iqm"] == pytest.approx((0.4 + 0.5 + 0.5 + 0.6) / 4)
     assert plain["mean"] == pytest.approx(0.5)
     assert plain["iqm_interval"][0] < 0.5 < plain["iqm_interval"][1]
+    assert set(plain["profile"]) == {"values", "interval", "interval_by_task"}
     assert plain["profile"]["values"][0] == 1.0
     assert plain["profile"]["values"][25] == pytest.approx(3 / 8)  # above .5: .6 .6 .7
     assert plain["repeated_rate"] == pytest.approx(0.2)
@@ -125,6 +126,34 @@ def test_one_run_has_no_interval(tmp_path: Path) -> None:
     numbers = compare_runs(write_arm(tmp_path, [0.5]))
     (arm,) = numbers["sets"][0]["arms"]
     assert (arm["iqm"], arm["iqm_interval"], arm["profile"]["interval"]) == (0.45, None, None)
+    assert arm["profile"]["interval_by_task"] is None
+
+
+def test_intervals_by_task_are_those_of_the_paper(two_arms: list[Path]) -> None:
+    """Where the tasks of a run share its luck, they pretend to know more; with one task both kinds
+    are the same."""
+    (entry,) = compare_runs(two_arms)["sets"]
+    (against,) = entry["against"]
+    whole, by_task = against["probability_interval"], against["probability_interval_by_task"]
+    assert whole[0] < by_task[0] < against["probability"] < by_task[1] < whole[1]
+    bands = entry["arms"][0]["profile"]
+    widths = [
+        sum(high - low for low, high in zip(*bands[key], strict=True))
+        for key in ("interval", "interval_by_task")
+    ]
+    assert 0 < widths[1] < widths[0]
+
+
+def test_intervals_of_one_task_are_the_same_by_run_and_by_task(tmp_path: Path) -> None:
+    for arm, shift, recipe in (("a", 0.0, {}), ("b", 0.1, GCD)):
+        for seed, value in enumerate(VALUES):
+            rows = [row({"a": value + shift})]
+            write_run(tmp_path / arm / f"seed-{seed}", rows, start=seed, seed=seed, **recipe)
+    (entry,) = compare_runs([tmp_path])["sets"]
+    (against,) = entry["against"]
+    assert against["probability_interval"] == against["probability_interval_by_task"]
+    for own in entry["arms"]:
+        assert own["profile"]["interval"] == own["profile"]["interval_by_task"]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +230,7 @@ def test_unfit_runs_are_named_and_left_out(tmp_path: Path) -> None:
     notes = " ".join(numbers["notes"])
     assert f"untwine train --resume {running}" in notes
     assert f"(none), make one with `untwine evaluate {empty}`" in notes
-    assert "one of an older version only" in notes
+    assert "(1 of an older version), make one with" in notes
     assert "twin has arm, seed and cold start of" in notes
     with pytest.raises(CheckpointError, match=r"nothing to compare\. .*not finished"):
         compare_runs([running])

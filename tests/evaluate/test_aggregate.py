@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from untwine.evaluate.aggregate import (
     Strata,
@@ -49,7 +50,6 @@ def test_probability_of_improvement_by_hand_and_by_scipy() -> None:
     x, y = np.array([[0.9], [0.5], [0.4]]), np.array([[0.5], [0.3]])
     # 0.9 beats both, 0.5 ties and beats, 0.4 loses and beats: (2 + 1.5 + 1) / 6
     assert probability_of_improvement(x, y) == pytest.approx(0.75)
-    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
     rank = stats.mannwhitneyu(x[:, 0], y[:, 0]).statistic
     assert probability_of_improvement(x, y) == pytest.approx(rank / 6)
 
@@ -170,7 +170,6 @@ def test_many_pairs_are_sampled_and_agree_with_the_exact_law() -> None:
 
 
 def test_differences_and_flips_agree_with_scipy() -> None:
-    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
     rng = np.random.default_rng(4)
     x, y = rng.normal(size=9), rng.normal(size=9)
     found = paired_difference(x, y)

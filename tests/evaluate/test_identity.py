@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 from tests.builders import REF
 
-from untwine.config import EnvConfig
-from untwine.evaluate.identity import decoding_name, model_digest, set_identity
+from untwine.config import EnvConfig, make_recipe
+from untwine.evaluate.identity import agent_changes, decoding_name, model_digest, set_identity
 
 ENV = EnvConfig(name="rooms", max_steps=8)
 REFS = [dataclasses.replace(REF, variation=v) for v in (0, 1, 2, 0)]
@@ -57,6 +57,31 @@ def test_another_examination_has_another_digest(changes: dict[str, Any]) -> None
 def test_seed_and_workers_do_not_matter() -> None:
     other = EnvConfig(name="rooms", max_steps=8, workers=3, sessions=2, splits="mine")
     assert digest(other, seed=7) == digest()
+
+
+@pytest.mark.parametrize(
+    ("override", "decoding", "changes"),
+    [
+        ("prompt.tags=true", "sampled", {"prompt.tags": True}),
+        ("policy.tiny.layers=1", "sampled", {"policy.tiny.layers": 1}),
+        ("sampling.top_p=0.5", "greedy", {"sampling.top_p": 0.5}),
+        ("sampling.temperature=0.5", "sampled", {"sampling.temperature": 0.5}),
+        ("sampling.temperature=0.5", "greedy", {}),
+        ("sampling.temperature=0.5", "sampled at 0.4", {}),
+        ("sampling.constrained=false", "sampled", {}),  # as it was
+        ("policy.threads=1", "sampled", {}),
+        ("policy.device=cpu", "sampled", {}),
+        ("policy.dtype=bfloat16", "sampled", {}),
+        ("sampling.waves=1", "sampled", {}),
+        ("env.max_steps=3", "sampled", {}),  # in the digest
+        ("rl.groups=3", "sampled", {}),
+    ],
+)
+def test_another_agent_is_told_by_what_was_overridden(
+    override: str, decoding: str, changes: dict[str, Any]
+) -> None:
+    own, played = make_recipe({}), make_recipe({}, overrides=[override])
+    assert agent_changes(own, played, decoding) == changes
 
 
 def test_equal_weights_have_equal_digests(tmp_path: Path) -> None:

@@ -79,6 +79,13 @@ def test_an_empty_set_is_refused_before_it_is_played() -> None:
         evaluation_refs(env, "L2", 6)
 
 
+@pytest.mark.parametrize("tasks", [["fecth"], ["fetch", "fecth"]])
+@pytest.mark.parametrize("name", ["L0", "L2"])
+def test_a_task_that_no_set_has_is_refused(name: str, tasks: list[str]) -> None:
+    with pytest.raises(EnvError, match=r"unknown task 'fecth' .* Did you mean 'fetch'\?"):
+        evaluation_refs(EnvConfig(name="rooms", tasks=tasks), name, 4)
+
+
 def test_held_out_tasks_of_a_recipe_are_those_of_l2() -> None:
     env = EnvConfig(name="alfworld", held_out_tasks=["look_at_obj_in_light"], tasks=[])
     assert {ref.task for ref in evaluation_refs(env, "L2", 8)} == {"look_at_obj_in_light"}

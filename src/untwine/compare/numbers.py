@@ -12,6 +12,7 @@ from untwine.compare.runs import Evaluation, Found, Run, common_evaluations, fin
 from untwine.errors import ConfigError, nearest
 from untwine.evaluate.aggregate import (
     Array,
+    Strata,
     bootstrap,
     paired_difference,
     performance_profile,
@@ -31,6 +32,8 @@ _TOKENS = ("policy_tokens", "gcd_tokens")
 _SECONDS = ("seconds_rollout", "seconds_labels", "seconds_update")
 _OVERHEAD_TOKENS = ("gcd_tokens", "gcd_sampled_tokens", "label_tokens")
 _OVERHEAD_SECONDS = ("seconds_gcd", "seconds_labels")
+_STRATA: dict[str, Strata] = {"interval": "runs", "interval_by_task": "tasks"}
+"""What the intervals are called, and what stays together in them (see aggregate.py)."""
 THRESHOLDS_T: Array = np.linspace(0.0, 1.0, 51)
 
 
@@ -48,9 +51,9 @@ def compare_runs(
     arms     label, seeds, runs (folders); means of a run over its iterations: tokens (of the
              updates), seconds, overhead_tokens and overhead_seconds (verdicts and labels)
     sets     one entry per evaluation set: its identity; for each arm `arms` with iqm and mean,
-             each with intervals over whole runs and, as in the paper, by task (see aggregate.py),
-             the performance profile, and means of length and rates; and `against` the baseline:
-             probability of improvement and paired difference
+             and the performance profile, each with intervals over whole runs and, as in the paper,
+             by task (see aggregate.py), and means of length and rates; and `against` the baseline:
+             probability of improvement, with both intervals, and paired difference
     notes    a sentence for everything that was left out or lacks something
     """
     if measure not in MEASURES:
@@ -127,18 +130,21 @@ def _arm_numbers(
     several = len(scores_NM) > 1
     profile: dict[str, Any] = {
         "values": performance_profile(scores_NM, THRESHOLDS_T).tolist(),
-        "interval": None,
+        **dict.fromkeys(_STRATA),
     }
-    if several:
+    for suffix, strata in _STRATA.items() if several else ():
         low, high = bootstrap(
-            lambda own: performance_profile(own, THRESHOLDS_T), scores_NM, resamples=1000
+            lambda own: performance_profile(own, THRESHOLDS_T),
+            scores_NM,
+            strata=strata,
+            resamples=1000,
         )
-        profile["interval"] = [low.tolist(), high.tolist()]
+        profile[suffix] = [low.tolist(), high.tolist()]
     numbers: dict[str, Any] = {"label": arm, "runs": len(rows), "scores": scores_NM.tolist()}
     for name, statistic in (("iqm", iqm), ("mean", np.mean)):
         numbers[name] = float(statistic(scores_NM))
-        for suffix, strata in (("interval", "runs"), ("interval_by_task", "tasks")):
-            ends = bootstrap(statistic, scores_NM, strata=strata) if several else None  # type: ignore[arg-type]
+        for suffix, strata in _STRATA.items():
+            ends = bootstrap(statistic, scores_NM, strata=strata) if several else None
             numbers[f"{name}_{suffix}"] = [float(end) for end in ends] if ends else None
     steps = {key: [number(row.get(key)) for row in rows] for key in STEP_MEASURES}
     known = {key: [v for v in values if v is not None] for key, values in steps.items()}
@@ -159,14 +165,16 @@ def _against(
 ) -> dict[str, Any]:
     """One arm against the baseline: all runs against all, and pair by pair."""
     ours, theirs = scores[arm], scores[baseline]
-    ends = None
-    if min(len(ours), len(theirs)) > 1:
-        low, high = bootstrap(probability_of_improvement, ours, theirs)
-        ends = [float(low), float(high)]
+    several = min(len(ours), len(theirs)) > 1
+    intervals: dict[str, list[float] | None] = {}
+    for suffix, strata in _STRATA.items():
+        statistic = probability_of_improvement
+        ends = bootstrap(statistic, ours, theirs, strata=strata) if several else None
+        intervals[f"probability_{suffix}"] = [float(end) for end in ends] if ends else None
     return {
         "label": arm,
         "probability": probability_of_improvement(ours, theirs),
-        "probability_interval": ends,
+        **intervals,
         "paired": _paired(evaluation, found.arms[arm], found.arms[baseline], measure),
     }
 

@@ -7,34 +7,24 @@ not touch the result. The folder of a sweep names its arms itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from untwine.compare.arms import arm_key, arm_labels, is_run
+from untwine.compare.results import Key, Results, evaluate_command, lacking_tasks, read_results
 from untwine.config import Recipe
-from untwine.errors import CheckpointError, ConfigError
-from untwine.evaluate.command import recorded_evaluations
+from untwine.errors import CheckpointError, ConfigError, UntwineError
 from untwine.evaluate.identity import model_digest
 from untwine.report.run_data import RunData, load_run
+from untwine.report.shape import Misshapen, shaped
 from untwine.training.run_dir import run_recipe
 
 SWEEP_FILE = "sweep.json"
 COLD_ARM = "cold start"
-_NEUTRAL = {
-    "name": ...,
-    "seed": ...,
-    "checkpoint": ...,
-    "evaluate": ...,
-    "diagnose": ...,
-    "policy": {"threads", "device"},
-    "env": {"workers", "sessions", "timeout_s"},
-}
-"""Keys that do not make an arm: seed, names, and how and where the work is done."""
-
-Key = tuple[str, str]
-"""Set and decoding of an evaluation."""
+_ENTRY = {"folder": str, "arm": str, "seed": int}
 
 
 @dataclass(frozen=True)
@@ -47,7 +37,7 @@ class Run:
     data: RunData
     recipe: Recipe
     arm: str
-    results: Mapping[Key, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    results: Results = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -88,17 +78,22 @@ def find_runs(paths: Sequence[Path]) -> Found:
     for path in paths:
         listed += _sweep_runs(path, notes) if (path / SWEEP_FILE).is_file() else _plain_runs(path)
     listed = list({path.resolve(): (path, arm) for path, arm in listed}.values())
-    labels = _labels([run_recipe(path) for path, arm in listed if arm is None])
+    recipes = _recipes(listed, notes)
+    labels = arm_labels(
+        {path: recipes[path] for path, arm in listed if not arm and path in recipes}
+    )
     runs: list[Run] = []
     for path, arm in listed:
-        recipe = run_recipe(path)
-        label = labels[_arm_key(recipe)] if arm is None else arm
-        run = _read(path, recipe, label, notes)
+        if path not in recipes:
+            continue
+        recipe, key = recipes[path]
+        run = _read(path, recipe, arm or labels[key], notes)
         twin = next((r for r in runs if run and _twins(r, run)), None)
         if run and twin:
             notes.append(f"{path} has arm, seed and cold start of {twin.path} and was left out.")
         elif run:
             runs.append(run)
+    runs = _complete(runs, notes)
     if not runs:
         why = " ".join(notes) or "No run was named."
         raise CheckpointError(f"there is nothing to compare. {why}")
@@ -120,7 +115,7 @@ def _plain_runs(path: Path) -> list[tuple[Path, str | None]]:
         raise CheckpointError(f"{path} {what}; give run directories, or the folder of a sweep")
     if (path / "recipe.yaml").is_file():
         return [(path, None)]
-    found = sorted(file.parent for file in path.rglob("recipe.yaml") if _is_run(file.parent))
+    found = sorted(file.parent for file in path.rglob("recipe.yaml") if is_run(file.parent))
     if not found:
         raise CheckpointError(f"{path} holds no run directory")
     return [(run, None) for run in found]
@@ -131,7 +126,7 @@ def _sweep_runs(path: Path, notes: list[str]) -> list[tuple[Path, str | None]]:
     found: list[tuple[Path, str | None]] = []
     for entry in read_sweep(path):
         run = path / entry["folder"]
-        if _is_run(run):
+        if is_run(run):
             found.append((run, entry["arm"]))
         else:
             notes.append(f"{entry['arm']}, seed {entry['seed']}: not begun.")
@@ -142,16 +137,29 @@ def read_sweep(path: Path) -> list[dict[str, Any]]:
     """The planned runs of a sweep folder: `folder`, `arm`, `seed` of each."""
     file = path / SWEEP_FILE
     try:
-        runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
-        return [{"folder": r["folder"], "arm": r["arm"], "seed": int(r["seed"])} for r in runs]
-    except (ValueError, KeyError, TypeError) as error:
+        tree = shaped(json.loads(file.read_bytes()), {"runs": [_ENTRY]})
+    except (ValueError, RecursionError) as error:
+        why = str(error) if isinstance(error, Misshapen) else "it is not JSON"
         raise CheckpointError(
-            f"{file} is damaged ({error}); start the sweep again to have it written anew"
+            f"{file} is damaged ({why}); start the sweep again to have it written anew"
         ) from error
+    runs: list[dict[str, Any]] = tree["runs"]
+    return runs
 
 
-def _is_run(path: Path) -> bool:
-    return (path / "recipe.yaml").is_file() and (path / "run.json").is_file()
+def _recipes(
+    listed: Sequence[tuple[Path, str | None]], notes: list[str]
+) -> dict[Path, tuple[Recipe, str]]:
+    """Recipe and key of the arm of each run; one that cannot be read is left out with a note. No
+    key is needed where a sweep has named the arm."""
+    found: dict[Path, tuple[Recipe, str]] = {}
+    for path, arm in listed:
+        try:
+            recipe = run_recipe(path)
+            found[path] = (recipe, arm or arm_key(recipe))
+        except UntwineError as error:
+            notes.append(f"{path}: left out, since {error}")
+    return found
 
 
 def _read(path: Path, recipe: Recipe, arm: str, notes: list[str]) -> Run | None:
@@ -159,27 +167,22 @@ def _read(path: Path, recipe: Recipe, arm: str, notes: list[str]) -> Run | None:
     data = load_run(path)
     who = f"{arm}, seed {recipe.seed} ({path})"
     if data.info.get("status") != "finished":
-        notes.append(f"{who}: not finished, continue it with `untwine train --resume {path}`.")
+        why = "not finished" if data.info else "its run.json is missing or damaged"
+        notes.append(f"{who}: {why}, continue it with `untwine train --resume {path}`.")
         return None
-    last = data.info.get("iterations", recipe.rl.iterations)
-    phase, step = ("rl", last) if last else ("cold_start", None)
-    rows = [
-        row
-        for row in data.evaluate
-        if row.get("phase") == phase and (step is None or row["step"] == step)
-    ]
-    results: dict[Key, list[Mapping[str, Any]]] = {}
-    for row in [*rows, *recorded_evaluations(path)]:
-        if identity := row.get("identity"):
-            results.setdefault((str(row["set"]), identity["decoding"]), []).append(row)
-    if not results:
-        old = "one of an older version only" if rows else "none"
-        notes.append(
-            f"{who}: no evaluation after the last iteration ({old}), make one with "
-            f"`untwine evaluate {path}`."
-        )
-        return None
-    return Run(data, recipe, arm, results)
+    results = read_results(data, recipe, who, notes)
+    return Run(data, recipe, arm, results) if results else None
+
+
+def _complete(runs: Sequence[Run], notes: list[str]) -> list[Run]:
+    """The runs without results that lack a task which the same evaluation has in other runs."""
+    for run, tasks in zip(runs, lacking_tasks([run.results for run in runs]), strict=True):
+        if tasks:
+            notes.append(
+                f"{run.arm}, seed {run.seed} ({run.path}): left out a damaged evaluation, it lacks "
+                f"{tasks}; make it anew with `{evaluate_command(run.data, run.recipe)}`."
+            )
+    return [run for run in runs if run.results]
 
 
 def _twins(one: Run, other: Run) -> bool:
@@ -198,53 +201,6 @@ def _note_missing_seeds(runs: Sequence[Run], notes: list[str]) -> None:
         if missing := [str(seed) for seed in everyone if seed not in seeds]:
             word = "seed" if len(missing) == 1 else "seeds"
             notes.append(f"{arm} lacks {word} {', '.join(missing)}.")
-
-
-# Arms of runs that no sweep has named
-
-
-def _labels(recipes: Sequence[Recipe]) -> dict[str, str]:
-    """A name for each arm, by its key: the name its runs share, or else the keys that differ."""
-    names: dict[str, set[str]] = {}
-    trees: dict[str, dict[str, str]] = {}
-    for recipe in recipes:
-        key = _arm_key(recipe)
-        names.setdefault(key, set()).add(recipe.name)
-        trees[key] = dict(_leaves(json.loads(key)))
-    shared = [next(iter(own)) for own in names.values() if len(own) == 1]
-    if len(shared) == len(names) == len(set(shared)):
-        return dict(zip(names, shared, strict=True))
-    if len(names) == 1:
-        return {key: sorted(own)[0] for key, own in names.items()}
-    everything = sorted({leaf for tree in trees.values() for leaf in tree})
-    differing = [k for k in everything if len({tree.get(k) for tree in trees.values()}) > 1]
-    return {
-        key: ", ".join(f"{k}={tree[k]}" for k in differing if k in tree)
-        for key, tree in trees.items()
-    }
-
-
-def _arm_key(recipe: Recipe) -> str:
-    """Equal for the runs of one arm. A model that another run made stands for that run's recipe, so
-    that cold starts of different seeds are alike."""
-    tree = recipe.model_dump(mode="json")
-    for section, keys in _NEUTRAL.items():
-        if keys is ...:
-            tree.pop(section)
-        else:
-            tree[section] = {k: v for k, v in tree[section].items() if k not in keys}  # type: ignore[operator]
-    origin = Path(recipe.policy.model).parent
-    if _is_run(origin):
-        tree["policy"]["model"] = json.loads(_arm_key(run_recipe(origin)))
-    return json.dumps(tree, sort_keys=True)
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, str(value)
 
 
 # One evaluation set for all
@@ -318,5 +274,7 @@ def _common(key: Key, runs: Sequence[Run]) -> Evaluation:
 
 def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     keys = ("environment", "options", "max_steps", "episodes")
-    parts = [f"{k} ({one[k]} and {other[k]})" for k in keys if one[k] != other[k]]
+    parts = [f"{k} ({one.get(k)} and {other.get(k)})" for k in keys if one.get(k) != other.get(k)]
+    if not parts and one.get("content") != other.get("content"):
+        return "the games that the folder holds"
     return ", ".join(parts) or "the instances that were played"

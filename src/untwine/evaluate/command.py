@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,18 +14,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from untwine.config import LoRAConfig, Recipe
+from untwine.config import Recipe
+from untwine.diagnose.recorded import load_recorded_policy
 from untwine.envs.protocol import EnvInfo
 from untwine.envs.registry import get_catalogue
-from untwine.errors import CheckpointError, EnvError
-from untwine.evaluate.identity import decoding_name, model_digest, set_identity
+from untwine.errors import CheckpointError, ConfigError, EnvError
+from untwine.evaluate.identity import agent_changes, decoding_name, model_digest, set_identity
 from untwine.evaluate.protocol import evaluation_refs, examine_set, summarise
 from untwine.evaluate.random_agent import play_random
-from untwine.policy.loading import load_policy
 from untwine.progress import Display
 from untwine.records import Group
 from untwine.report.cost import cost_text
-from untwine.training.run_dir import run_cost
+from untwine.training.checkpoint import list_checkpoints
+from untwine.training.run_dir import run_cost, run_info, run_recipe
 from untwine.workshop import make_collector, open_pool
 
 RECORDED = "evaluations.jsonl"
@@ -42,16 +44,23 @@ def evaluate_run(
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """One row of numbers per set and decoding (`sampled`, `greedy`); see `summarise` for the keys.
-    Rows of the run's own policy carry what it cost, and are added to RUN/evaluations.jsonl."""
+    Rows of the run's own policy carry what it cost, and are added to RUN/evaluations.jsonl; where
+    `recipe` makes another agent of it than the run has, with these `overrides`.
+
+    model  `random`, a checkpoint of the run, a model folder or an id; empty: the run's own policy
+    CheckpointError when the run is not finished, so that it has no policy of its own yet.
+    """
+    if not sets:
+        raise ConfigError("evaluate.sets is empty, so there is nothing to play; use --sets L0,L1")
+    if not episodes:
+        raise ConfigError("evaluate.episodes is 0, so there is nothing to play; use --episodes N")
     if model == "random":
         return evaluate_random(recipe, sets, episodes, display, seed)
-    folder = model or str(run / "model")
-    if not model and not (run / "model" / "config.json").is_file():
-        raise CheckpointError(f"{run} holds no trained model yet; continue it with --resume")
-    choice = recipe.policy.model_copy(update={"model": folder, "lora": LoRAConfig()})
+    folder = model or str(_own_policy(run))
+    own, cost = run_recipe(run), run_cost(run)  # before anything is played, which may take long
     rows = []
     with open_pool(recipe.env, list_commands=recipe.lists_commands) as pool:
-        policy = load_policy(choice, tuple, recipe.seed)
+        policy = load_recorded_policy(run, recipe, 0, folder).policy
         collector = make_collector(policy, pool, recipe)
         for name in sets:
             refs = evaluation_refs(recipe.env, name, episodes)
@@ -63,16 +72,42 @@ def evaluate_run(
                     )
                 rows.append(_row(folder, groups, collector.info, identity))
                 if not model:
-                    rows[-1] |= run_cost(run)
+                    changes = agent_changes(own, recipe, identity["decoding"])
+                    rows[-1] |= cost | ({"overrides": changes} if changes else {})
                     record_evaluation(run, rows[-1])
+    if any("overrides" in row for row in rows):
+        display.line(
+            "[yellow]another agent:[/yellow] it was played with overrides, so `untwine compare` "
+            "does not take the result as the run's own"
+        )
     return rows
+
+
+def _own_policy(run: Path) -> Path:
+    """The folder of the policy that a run has ended with. CheckpointError until it has."""
+    folder = run / "model"
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{run} holds no trained model yet; continue it with --resume")
+    status = run_info(run).get("status", "unknown")
+    if status != "finished":
+        kept = list_checkpoints(run / "checkpoints")
+        or_newest = f", or play its newest checkpoint with `--model {kept[-1]}`" if kept else ""
+        raise CheckpointError(
+            f"{run} is not finished (its status is {status!r}), so {folder} is not what it has "
+            f"learned; go on with `untwine train --resume {run}`{or_newest}"
+        )
+    return folder
 
 
 def record_evaluation(run: Path, row: Mapping[str, Any]) -> None:
     """Add a row to RUN/evaluations.jsonl, with the digest of the weights that were evaluated."""
     entry = {"time": round(time.time(), 3), "weights": model_digest(run / "model"), **row}
-    with (run / RECORDED).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(entry) + "\n")
+    with (run / RECORDED).open("a+b") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":  # a kill has left half a line
+                stream.write(b"\n")
+        stream.write((json.dumps(entry) + "\n").encode())
 
 
 def recorded_evaluations(run: Path) -> list[dict[str, Any]]:
@@ -81,8 +116,8 @@ def recorded_evaluations(run: Path) -> list[dict[str, Any]]:
     file = run / RECORDED
     rows = []
     weights = model_digest(run / "model") if file.exists() else None
-    for line in file.read_text(encoding="utf-8").splitlines() if weights else []:
-        with contextlib.suppress(ValueError):  # a kill may leave half a line
+    for line in file.read_bytes().splitlines() if weights else []:
+        with contextlib.suppress(ValueError, RecursionError):  # a kill may leave half a line
             row = json.loads(line)
             if isinstance(row, dict) and row.get("weights") == weights:
                 rows.append(row)

@@ -27,9 +27,13 @@ def evaluation_refs(env: EnvConfig, set_name: str, episodes: int) -> list[TaskRe
     fewer instances is played several times.
 
     Of `env.tasks` those count that the set has; a set that has none of them (L2, the held-out
-    task types) is played with all its tasks. EnvError when the set does not exist or is empty.
+    task types) is played with all its tasks. EnvError when the set does not exist or is empty, and
+    for a task that no set has.
     """
     splits = read_splits(env)
+    known = {task for tasks in splits.sets.values() for task in tasks}
+    if unknown := [task for task in env.tasks if task not in known]:
+        splits.refs(set_name, tasks=unknown)  # says which, and the nearest name
     tasks = [task for task in env.tasks if task in splits.sets.get(set_name, {})]
     refs = splits.refs(set_name, tasks=tasks)
     if episodes and not refs:
@@ -82,11 +86,12 @@ def examine_set(
     """Play the instances of a set, sampled ones at the temperature of `recipe.evaluate`; the
     episodes, and the identity of the examination."""
     temperature = recipe.evaluate.temperature
+    said = decoding_name(greedy, temperature)
+    identity = set_identity(recipe.env, name, refs, decoding=said, seed=seed)
     groups = evaluate(
         collector, refs, seed, greedy=greedy, temperature=temperature, on_turn=on_turn
     )
-    said = decoding_name(greedy, temperature)
-    return groups, set_identity(recipe.env, name, refs, decoding=said, seed=seed)
+    return groups, identity
 
 
 def summarise(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:

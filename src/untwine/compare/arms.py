@@ -1,0 +1,76 @@
+"""Arms of runs that no sweep has named: what is trained alike, and what to call it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from untwine.config import Recipe
+from untwine.training.run_dir import run_recipe
+
+_NEUTRAL = {
+    "name": ...,
+    "seed": ...,
+    "checkpoint": ...,
+    "evaluate": ...,
+    "diagnose": ...,
+    "policy": {"threads", "device"},
+    "env": {"workers", "sessions", "timeout_s"},
+}
+"""Keys that do not make an arm: seed, names, and how and where the work is done."""
+
+
+def arm_labels(recipes: Mapping[Path, tuple[Recipe, str]]) -> dict[str, str]:
+    """A name for each arm, by its key: the name its runs share, or else the keys that differ.
+
+    recipes  of the runs, each with the key of its arm
+    """
+    names: dict[str, set[str]] = {}
+    trees: dict[str, dict[str, str]] = {}
+    for recipe, key in recipes.values():
+        names.setdefault(key, set()).add(recipe.name)
+        trees[key] = dict(_leaves(json.loads(key)))
+    shared = [next(iter(own)) for own in names.values() if len(own) == 1]
+    if len(shared) == len(names) == len(set(shared)):
+        return dict(zip(names, shared, strict=True))
+    if len(names) == 1:
+        return {key: sorted(own)[0] for key, own in names.items()}
+    everything = sorted({leaf for tree in trees.values() for leaf in tree})
+    differing = [k for k in everything if len({tree.get(k) for tree in trees.values()}) > 1]
+    return {
+        key: ", ".join(f"{k}={tree[k]}" for k in differing if k in tree)
+        for key, tree in trees.items()
+    }
+
+
+def arm_key(recipe: Recipe, later: tuple[Path, ...] = ()) -> str:
+    """Equal for the runs of one arm. A model that another run made stands for that run's recipe, so
+    that cold starts of different seeds are alike.
+
+    later  the runs that this one made the model for
+    UntwineError when the recipe of such a run cannot be read.
+    """
+    tree = recipe.model_dump(mode="json")
+    for section, keys in _NEUTRAL.items():
+        if keys is ...:
+            tree.pop(section)
+        else:
+            tree[section] = {k: v for k, v in tree[section].items() if k not in keys}  # type: ignore[operator]
+    origin = Path(recipe.policy.model).parent.resolve()
+    if is_run(origin) and origin not in later:
+        tree["policy"]["model"] = json.loads(arm_key(run_recipe(origin), (*later, origin)))
+    return json.dumps(tree, sort_keys=True)
+
+
+def is_run(path: Path) -> bool:
+    return (path / "recipe.yaml").is_file() and (path / "run.json").is_file()
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, str(value)
