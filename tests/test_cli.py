@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.training.test_resume import RECIPE
@@ -83,6 +85,10 @@ def assert_refused(result: Result, code: int, *words: str) -> None:
         ("evaluate.sets=[L7]", 3, ["L7"]),
         ("policy.model=./nothing-here", 4, ["no model folder ./nothing-here"]),
         ("policy.device=cuda:99", 4, ["not usable here"]),
+        ("policy.device=gpu:1", 4, ["torch calls it 'cuda:1'"]),
+        ("policy.model=smolm2", 4, ["no preset 'smolm2'", "Did you mean 'smollm2'"]),
+        ("env.tasks=fetch", 2, ["a list is wanted; write [fetch]"]),
+        ("rl=5", 2, ["rl is a section", "rl.iterations"]),
         ("credit.name=gppo", 2, ["unknown credit method", "Did you mean 'grpo'"]),
         ("credit.name=rlvmr", 2, ["rewards reasoning tags", "set prompt.tags to true"]),
         ("gcd.labels=[rules]", 2, ["unknown label source", "Did you mean 'rule'"]),
@@ -110,7 +116,6 @@ def test_folders_that_are_no_models(untwine, recipe: Path, tmp_path: Path, finis
     run = tmp_path / "run"
     refused = untwine("train", recipe, f"policy.model={empty}", "--run", run)
     assert_refused(refused, 4, "is no model folder", "config.json")
-    shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(finished / "model", tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -122,6 +127,43 @@ def test_an_existing_run_is_not_overwritten(untwine, recipe: Path, finished: Pat
     before = (finished / "metrics.jsonl").read_bytes()
     assert_refused(untwine("train", recipe, "--run", finished), 5, "already exists", "--resume")
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_failed_start_does_not_stand_in_the_way(untwine, recipe: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run = tmp_path / "run"
+    wrong = ("train", recipe, "policy.model=./nothing-here", "--run", run)
+    for _ in range(2):
+        assert_refused(untwine(*wrong), 4, "no model folder")
+    (run / "notes.txt").write_text("mine")
+    assert_refused(untwine(*wrong), 5, "already exists")
+    (run / "notes.txt").unlink()
+    right = ("train", recipe, "cold_start.steps=1", "rl.iterations=0", "--run", run)
+    assert untwine(*right).code == 0
+    assert_refused(untwine(*wrong), 5, "already exists")
+
+
+def test_a_resumed_run_keeps_its_model(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]
+    before = (finished / "recipe.yaml").read_bytes()
+    for change in ("policy.model=smollm2", "policy.tiny.layers=3"):
+        key = change.partition("=")[0].rpartition(".layers")[0] or "policy.model"
+        assert_refused(untwine("train", "--resume", finished, change), 2, f"{key} cannot change")
+    assert (finished / "recipe.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("command", "default"),
+    [
+        (["train"], "runs/NAME"),
+        (["report"], "RUN/report.html"),
+        (["sweep"], "[default: 5]"),
+        (["compare"], "the first"),
+        (["diagnose", "coupling"], "1024 on a CPU"),
+        (["diagnose", "truth"], "played the episodes"),
+    ],
+)
+def test_help_shows_defaults(untwine, command: list[str], default: str) -> None:  # type: ignore[no-untyped-def]
+    shown = " ".join(re.sub(r"[│\n]", " ", untwine(*command, "--help").out).split())
+    assert default in shown
 
 
 def test_damaged_checkpoints_are_named_and_nothing_is_lost(  # type: ignore[no-untyped-def]
@@ -242,6 +284,14 @@ def test_held_out_tasks_hold_in_training_evaluation_and_resume(  # type: ignore[
     assert examined == [{"unlock"}] * 2  # after the cold start, and at the end
     result = untwine("evaluate", run, "--sets", "L2", "--episodes", "2", "--json")
     assert [set(row["by_task"]) for row in json.loads(result.out)] == [{"unlock"}]
+
+
+def test_a_gpu_without_memory_is_said(untwine, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    def fail() -> int:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr("untwine.doctor.examine", fail)
+    assert_refused(untwine("doctor"), 1, "CUDA out of memory", "rl.microbatch_tokens")
 
 
 def test_unknown_commands_and_options(untwine) -> None:  # type: ignore[no-untyped-def]

@@ -63,9 +63,12 @@ def test_a_recipe_on_top_of_another(tmp_path: Path) -> None:
     [
         ("base: other.yaml\n", "base r.yaml leads back to this file"),
         ("base: r.yaml\n", "base r.yaml leads back to this file"),
-        ("base: nowhere.yaml\n", "nowhere.yaml is missing"),
+        ("base: nowhere.yaml\n", "nowhere.yaml, which it names as its base"),
         ("base: [r.yaml]\n", "base must be the path of a recipe"),
-        ("base: fine.yaml\nrl: 3\n", "rl: input should be"),
+        ("base: fine.yaml\nrl: 3\n", "rl is a section with keys of its own"),
+        ("base: fine.yaml\nseed: 1\nseed: 2\n", "line 3: the key 'seed' stands there a second"),
+        ("rl: {groups: 1}\nname: x\nrl: {groups: 2}\n", "line 3: the key 'rl' stands there a sec"),
+        ("rl: {groups: 1, epochs: 1, groups: 2}\n", "line 1: the key 'groups' stands there"),
     ],
 )
 def test_a_base_that_is_none(tmp_path: Path, text: str, message: str) -> None:
@@ -84,7 +87,7 @@ def test_a_base_that_is_none(tmp_path: Path, text: str, message: str) -> None:
         ("rl: {iteration: 3}\n", [], "unknown key 'rl.iteration'. Did you mean 'rl.iterations'"),
         ("polcy: {}\n", [], "unknown key 'polcy'. Did you mean 'policy'"),
         ("rl: {iterations: many}\n", [], "rl.iterations: input should be a valid integer"),
-        ("rl: 3\n", [], "rl: input should be"),
+        ("rl: 3\n", [], "rl is a section with keys of its own, such as rl.iterations"),
         (
             "sampling: {temperature: 0}\n",
             [],

@@ -17,6 +17,11 @@ from untwine.diagnose.cli import app as diagnose
 from untwine.errors import ConfigError, UntwineError
 from untwine.theory.cli import app as theory
 
+_MORE_MEMORY = (
+    "(lower env.sessions, rl.microbatch_tokens or prompt.max_tokens, or set policy.dtype=bfloat16, "
+    "policy.gradient_checkpointing=true or policy.lora.rank=8; what was saved is kept)"
+)
+
 app = typer.Typer(
     name="untwine",
     help="Train language agents with GRPO, see why a flawed action survives training, and cure it.",
@@ -41,7 +46,7 @@ def train(
     ] = None,
     overrides: Overrides = None,
     run: Annotated[
-        Path | None, typer.Option("--run", help="Run directory [default: runs/NAME].")
+        Path | None, typer.Option("--run", help="Run directory \\[default: runs/NAME].")
     ] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="RUN", help="Continue this run exactly.")
@@ -58,7 +63,7 @@ def train(
     from untwine.config import load_recipe
     from untwine.progress import Display
     from untwine.training.loop import train as run_training
-    from untwine.training.run_dir import run_recipe
+    from untwine.training.run_dir import resumed_recipe
 
     changes = list(overrides or [])
     if resume is not None:
@@ -66,7 +71,7 @@ def train(
             if "=" not in str(recipe):
                 raise ConfigError("--resume takes the recipe from the run; leave the recipe out")
             changes.insert(0, str(recipe))
-        settings, path = run_recipe(resume, changes), resume
+        settings, path = resumed_recipe(resume, changes), resume
     elif recipe is None:
         raise ConfigError("name a recipe (recipes/smoke.yaml is the smallest) or --resume RUN")
     else:
@@ -84,11 +89,16 @@ def evaluate(
     sets: Annotated[
         str, typer.Option("--sets", help="Sets of the split file, separated by commas.")
     ] = "",
-    episodes: Annotated[int, typer.Option(min=1, help="Episodes per set.")] = 200,
+    episodes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Episodes per set \\[default: evaluate.episodes of the run's recipe]."
+        ),
+    ] = None,
     greedy: Annotated[bool, typer.Option(help="Take the most likely token.")] = False,
     both: Annotated[bool, typer.Option("--both", help="Sampled, and greedy as well.")] = False,
     model: Annotated[
-        str, typer.Option(help="Another model folder, Hugging Face id, or `random`.")
+        str, typer.Option(help="A checkpoint, another model folder or id, or `random`.")
     ] = "",
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -110,7 +120,14 @@ def evaluate(
     decodings = DECODINGS if both else (DECODINGS[greedy],)
     with Display() as display:
         rows = evaluate_run(
-            run, recipe, names, episodes, display, model=model, decodings=decodings, seed=seed
+            run,
+            recipe,
+            names,
+            recipe.evaluate.episodes if episodes is None else episodes,
+            display,
+            model=model,
+            decodings=decodings,
+            seed=seed,
         )
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -120,7 +137,7 @@ def evaluate(
 
 @app.command()
 def play(
-    env: Annotated[str, typer.Argument(help="Environment, such as rooms or scienceworld.")],
+    env: Annotated[str, typer.Argument(help="Environment, such as rooms, or my_module:FAMILY.")],
     task: Annotated[str, typer.Argument(help="Task name; empty lists the tasks.")] = "",
     variation: Annotated[int, typer.Argument(help="Variation number.")] = 0,
     option: Annotated[
@@ -142,7 +159,7 @@ def play(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or several runs.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="HTML file [default: RUN/report.html].")
+        Path | None, typer.Option("--out", help="HTML file \\[default: RUN/report.html].")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
@@ -168,7 +185,7 @@ def sweep(
     ] = None,
     overrides: Overrides = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Seeds, from the recipe's on [default: 5].")
+        int | None, typer.Option(min=1, help="Seeds, from the recipe's on \\[default: 5].")
     ] = None,
     varied: Annotated[
         list[str] | None,
@@ -183,7 +200,7 @@ def sweep(
     ] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Runs at a time; 0: one per core.")] = 0,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the sweep [default: runs/NAME-sweep].")
+        Path | None, typer.Option("--out", help="Folder of the sweep \\[default: runs/NAME-sweep].")
     ] = None,
     pair: Annotated[
         bool, typer.Option(help="One cold start per seed for all arms that can share it.")
@@ -229,7 +246,7 @@ def compare(
     ] = None,
     measure: Annotated[str, typer.Option(help="success or score.")] = "success",
     sets: Annotated[str, typer.Option("--sets", help="Sets, separated by commas.")] = "",
-    baseline: Annotated[str, typer.Option(help="Arm to compare with [default: the first].")] = "",
+    baseline: Annotated[str, typer.Option(help="Arm to compare with \\[default: the first].")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Compare arms over their seeds, with intervals; refuses unlike evaluation sets.
@@ -324,6 +341,8 @@ def run_guarded(work: Callable[[], object]) -> NoReturn:
     except typer.Exit as error:
         code = error.exit_code
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; it is not imported for this
+            _fail(f"{str(error).splitlines()[0]} {_MORE_MEMORY}", 1)
         if not hasattr(error, "format_message"):  # not a fault of the command line
             raise
         _fail(error.format_message() + " (see --help)", 2)

@@ -51,6 +51,11 @@ class Interrupted(UntwineError):
         self.exit_code = 128 + signum
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra, in the checkout."""
+    return f".venv/bin/pip install -c constraints.txt -e '.[{extra}]'"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the known word nearest to `word`, or an empty string."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

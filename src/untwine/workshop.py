@@ -101,6 +101,7 @@ class Workshop:
                 policy = policy.model_copy(update={"model": str(model)})
             self.policy = load_policy(policy, self._texts, recipe.seed)
             self.collector = make_collector(self.policy, self.pool, recipe)
+            self.collector.check_room(self.refs[0])
         except BaseException:
             self.pool.close()
             raise

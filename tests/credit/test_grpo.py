@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 import pytest
 
 from tests.builders import make_group
+from untwine import credit
 from untwine.credit import credit_method
 from untwine.credit.grpo import grpo
 from untwine.errors import ConfigError
+from untwine.records import Group
 
 
 def test_hand_worked() -> None:
@@ -55,5 +58,53 @@ def test_registry_names_the_nearest() -> None:
         credit_method("grp0", {})
     with pytest.raises(ConfigError, match="Did you mean 'normalise'"):
         credit_method("grpo", {"normalize": "std"})
-    with pytest.raises(ConfigError, match="must be 'std' or 'none'"):
-        credit_method("grpo", {"normalise": "var"})(make_group([1.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("grpo", {"normalise": "var"}, r"normalise: .*'std' or 'none' \(got 'var'\)"),
+        ("grpo", {"eps": "abc"}, r"eps: .* valid number.* \(got 'abc'\)"),
+        ("grpo", {"eps": 0}, r"eps: .* greater than 0 \(got 0\)"),
+        ("grpo", {"eps": float("nan")}, r"eps: .*(finite|greater)"),
+        ("rlvmr", {"eps": 0.0}, r"eps: .* greater than 0"),
+        ("rlvmr", {"normalise": "var"}, r"normalise: .*'std' or 'none'"),
+        ("rlvmr", {"weight": "abc"}, r"weight: .* valid number.* \(got 'abc'\)"),
+        ("rlvmr", {"weight": float("inf")}, r"weight: .* finite number \(got inf\)"),
+        ("rlvmr", {"refusal": None}, r"refusal: .* valid number \(got None\)"),
+    ],
+)
+def test_values_of_options_are_checked_before_there_is_a_group(
+    method: str, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^credit\.options\.{words}") as caught:
+        credit_method(method, options)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_are_numbers_however_yaml_wrote_them() -> None:
+    """YAML reads 1e-1 as a text; other keys of a recipe take it, and so do options."""
+    group = make_group([1.0, 0.0])
+    assert credit_method("grpo", {"eps": "1e-1"})(group) == credit_method("grpo", {"eps": 0.1})(
+        group
+    )
+
+
+def test_a_method_from_outside_is_held_to_its_own_signature(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def mine(group: Group, scale: int = 1, mark=None) -> list[list[float | None]]:  # type: ignore[no-untyped-def]
+        return [[float(scale)] * episode.length for episode in group.episodes]
+
+    def theirs(group: Unknown, scale: int = 1) -> list[list[float | None]]:  # type: ignore[name-defined]  # noqa: F821
+        return mine(group, scale)
+
+    monkeypatch.setattr(credit, "_METHODS", {})
+    credit.register_credit("mine", mine)
+    credit.register_credit("theirs", theirs)
+    group = make_group([1.0])
+    found = credit_method("mine", {"scale": "3", "mark": "anything"})(group)
+    assert found == credit_method("theirs", {"scale": 3})(group)
+    assert found.episodes[0].steps[0].advantage == 3.0
+    with pytest.raises(ConfigError, match=r"credit\.options\.scale: .*integer"):
+        credit_method("mine", {"scale": 1.5})

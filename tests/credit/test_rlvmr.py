@@ -201,8 +201,6 @@ def test_by_name_with_options_and_only_with_tags() -> None:
     assert [s.advantage for s in group.episodes[0].steps] == grpo(worked_group())[0]
     with pytest.raises(ConfigError, match="Did you mean 'refusal'"):
         credit_method("rlvmr", {"refusl": 1})
-    with pytest.raises(ConfigError, match="must be 'std' or 'none'"):
-        credit_method("rlvmr", {"normalise": "var"})(worked_group())
     check_credit("grpo", PromptConfig())
     check_credit("rlvmr", PromptConfig(tags=True))
     with pytest.raises(ConfigError, match=r"set prompt\.tags to true"):

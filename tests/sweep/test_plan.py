@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from untwine.compare.runs import read_sweep
-from untwine.errors import ConfigError
+from untwine.errors import ConfigError, UntwineError
+from untwine.progress import Display
+from untwine.sweep.command import run_sweep
+from untwine.sweep.looks import Look
 from untwine.sweep.plan import Arm, check_folder, folder_name, plan_sweep, vary, write_plan
 
 RECIPE = {
@@ -48,7 +52,8 @@ def test_every_combination_is_an_arm() -> None:
         (["rl.epochs"], "not of the form"),
         (["rl.epochs=1,"], "not of the form"),
         (["=1,2"], "not of the form"),
-        (["seed=1,2"], "--seeds"),
+        (["seed=1,2"], "sets seed, .* --seeds"),
+        ([" seed =1"], "sets seed, .* --seeds"),
         (["rl.epochs=1,1"], "names a value twice"),
         (["rl.epochs=1,2", "rl.epochs=3,4"], "names a key twice"),
     ],
@@ -116,6 +121,49 @@ def test_folder_names_are_plain_and_differ() -> None:
     assert len(folder_name("x" * 500)) < 100
     assert folder_name("../../etc").startswith("etc")
     assert folder_name("") == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("gcd.objective=generative/cee", "unknown gcd.objective.*Did you mean 'generative/ce'"),
+        ("credit.name=gppo", "unknown credit method 'gppo'.*Did you mean 'grpo'"),
+        ("credit.options.eps=abc", r"credit\.options\.eps: .*\(got 'abc'\)"),
+        ("gcd.labels=[rules]", "unknown label source 'rules'.*Did you mean 'rule'"),
+        ("env.tasks=[fetsh]", "unknown task 'fetsh'"),
+        ("evaluate.sets=[L9]", "L9"),
+        ("correction.kinds=[undoo]", "undoo"),
+    ],
+)
+def test_an_arm_that_cannot_be_trained_is_refused_before_any_run(
+    recipe: Path, tmp_path: Path, change: str, words: str
+) -> None:
+    out = tmp_path / "out"
+    planned = plan_sweep(recipe, [], [Arm("good"), Arm("bad", (change,))], 2, out)
+    with pytest.raises(UntwineError, match=words) as caught:
+        run_sweep(planned, out, Display(quiet=True))
+    cold = change.startswith("env.")  # its cold start comes first, and cannot be made either
+    assert str(caught.value).startswith("arm 'cold start (" if cold else "arm 'bad': ")
+    assert not out.exists()
+
+
+def test_looks_and_measure_are_checked_before_any_run(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    planned = plan_sweep(recipe, [], vary([]), 1, out)
+    faults: dict[str, dict[str, Any]] = {
+        "unknown measure 'luck'; it is success or score": {"measure": "luck"},
+        "look 'x': .* no command 'cupling'.*Did you mean 'coupling'": {
+            "looks": [Look("x", ("cupling",))]
+        },
+        "look 'x': No such option: --iteratoin": {
+            "looks": [Look("x", ("coupling", "--iteratoin", "0"))]
+        },
+        "look 'x': Invalid value for '--steps'": {"looks": [Look("x", ("truth", "--steps", "0"))]},
+    }
+    for words, options in faults.items():
+        with pytest.raises(ConfigError, match=words):
+            run_sweep(planned, out, Display(quiet=True), **options)
+    assert not out.exists()
 
 
 def test_a_plan_grows_and_what_was_begun_stays(recipe: Path, tmp_path: Path) -> None:

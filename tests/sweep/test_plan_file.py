@@ -48,9 +48,11 @@ def test_arms_tie_keys_together() -> None:
     assert arms[1].overrides == ("gcd.objective=head", "gcd.labels=[rule, group]", "rl.epochs=2")
 
 
-@pytest.mark.parametrize("options", [["grpo"], [":rl.epochs=1"], ["a:rl.epochs"], ["a:", "a:"]])
+@pytest.mark.parametrize(
+    "options", [["grpo"], [":rl.epochs=1"], ["a:rl.epochs"], ["a:", "a:"], ["a:seed=4"]]
+)
 def test_senseless_arms_are_refused(options: list[str]) -> None:
-    with pytest.raises(ConfigError, match="--arm"):
+    with pytest.raises(ConfigError, match=r"--arm|sets seed"):
         named_arms(options)
 
 
@@ -79,8 +81,17 @@ def test_an_arm_may_be_trained_at_some_levels_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"arms": {}}, "arms"),
-        ({"colour": 1}, "colour"),
+        ({"arms": {}}, "arms: .* at least 1 item"),
+        ({"colour": 1}, "unknown key 'colour'; known are recipe, seeds, levels, arms, looks"),
+        ({"sedes": 1}, "unknown key 'sedes'.*Did you mean 'seeds'"),
+        ({"arms": {"a": {"sett": {}}}}, "unknown key 'arms.a.sett'.*Did you mean 'set'"),
+        ({"looks": {"a": {"comand": ["x"]}}}, "the key 'looks.a.command' is missing"),
+        ({"looks": {"a": {"command": ["x"], "arm": []}}}, "looks.a.arm'.*Did you mean 'arms'"),
+        ({"arms": {"a": None}}, "arms.a must hold keys, of set, seeds, levels"),
+        ({"arms": {"a": {"seeds": "many"}}}, r"arms.a.seeds: .*integer.* \(got 'many'\)"),
+        ({"recipe": 3}, r"recipe: .* \(got 3\)"),
+        ({"arms": {"a": {"set": {"seed": 3}}}, "looks": {}}, "arm 'few.a' sets seed, .*`seeds:`"),
+        ({"levels": {"few": {"seed": 3}}}, "arm 'few.gcd' sets seed"),
         ({"looks": {"x": {"command": ["truth"], "arms": ["gdc"]}}}, "gdc.*gcd"),
         ({"arms": {"a": {"seeds": {"fwe": 2}}}}, "fwe.*few"),
         ({"arms": {"a": {"levels": ["mnay"]}}}, "mnay.*many"),
@@ -89,6 +100,17 @@ def test_an_arm_may_be_trained_at_some_levels_only(tmp_path: Path) -> None:
 def test_faults_of_a_plan_are_named(tmp_path: Path, changes: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         read_plan(written(tmp_path, **changes))
+
+
+def test_a_plan_is_no_list_and_has_no_arm_twice(tmp_path: Path) -> None:
+    file = written(tmp_path)
+    for text, words in (
+        ("[1]", "the file must hold keys, of recipe, seeds, levels, arms, looks"),
+        ("arms: {a: {}, a: {}}", "not valid YAML: the key 'a' stands there a second time"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            read_plan(file)
 
 
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:

@@ -171,15 +171,15 @@ def test_a_signal_saves_every_run(start: Start, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_failed_runs_are_reported_and_the_others_go_on(start: Start, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ["--seeds", "1", "--vary", "credit.name=grpo,gppo", "--jobs", "2"]
+    arguments = ["--seeds", "1", "--vary", "gcd.gradient=all,lora", "--jobs", "2"]
     _, errors = finish(start(*arguments), 1)
     said = " ".join(errors.split())
     assert "1 of 3 runs failed" in said
-    assert "unknown credit method 'gppo'" in said
+    assert "gcd.gradient: lora needs adapters" in said
     assert "the others are compared in" in said
     assert "Traceback" not in errors
     numbers = json.loads((out / "compare.json").read_text())
-    assert [arm["label"] for arm in numbers["arms"]] == ["credit.name=grpo", "cold start"]
+    assert [arm["label"] for arm in numbers["arms"]] == ["gcd.gradient=all", "cold start"]
 
 
 @pytest.mark.slow

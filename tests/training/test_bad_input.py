@@ -11,8 +11,9 @@ import pytest
 from tests.gcd.judge_server import mute, serving
 from tests.gcd.test_training import judged, recipe
 from tests.runs import rows
+from tests.training.test_resume import RECIPE
 from untwine.envs.splits import FOLDER
-from untwine.errors import EnvError
+from untwine.errors import ConfigError, EnvError, UntwineError
 from untwine.progress import Display
 from untwine.training.loop import train
 from untwine.training.run_dir import run_info
@@ -57,6 +58,70 @@ def test_a_set_without_the_tasks_of_the_recipe_is_said(tmp_path: Path) -> None:
     with pytest.raises(EnvError, match="it is in L2"):
         train(recipe(1, env={"held_out_tasks": ["fetch"]}), tmp_path / "run", QUIET)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        (
+            {"prompt": {"max_tokens": 30}},
+            r"has \d+ tokens but only 30 fit; raise prompt\.max_tokens \(now 30\)$",
+        ),
+        (
+            {"sampling": {"max_new_tokens": 5000, "constrained": False}},
+            r"but only 0 fit; lower sampling\.max_new_tokens \(now 5000\) to 40\d\d or less, or "
+            r"use a model with more than 4096 positions$",
+        ),
+        (
+            {"policy": {"tiny": {**RECIPE["policy"]["tiny"], "positions": 40}}},
+            r"but only 34 fit; use a model with more than 40 positions$",
+        ),
+        (
+            {
+                "prompt": {"max_tokens": 30},
+                "sampling": {"max_new_tokens": 4090, "constrained": False},
+            },
+            r"but only 6 fit; raise prompt\.max_tokens \(now 30\) and lower .* to 40\d\d or less",
+        ),
+    ],
+)
+def test_a_prompt_without_room_is_said_before_the_cold_start(
+    tmp_path: Path, changes: dict[str, Any], advice: str
+) -> None:
+    room = {"sampling": {"max_new_tokens": 6, "constrained": False}} | changes
+    with pytest.raises(UntwineError, match=advice) as caught:
+        train(recipe(1, **room), tmp_path / "run", QUIET)
+    assert str(caught.value).startswith("the first prompt of rooms/fetch/")
+    assert not rows(tmp_path / "run", "cold_start")
+    train(recipe(1, cold_start={"episodes": 0}), tmp_path / "run", QUIET)  # nothing in the way
+
+
+def test_wrong_options_of_the_credit_method_leave_no_run_behind(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^credit\.options\.eps: .* \(got 'abc'\)"):
+        train(recipe(1, credit={"options": {"eps": "abc"}}), tmp_path / "run", QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_fails_after_the_cold_start_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+
+    def broken(*_: object, **__: object) -> None:
+        raise EnvError("the environment is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("untwine.training.loop.rollout_measures", broken)
+        with pytest.raises(EnvError) as caught:
+            train(recipe(1), run, QUIET)
+    assert str(caught.value) == (
+        "the environment is gone; what was trained before is saved, go on with "
+        f"`untwine train --resume {run} KEY=VALUE`"
+    )
+    before = rows(run, "cold_start")
+    train(recipe(1), run, QUIET, resume=True)
+    assert rows(run, "cold_start") == before
+    assert len(rows(run)) == 1
 
 
 def test_training_goes_on_with_a_judge_that_is_slow(tmp_path: Path) -> None:

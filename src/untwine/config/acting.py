@@ -12,7 +12,9 @@ from untwine.config.base import Natural, Positive, Section
 class EnvConfig(Section):
     """Where the agent acts."""
 
-    name: str = Field("alfworld", description="environment family, see `untwine doctor`")
+    name: str = Field(
+        "alfworld", description="environment family, see `untwine doctor`, or module:attribute"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="options of the family")
     tasks: list[str] = Field(default_factory=list, description="task names; empty means all")
     splits: str = Field("default", description="split file: a name in the family, or a path")

@@ -23,6 +23,7 @@ from untwine.config.learning import (
     LossConfig,
     RLConfig,
 )
+from untwine.config.plain_yaml import read_yaml
 from untwine.errors import ConfigError, nearest
 
 
@@ -89,6 +90,8 @@ def _read_tree(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: base must be the path of a recipe, such as demo.yaml")
     readers = (*readers, path.resolve())
     below = path.parent / base
+    if not below.is_file():
+        raise ConfigError(f"{path}: there is no recipe {below}, which it names as its base")
     if below.resolve() in readers:
         raise ConfigError(f"{path}: base {base} leads back to this file; name another recipe")
     return _over(_read_tree(below, readers), tree, Recipe)
@@ -112,7 +115,7 @@ def _read_file(path: Path) -> dict[str, Any]:
             f"recipe {path} is {kind}; recipes are YAML files such as recipes/smoke.yaml"
         )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
@@ -157,6 +160,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
+def _first_key(section: str) -> str:
+    return keys_below(Recipe, section.split("."))[0]
+
+
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
@@ -167,6 +174,10 @@ def _first_problem(error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not where:  # keys of several sections do not go together, and the message names them
         return message
+    if problem["type"] == "list_type" and isinstance(problem["input"], str):
+        return f"{where}: a list is wanted; write [{problem['input']}]"
+    if problem["type"] == "model_type":
+        return f"{where} is a section with keys of its own, such as {where}.{_first_key(where)}"
     shown = repr(problem.get("input"))
     if len(shown) > 60:
         shown = shown[:57] + "..."

@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from untwine.config import PromptConfig
 from untwine.credit.grpo import grpo
 from untwine.credit.rlvmr import rlvmr
@@ -38,16 +40,46 @@ def credit_names() -> tuple[str, ...]:
 
 
 def credit_method(name: str, options: Mapping[str, Any]) -> Callable[[Group], Group]:
-    """The method `name` with its options bound: a function that fills in the advantages."""
+    """The method `name` with its options bound: a function that fills in the advantages.
+
+    ConfigError when there is no such method, or an option is not what its signature says.
+    """
     if name not in _METHODS:
         raise ConfigError(f"unknown credit method {name!r}.{nearest(name, _METHODS)}")
     method = _METHODS[name]
-    known = [p for p in inspect.signature(method).parameters if p != "group"]
-    for key in options:
+    known = _option_types(method)
+    bound = {}
+    for key, value in options.items():
         if key not in known:
             raise ConfigError(f"credit method {name!r} has no option {key!r}.{nearest(key, known)}")
+        bound[key] = _read(key, value, known[key])
 
     def apply(group: Group) -> Group:
-        return group.with_advantages(method(group, **options))
+        return group.with_advantages(method(group, **bound))
 
     return apply
+
+
+def _option_types(method: CreditMethod) -> dict[str, Any]:
+    """What each option of a method may be; anything where its signature does not say."""
+    try:
+        parameters = inspect.signature(method, eval_str=True).parameters
+    except NameError:  # annotations that only a type checker can read
+        return {key: Any for key in inspect.signature(method).parameters if key != "group"}
+    return {
+        key: Any if parameter.annotation is parameter.empty else parameter.annotation
+        for key, parameter in parameters.items()
+        if key != "group"
+    }
+
+
+def _read(key: str, value: Any, wanted: Any) -> Any:
+    """The value of an option as its annotation wants it, numbers finite."""
+    config = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
+    try:
+        return TypeAdapter(wanted, config=config).validate_python(value)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"]
+        raise ConfigError(
+            f"credit.options.{key}: {said[0].lower() + said[1:]} (got {value!r})"
+        ) from error

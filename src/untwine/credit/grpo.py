@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
-from untwine.errors import ConfigError
+from pydantic import Field
+
 from untwine.records import Group
+
+AboveZero = Annotated[float, Field(gt=0)]
+"""What keeps a divisor from being 0."""
 
 
 def grpo(
-    group: Group, normalise: Literal["std", "none"] = "std", eps: float = 1e-6
+    group: Group, normalise: Literal["std", "none"] = "std", eps: AboveZero = 1e-6
 ) -> list[list[float | None]]:
     """A_g = (R_g - mean R) / (std R + eps), given to every step of episode g.
 
@@ -20,8 +24,6 @@ def grpo(
 
     Returns G rows, one value per step.
     """
-    if normalise not in ("std", "none"):
-        raise ConfigError(f"credit.options.normalise must be 'std' or 'none', not {normalise!r}")
     returns_G = group.returns_G
     n = len(returns_G)
     mean = math.fsum(returns_G) / n

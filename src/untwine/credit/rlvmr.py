@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from typing import Literal
 
-from untwine.credit.grpo import grpo
+from untwine.credit.grpo import AboveZero, grpo
 from untwine.prompting.tags import failures
 from untwine.records import Episode, Group
 
@@ -19,7 +19,7 @@ def rlvmr(
     weight: float = 1.0,
     normalise: Literal["std", "none"] = "std",
     refusal: float = 0.1,
-    eps: float = 1e-6,
+    eps: AboveZero = 1e-6,
 ) -> list[list[float | None]]:
     """A = A_g + weight * (r - mean_tag r) / (std_tag r + eps), for a step of episode g whose tag
     earned r (`tag_rewards`).

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from untwine.compare.numbers import compare_runs
+from untwine.compare.numbers import MEASURES, compare_runs
 from untwine.compare.show import write_comparison
-from untwine.errors import Interrupted, UntwineError
+from untwine.errors import ConfigError, Interrupted, UntwineError
 from untwine.progress import Display
+from untwine.report.run_data import number
 from untwine.sweep.crew import Crew, Job
 from untwine.sweep.lock import locked
-from untwine.sweep.looks import Look, looks_failure, take_looks
-from untwine.sweep.plan import LOCK, Planned, check_folder, write_plan
+from untwine.sweep.looks import Look, check_looks, looks_failure, take_looks
+from untwine.sweep.plan import LOCK, Planned, check_arms, check_folder, write_plan
 from untwine.sweep.worker import is_finished
 from untwine.training.run_dir import metric_rows
 from untwine.training.signals import StopRequest
@@ -37,9 +38,14 @@ def run_sweep(
     jobs   processes at a time; 0: as many as there are cores
     looks  through the microscope, at every finished run
 
+    Arms, looks and measure are checked before the first run is begun.
     Raises Interrupted after a signal, when every run has been saved, and UntwineError when runs
     failed: the others are finished first, and compared.
     """
+    if measure not in MEASURES:
+        raise ConfigError(f"unknown measure {measure!r}; it is {' or '.join(MEASURES)}")
+    check_looks(looks)
+    check_arms(planned)
     check_folder(out)
     with locked(out / LOCK):
         write_plan(out, planned)
@@ -108,8 +114,9 @@ def _report(job: Job, crew: Crew, total: int, display: Display) -> None:
     if job.run in crew.failed:
         display.line(f"[red]failed[/red]   {job.title} ({count}): {crew.failed[job.run]}")
         return
-    last = {row["set"]: row for row in metric_rows(job.run, "evaluate")}
-    found = ", ".join(f"{name} {row['success_rate']:.2f}" for name, row in last.items())
+    last = {str(row.get("set")): row for row in metric_rows(job.run, "evaluate")}
+    rates = {name: number(row.get("success_rate")) for name, row in last.items()}
+    found = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items() if rate is not None)
     display.line(f"finished {job.title} ({count}): success {found or 'not evaluated'}")
 
 

@@ -12,8 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from untwine.errors import Interrupted
+import typer
+
+from untwine.diagnose.cli import app as diagnose
+from untwine.errors import ConfigError, Interrupted, nearest
 from untwine.progress import Display
 from untwine.sweep.plan import Planned
 from untwine.sweep.worker import is_finished
@@ -34,6 +38,24 @@ class Look:
 
     def file(self, run: Path) -> Path:
         return run / FOLDER / f"{self.name}.json"
+
+
+def check_looks(looks: Sequence[Look]) -> None:
+    """ConfigError when `untwine diagnose` has no such command, or the command no such options."""
+    group: Any = typer.main.get_command(diagnose)
+    for look in looks:
+        name, *options = look.command
+        if name not in group.commands:
+            raise ConfigError(
+                f"look {look.name!r}: `untwine diagnose` has no command {name!r}, but "
+                f"{', '.join(group.commands)}.{nearest(name, group.commands)}"
+            )
+        try:
+            group.commands[name].make_context(name, ["RUN", *options, "--json"])
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # not a fault of the options
+                raise
+            raise ConfigError(f"look {look.name!r}: {error.format_message()}") from error
 
 
 def missing_looks(planned: Sequence[Planned], looks: Sequence[Look]) -> dict[Path, list[Look]]:

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from untwine.compare.runs import COLD_ARM, SWEEP_FILE, read_sweep
 from untwine.config import Recipe, load_recipe, make_recipe
-from untwine.errors import ConfigError
+from untwine.errors import ConfigError, UntwineError
 from untwine.sweep.crew import Job
+from untwine.training.checking import check_recipe
 from untwine.training.run_dir import run_recipe
 
 FORMAT = "untwine-sweep-1"
@@ -43,6 +44,13 @@ class Arm:
     name: str
     overrides: tuple[str, ...] = ()
     seeds: int = 0
+
+    def __post_init__(self) -> None:
+        if any(_key(override) == "seed" for override in self.overrides):
+            raise ConfigError(
+                f"arm {self.name!r} sets seed, but every arm is trained with the same seeds, from "
+                "the recipe's on; say how many with --seeds, or `seeds:` in a plan file"
+            )
 
     @property
     def before(self) -> tuple[str, ...]:
@@ -72,8 +80,6 @@ def vary(options: Sequence[str]) -> list[Arm]:
         values = split_values(text)
         if not equals or not key.strip() or not all(values):
             raise ConfigError(f"--vary {option!r} is not of the form section.key=value,value")
-        if key.strip() == "seed":
-            raise ConfigError("--vary seed=... would make arms of seeds; say how many with --seeds")
         if len(set(values)) < len(values):
             raise ConfigError(f"--vary {option!r} names a value twice")
         choices.append([f"{key.strip()}={value}" for value in values])
@@ -125,6 +131,15 @@ def plan_sweep(
             run = out / "arms" / (folder_name(name) or "base") / f"seed-{seed}"
             planned[run] = Planned(Job(own.name, own, run, start), name, seed)
     return list(planned.values())
+
+
+def check_arms(planned: Sequence[Planned]) -> None:
+    """What training would say, for the first arm that cannot be trained."""
+    for arm, recipe in {one.arm: one.job.recipe for one in planned}.items():
+        try:
+            check_recipe(recipe)
+        except UntwineError as error:
+            raise type(error)(f"arm {arm!r}: {error}") from error
 
 
 def check_folder(out: Path) -> None:
@@ -187,8 +202,12 @@ def folder_name(text: str) -> str:
     return f"{plain[:_LONGEST_NAME]}-{digest}" if text else ""
 
 
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
+
+
 def _section(override: str) -> str:
-    return override.partition("=")[0].strip().split(".")[0]
+    return _key(override).split(".")[0]
 
 
 def split_values(text: str) -> list[str]:

@@ -16,6 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from untwine.config.base import Positive
+from untwine.config.keys import keys_below
+from untwine.config.plain_yaml import read_yaml
 from untwine.errors import ConfigError, nearest
 from untwine.sweep.looks import Look
 from untwine.sweep.plan import Arm, split_values, vary
@@ -65,16 +67,14 @@ def read_plan(path: Path) -> PlanFile:
     """Read a plan file. ConfigError with one sentence for anything that is wrong; keys of the
     recipe are checked when the recipe is resolved."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        entry = _PlanEntry.model_validate(tree)
+        entry = _PlanEntry.model_validate(read_yaml(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"plan {path} cannot be read ({error})") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML") from error
+        problem = getattr(error, "problem", None) or "not readable"
+        raise ConfigError(f"plan {path} is not valid YAML: {problem}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(f"plan {path}: {where}: {first['msg']}; see docs/sweeps.md") from error
+        raise ConfigError(f"plan {path}: {_first_problem(error)}") from error
     levels = entry.levels or {"": {}}
     for name, arm in entry.arms.items():
         counts = arm.seeds if isinstance(arm.seeds, dict) else {}
@@ -139,6 +139,22 @@ def named_arms(options: Sequence[str]) -> list[Arm]:
     if len({arm.name for arm in arms}) < len(arms):
         raise ConfigError("--arm names an arm twice; give each a name of its own")
     return arms
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    place = [str(part) for part in problem["loc"]][:3]  # beyond, pydantic names kinds of values
+    where, parents = ".".join(place), place[:1] if len(place) > 1 else []
+    known = keys_below(_PlanEntry, parents)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {where!r}; known are {', '.join(known)}.{nearest(place[-1], known)}"
+    if problem["type"] == "missing":
+        return f"the key {where!r} is missing"
+    if problem["type"] == "model_type":
+        below = ", ".join(keys_below(_PlanEntry, place[:1]))
+        return f"{where or 'the file'} must hold keys, of {below}; see docs/sweeps.md"
+    message = problem["msg"]
+    return f"{where}: {message[0].lower() + message[1:]} (got {problem['input']!r})"
 
 
 def _arm_name(level: str, name: str) -> str:

@@ -21,23 +21,24 @@ import torch
 
 from untwine.batch import policy_rows
 from untwine.config import GCDConfig, OptimizerConfig, Recipe
-from untwine.credit import check_credit, credit_method
+from untwine.credit import credit_method
 from untwine.credit.penalty import penalise
 from untwine.diagnose.online import Findings, OnlineDiagnosis
-from untwine.errors import Interrupted
-from untwine.evaluate.protocol import evaluation_refs
+from untwine.errors import Interrupted, UntwineError
 from untwine.gcd.entering import closed_parameters
 from untwine.gcd.labels import only_from
-from untwine.gcd.objectives import Exercise, Means, Objective, check_objective, make_objective
+from untwine.gcd.objectives import Exercise, Means, Objective, make_objective
 from untwine.gcd.questions import why_no_questions
 from untwine.gcd.shuffling import shuffle_labels
-from untwine.gcd.sources import Bench, Labeller, check_sources, costly
+from untwine.gcd.sources import Bench, Labeller, costly
 from untwine.progress import Display
 from untwine.records import Group
 from untwine.rollout import RolloutStats
+from untwine.training.checking import check_recipe
 from untwine.training.checkpoint import (
     Position,
     latest_checkpoint,
+    list_checkpoints,
     load_extra,
     load_optimizer,
     load_weights,
@@ -74,16 +75,11 @@ class _Training:
         self.path = path
         self.display = display
         self.stop = stop
+        check_recipe(recipe)
         self.credit = credit_method(recipe.credit.name, recipe.credit.options)
-        check_credit(recipe.credit.name, recipe.prompt)
-        check_objective(recipe.gcd.objective)
-        check_sources(recipe.gcd.labels, recipe.gcd.judge)
         self.correction = Correction(recipe)
-        env = recipe.env  # a wrong name is said before any work is done
-        splits = read_splits(env)
-        refs = training_refs(env, splits, recipe.rl.variations)
-        for name in recipe.evaluate.sets:
-            evaluation_refs(env, name, recipe.evaluate.episodes)
+        splits = read_splits(recipe.env)
+        refs = training_refs(recipe.env, splits, recipe.rl.variations)
         self.choices = random.Random(recipe.seed + 1)
         self.sampling = torch.Generator().manual_seed(recipe.seed + 2)
         self.checkpoint = latest_checkpoint(path) if resume else None
@@ -130,6 +126,13 @@ class _Training:
             status = "finished"
         except Interrupted:
             status = "interrupted"
+            raise
+        except UntwineError as error:
+            if list_checkpoints(self.path / "checkpoints"):
+                error.args = (
+                    f"{error}; what was trained before is saved, go on with "
+                    f"`untwine train --resume {self.path} KEY=VALUE`",
+                )
             raise
         finally:
             self.run_dir.close(status)
@@ -183,6 +186,11 @@ class _Training:
                 f"cold start: {len(self.workshop.transcripts)} expert episodes, "
                 f"{data.critic.size if data.critic else 0} verdicts, {steps} steps"
             )
+            if data.cut:
+                self.display.line(
+                    f"[yellow]cold start:[/yellow] {data.cut} expert episodes are longer than the "
+                    "model has positions, or than rl.microbatch_tokens, and end there"
+                )
             if data.critic is not None and not data.critic.size:
                 self.display.line(
                     "[yellow]cold start:[/yellow] no verdicts, since good and flawed commands are "
@@ -293,7 +301,7 @@ class _Training:
             f"outcome {values['outcome_mean']:.2f}  success {values['success_rate']:.2f}  "
             f"flawed {values['flawed_rate']:.2f}"
         ) + (f"  told {', '.join(shown.on)}" if shown.on else "")
-        self.display.line(f"iteration {iteration + 1}: {line}  ({seconds:.1f} s)")
+        self.display.line(f"iteration {iteration}: {line}  ({seconds:.1f} s)")
         for said in found.lines(seconds):
             self.display.line(f"  {said}")
         return line
@@ -373,7 +381,7 @@ class _Training:
         self.one_class_said = True
         why = why_no_questions(e for group in groups for e in group.episodes)
         self.display.line(
-            f"[yellow]gcd:[/yellow] nothing to learn from the labels of iteration {iteration + 1}: "
+            f"[yellow]gcd:[/yellow] nothing to learn from the labels of iteration {iteration}: "
             f"{why}"
         )
 

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ import torch
 import untwine
 from untwine.config import Recipe, load_recipe
 from untwine.episodes import write_groups
-from untwine.errors import CheckpointError
+from untwine.errors import CheckpointError, ConfigError
 from untwine.records import Group
 
 _NO_NUMBERS = {"stage", "step", "time", "set", "identity"}
@@ -70,7 +71,10 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> RunDir:
-        """A fresh directory. CheckpointError when `path` already holds something."""
+        """A fresh directory. CheckpointError when `path` already holds something, unless it is a
+        run that failed before anything came of it."""
+        if _nothing_came_of(path):
+            shutil.rmtree(path)
         if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
             raise CheckpointError(
                 f"{path} already exists; choose another --run, continue it with --resume, "
@@ -97,15 +101,20 @@ class RunDir:
     def resume(cls, path: Path, recipe: Recipe, metric_lines: int, first_iteration: int) -> RunDir:
         """Reopen a directory and take back what was written after the checkpoint."""
         _replace_text(path / "recipe.yaml", recipe.to_yaml())
-        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        _replace_text(path / "metrics.jsonl", "".join(lines[:metric_lines]))
+        if not (path / "metrics.jsonl").is_file():
+            raise CheckpointError(
+                f"{path} has lost its metrics.jsonl; put it back, or make an empty file to go on "
+                "without what was measured"
+            )
+        lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        _replace(path / "metrics.jsonl", b"".join(lines[:metric_lines]))
         for file in [*path.glob("episodes/iter-*"), *path.glob("diagnose/*-iter-*")]:
             if int(file.name.partition("iter-")[2][:6]) >= first_iteration:
                 file.unlink()
         shutil.rmtree(path / "tensorboard", ignore_errors=True)
         run = cls(path)
-        for line in lines[:metric_lines]:
-            run._take(json.loads(line))
+        for row in _whole_rows(lines[:metric_lines]):
+            run._take(row)
         run.describe(status="running")
         return run
 
@@ -141,7 +150,7 @@ class RunDir:
         tag = f"{record['stage']}/{record['set']}" if "set" in record else record["stage"]
         values = {k: v for k, v in record.items() if k not in _NO_NUMBERS}
         for name, value in _scalars(values):
-            self._board.add_scalar(f"{tag}/{name}", value, record["step"], record["time"])
+            self._board.add_scalar(f"{tag}/{name}", value, record["step"], record.get("time"))
 
     def save_groups(self, iteration: int, groups: Sequence[Group]) -> Path:
         """Write the episodes of an iteration; the path of the file."""
@@ -160,6 +169,19 @@ def run_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not (path / "recipe.yaml").is_file():
         raise CheckpointError(f"{path} is no run directory: it holds no recipe.yaml")
     return load_recipe(path / "recipe.yaml", overrides)
+
+
+def resumed_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe with which a run goes on. ConfigError when it names another model: the weights are
+    those of the run, so its recipe would no longer be true."""
+    before, after = run_recipe(path), run_recipe(path, overrides)
+    for key in ("model", "tiny"):
+        if getattr(before.policy, key) != getattr(after.policy, key):
+            raise ConfigError(
+                f"--resume goes on with the model of the run, so policy.{key} cannot change; begin "
+                "a run of its own with --run for another model"
+            )
+    return after
 
 
 def episode_files(path: Path) -> list[Path]:
@@ -182,15 +204,19 @@ def finish_replacing(new: Path, target: Path) -> None:
 
 
 def metric_rows(run: Path, stage: str) -> list[dict[str, Any]]:
-    """Rows of one stage of a run, in order; one that is still under way may end in half a line."""
+    """Rows of one stage of a run, in order; one that is still under way may end in half a line.
+    Lines that are damaged are left out."""
     file = run / "metrics.jsonl"
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if row["stage"] == stage:
-                rows.append(row)
-    return rows
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    return [row for row in _whole_rows(lines) if row["stage"] == stage]
+
+
+def _whole_rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The lines that say of what stage and step they are."""
+    for line in lines:
+        row = _json_object(line)
+        if "stage" in row and isinstance(row.get("step"), int):
+            yield row
 
 
 def run_cost(run: Path) -> dict[str, dict[str, float]]:
@@ -204,7 +230,9 @@ def run_cost(run: Path) -> dict[str, dict[str, float]]:
 
 def _add_up(totals: Counter[str], record: Mapping[str, Any]) -> None:
     for key in (*_TOKENS.values(), *_SECONDS.values()):
-        totals[key] += record.get(key) or 0
+        value = record.get(key)
+        if isinstance(value, int | float) and math.isfinite(value):
+            totals[key] += record[key]
 
 
 def _cost(totals: Counter[str]) -> dict[str, dict[str, float]]:
@@ -215,16 +243,39 @@ def _cost(totals: Counter[str]) -> dict[str, dict[str, float]]:
 
 
 def run_info(run: Path) -> dict[str, Any]:
-    """run.json, or {} when there is none."""
+    """run.json, or {} when there is none, or it is damaged."""
     file = run / "run.json"
-    info: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return info
+    return _json_object(file.read_bytes()) if file.is_file() else {}
+
+
+def _json_object(text: bytes) -> dict[str, Any]:
+    """What a file or line says; {} when it is no JSON object."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _nothing_came_of(path: Path) -> bool:
+    """Whether a run failed here before it had measured anything, as with a missing model."""
+    made = {"recipe.yaml", "run.json", "metrics.jsonl", "tensorboard", "model"}
+    return (
+        path.is_dir()
+        and {"run.json", "metrics.jsonl"} <= {file.name for file in path.iterdir()} <= made
+        and run_info(path).get("status") == "failed"
+        and not (path / "metrics.jsonl").stat().st_size
+    )
 
 
 def _replace_text(file: Path, text: str) -> None:
     """Write a file whole, or leave the old one."""
+    _replace(file, text.encode())
+
+
+def _replace(file: Path, content: bytes) -> None:
     scratch = file.with_suffix(".partial")
-    scratch.write_text(text, encoding="utf-8")
+    scratch.write_bytes(content)
     scratch.replace(file)
 
 
@@ -239,4 +290,4 @@ def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]
 
 
 def _count_lines(file: Path) -> int:
-    return len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
+    return len(file.read_bytes().splitlines()) if file.exists() else 0

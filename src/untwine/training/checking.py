@@ -1,0 +1,24 @@
+"""What can be known of a recipe before any work is done."""
+
+from __future__ import annotations
+
+from untwine.config import Recipe
+from untwine.credit import check_credit, credit_method
+from untwine.evaluate.protocol import evaluation_refs
+from untwine.gcd.objectives import check_objective
+from untwine.gcd.sources import check_sources
+from untwine.prompting.corrections import instructions
+from untwine.workshop import read_splits, training_refs
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Looks up every name and set of a recipe, without loading a model or starting an environment.
+    UntwineError with one sentence for the first that is not there."""
+    credit_method(recipe.credit.name, recipe.credit.options)
+    check_credit(recipe.credit.name, recipe.prompt)
+    check_objective(recipe.gcd.objective)
+    check_sources(recipe.gcd.labels, recipe.gcd.judge)
+    instructions(recipe.correction)
+    training_refs(recipe.env, read_splits(recipe.env), recipe.rl.variations)
+    for name in recipe.evaluate.sets:
+        evaluation_refs(recipe.env, name, recipe.evaluate.episodes)
