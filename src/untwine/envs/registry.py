@@ -1,10 +1,19 @@
-"""Environment families by name. A family is imported only when it is asked for."""
+"""Environment families by name. A family is imported only when it is asked for.
+
+A name is one of those below, one given to `register_family`, or "module:attribute" of a family of
+one's own, whose module is looked for in the current folder as well.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import sys
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from untwine.envs.protocol import Catalogue, Env, EnvFamily, Planner, Reset, Searcher
@@ -28,7 +37,7 @@ def register_family(name: str, target: str) -> None:
 
 def family_target(name: str) -> str | None:
     """Where the family called `name` is defined ("module:attribute"), or None."""
-    return _FAMILIES.get(name)
+    return _FAMILIES.get(name, name if ":" in name else None)
 
 
 def family_names() -> tuple[str, ...]:
@@ -36,14 +45,82 @@ def family_names() -> tuple[str, ...]:
 
 
 def get_family(name: str) -> EnvFamily:
-    """The family called `name`; EnvError with the nearest known name otherwise."""
-    if name not in _FAMILIES:
+    """The family called `name`. EnvError with the nearest known name when there is none, and with
+    what is wrong when its module cannot be imported or holds no such family."""
+    target = family_target(name)
+    if target is None:
         known, hint = ", ".join(family_names()), nearest(name, _FAMILIES)
-        raise EnvError(f"unknown environment {name!r}; known are {known}.{hint}")
-    module, _, attribute = _FAMILIES[name].partition(":")
-    family = getattr(importlib.import_module(module), attribute)
-    assert isinstance(family, EnvFamily)
+        raise EnvError(
+            f"unknown environment {name!r}; known are {known}, and one of your own is named "
+            f"module:attribute, such as my_module:FAMILY.{hint}"
+        )
+    module_name, _, attribute = target.partition(":")
+    parts = module_name.split(".")
+    if not all(part.isidentifier() for part in [*parts, attribute]) or parts[-1] == "py":
+        raise EnvError(
+            f"environment {name!r}: {target!r} is not of the form module:attribute; write the "
+            "module with dots and without .py, such as my_folder.my_module:FAMILY"
+        )
+    module = _imported(name, module_name, here=target == name)
+    family = getattr(module, attribute, None)
+    if not isinstance(family, EnvFamily):
+        raise EnvError(f"environment {name!r}: {_no_family(module, attribute)}")
     return family
+
+
+def _imported(name: str, module: str, here: bool) -> ModuleType:
+    """The module of the family `name`; with `here` it may lie in the current folder."""
+    if here:
+        with contextlib.suppress(OSError):  # the current folder may be gone
+            folder = str(Path.cwd())
+            if folder not in sys.path:
+                sys.path.insert(0, folder)  # before all others, where `python -m` has it
+    try:
+        return importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module}.".startswith(f"{missing}."):
+            top = missing.partition(".")[0]
+            raise EnvError(
+                f"environment {name!r}: there is no module {missing!r} "
+                + ("in the current folder or on Python's path; " if here else "on Python's path; ")
+                + (f"start untwine in the folder that holds {top!r}, or " if here else "")
+                + f"name the folder that holds {top!r} in PYTHONPATH"
+            ) from error
+        raise EnvError(
+            f"environment {name!r}: importing module {module!r} failed with {_cause(error)}; mend "
+            "the module and try again"
+        ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """What was raised, and where: `ZeroDivisionError: division by zero (mine.py, line 3)`."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename not in (__file__, importlib.__file__)
+        and not frame.filename.startswith("<frozen")
+    ]
+    if not frames or isinstance(error, SyntaxError):  # the latter says it itself
+        return text
+    return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+
+
+def _no_family(module: ModuleType, attribute: str) -> str:
+    """That the attribute is no family, and what to do about it."""
+    where = f"module {module.__name__!r}"
+    if file := getattr(module, "__file__", None):
+        where += f" ({file})"
+    if hasattr(module, attribute):
+        kind = type(getattr(module, attribute)).__name__
+        wrong = f"{attribute!r} of {where} is of type {kind}, not EnvFamily"
+    else:
+        wrong = f"{where} has no attribute {attribute!r}"
+    families = [key for key, value in vars(module).items() if isinstance(value, EnvFamily)]
+    if families:
+        return f"{wrong}; name {' or '.join(map(repr, families))} instead"
+    return f"{wrong}; add FAMILY = EnvFamily(catalogue, make, option_names) to it and name FAMILY"
 
 
 def get_catalogue(name: str, options: Mapping[str, Any] | None = None) -> Catalogue:

@@ -18,7 +18,8 @@ kin instead, chosen by a checksum of their names, so that what is alike is never
 even as another task.
 
 The default sets are computed, by the same rule, when other tasks are to be held out, and when the
-options of the environment choose other instances than those the packaged file is for.
+options of the environment choose other instances than those the packaged file is for. A family
+without a packaged file gets its default sets in this way, too: `env.held_out_tasks` (`[]`: none).
 
 To give an environment family a default split file, let its catalogue have an attribute
 `held_out_tasks` (a tuple of task names) and run
@@ -109,8 +110,9 @@ def load_splits(
     held_out_tasks  other held-out tasks than those of the default file; None for those
 
     EnvError when there is none, when it is of another environment, differs from its checksum, is
-    not well formed, names instances that do not exist, or has an instance in two sets; and for
-    unknown held-out tasks, or such with a split file that is not the default one.
+    not well formed, names instances that do not exist, or has an instance in two sets (also where
+    the sets are computed); and for unknown held-out tasks, or such with a split file that is not
+    the default one.
     """
     catalogue, text = get_catalogue(env, options), str(name_or_path)
     if text == DEFAULT:
@@ -123,11 +125,11 @@ def load_splits(
             "which tasks it holds out"
         )
     packaged = not (text.endswith(".json") or "/" in text or "\\" in text)
-    path = _packaged_path(env, text) if packaged else Path(text)
+    path = _packaged_path(env, text, catalogue) if packaged else Path(text)
     splits = _read(path, packaged)
     if splits.env != env:
         raise EnvError(f"split file {path} is for environment {splits.env!r}, not {env!r}")
-    _check(splits, path, catalogue)
+    _check(splits, f"split file {path}", catalogue)
     return splits
 
 
@@ -159,19 +161,32 @@ def _computed(
     sets = default_sets(catalogue, held_out)
     tree = _tree(env, DEFAULT, _description(env, catalogue), sets, held_out)
     content = _bytes({**tree, "instances": instances} if instances else tree)
-    return SplitFile(DEFAULT, env, tree["description"], held_out, sets, checksum_of(content))
+    splits = SplitFile(DEFAULT, env, tree["description"], held_out, sets, checksum_of(content))
+    _check(splits, f"variations(task, split) of environment {env!r}", catalogue)
+    return splits
 
 
-def _packaged_path(env: str, name: str) -> Path:
+def _packaged_path(env: str, name: str, catalogue: Catalogue) -> Path:
     """EnvError for an unknown name."""
-    path = FOLDER / f"{env}-{name}.json"
+    path = FOLDER / _file_name(env, name)
     if not path.is_file():
-        names = [p.stem.removeprefix(f"{env}-") for p in sorted(FOLDER.glob(f"{env}-*.json"))]
-        known = f"known are {', '.join(names)}" if names else "there is none"
-        raise EnvError(
-            f"environment {env!r} has no split file {name!r}; {known}.{nearest(name, names)}"
-        )
+        before = _file_name(env, "").removesuffix(".json")
+        names = [p.stem.removeprefix(before) for p in sorted(FOLDER.glob(f"{before}*.json"))]
+        mend = f"known are {', '.join(names)}.{nearest(name, names)}"
+        if not names:
+            held_out = ",".join(getattr(catalogue, "held_out_tasks", ()))
+            keep = "" if name == DEFAULT else f" with env.splits={DEFAULT}"
+            mend = (
+                f"set env.held_out_tasks=[{held_out}]{keep} to have the sets made from its "
+                "catalogue, or env.splits to the path of a split file of your own (FILE.json)"
+            )
+        raise EnvError(f"environment {env!r} has no split file {name!r}; {mend}")
     return path
+
+
+def _file_name(env: str, name: str) -> str:
+    """A colon ("my_module:FAMILY") is not allowed in file names everywhere."""
+    return f"{env.replace(':', '.')}-{name}.json"
 
 
 def _read(path: Path, packaged: bool) -> SplitFile:
@@ -209,19 +224,18 @@ def _parse(content: bytes, checksum: str, path: Path) -> SplitFile:
         raise EnvError(f"split file {path} is not well formed: {error}") from error
 
 
-def _check(splits: SplitFile, path: Path, catalogue: Catalogue) -> None:
+def _check(splits: SplitFile, where: str, catalogue: Catalogue) -> None:
+    """EnvError for an instance that does not exist or is in two sets."""
     owner: dict[tuple[str, int], str] = {}
     for set_name, tasks in splits.sets.items():
         for task, variations in tasks.items():
             missing = set(variations).difference(catalogue.variations(task))
             if missing:
-                raise EnvError(f"split file {path}: {task} has no variation {min(missing)}")
+                raise EnvError(f"{where}: {task} has no variation {min(missing)}")
             for variation in variations:
                 other = owner.setdefault((task, variation), set_name)
                 if other != set_name:
-                    raise EnvError(
-                        f"split file {path}: {task}/{variation} is in both {other} and {set_name}"
-                    )
+                    raise EnvError(f"{where}: {task}/{variation} is in both {other} and {set_name}")
 
 
 def default_sets(catalogue: Catalogue, held_out_tasks: Sequence[str]) -> Sets:
@@ -261,7 +275,7 @@ def write_splits(
 ) -> Path:
     """Write `<env>-<name>.json` and its line in SHA256SUMS. The same input gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{env}-{name}.json"
+    path = folder / _file_name(env, name)
     path.write_bytes(_bytes(_tree(env, name, description, sets, held_out_tasks)))
     write_checksums(folder, [path.name])
     return path

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from untwine.envs.alfworld.engine import Turn
 from untwine.envs.alfworld.text import NOTHING
-from untwine.errors import EnvError
+from untwine.errors import EnvError, install
 
 
 class Replay(NamedTuple):
@@ -102,8 +102,8 @@ def _modules() -> tuple[Any, Any, Any]:
             from textworld.envs.pddl import PddlEnv
     except ImportError as error:
         raise EnvError(
-            f"the real ALFWorld engine is not installed ({error}); "
-            "pip install 'untwine[alfworld]', or use engine: native"
+            f"the real ALFWorld engine is not installed ({error}); {install('alfworld')}, or use "
+            "engine: native"
         ) from error
     return textworld, PddlEnv, AlfredDemangler
 

@@ -1,6 +1,6 @@
 """BabyAI as text: the gridworld levels of minigrid, told in words.
 
-`pip install 'untwine[babyai]'` brings minigrid. The list of tasks needs nothing.
+The extra `babyai` brings minigrid. The list of tasks needs nothing.
 """
 
 from untwine.envs.babyai.catalogue import CATALOGUE

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from untwine.envs.babyai.catalogue import LEVELS, VARIATIONS, class_of, wanted_classes
-from untwine.errors import EnvError
+from untwine.errors import EnvError, install
 
 DIRECTIONS = ("east", "south", "west", "north")  # minigrid's numbers 0 to 3
 MAX_DRAWS = 5000
@@ -27,7 +27,7 @@ def new_level(task: str, view: int) -> Level:
         import minigrid  # noqa: F401  (registers the levels)
         from minigrid.envs.babyai.core import roomgrid_level, verifier
     except ImportError as error:
-        raise EnvError(f"babyai needs minigrid ({error}): pip install 'untwine[babyai]'") from error
+        raise EnvError(f"babyai needs minigrid ({error}): {install('babyai')}") from error
     roomgrid_level.print = lambda *_: None  # it tells of every rejected draw
     verifier.use_done_actions = False  # else $BABYAI_DONE_ACTIONS would change what is success
     level = gymnasium.make(LEVELS[task], disable_env_checker=True).unwrapped

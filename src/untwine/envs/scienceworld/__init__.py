@@ -1,6 +1,6 @@
 """ScienceWorld: 30 science tasks in a simulated house, from the Java server of that name.
 
-`pip install 'untwine[scienceworld]'` brings the server and a Java for it. The list of tasks needs
+The extra `scienceworld` brings the server and a Java for it. The list of tasks needs
 neither; Java starts with the first episode.
 """
 

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from untwine.envs.cache import default_cache
-from untwine.errors import EnvError
+from untwine.errors import EnvError, install
 
-MEND = "pip install 'untwine[scienceworld]'"
+MEND = install("scienceworld")
 FIRST_FREE_ID = 1_000_000  # a fresh world takes ids up to about 18,000
 _AMBIGUOUS = "Ambiguous request"
 _CHOICE = re.compile(r"^(\d+):\t(.*)$", re.MULTILINE)

@@ -1,6 +1,6 @@
 """TextWorld: text adventures made to measure, played by the real engine.
 
-`pip install 'untwine[textworld]'` brings generator and engine (Côté et al., arXiv 1806.11532). The
+The extra `textworld` brings generator and engine (Côté et al., arXiv 1806.11532). The
 list of tasks needs nothing; a game is made when it is first asked for, and kept on disk.
 """
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from untwine.envs.textworld.catalogue import SPLIT_RANGES, TASKS
-from untwine.errors import EnvError
+from untwine.errors import EnvError, install
 
-MEND = "pip install 'untwine[textworld]'"
+MEND = install("textworld")
 MAX_BYTES = 16 * 2**20  # of a .json; those of tw-make have some ten thousand
 _HEADER = 64  # bytes, The Z-Machine Standards Document 1.1, section 11
 
