@@ -6,6 +6,7 @@ tests/studies holds this script to made-up runs whose answers are known.
 Reads a sweep folder (success through `untwine compare`, and RUN/looks) and writes claims.json and
 claims.svg. A claim is *reproduced* when the 95 % interval over runs lies above 0 and reaches the
 smallest effect that matters, *not reproduced* when it lies below that effect, else *undecided*.
+What the registration says beside that (claim 4 needs both parts, unequal tokens) is printed below.
 """
 
 from __future__ import annotations
@@ -14,23 +15,34 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from untwine.compare.numbers import compare_runs
-from untwine.compare.runs import COLD_ARM, Found, Run, find_runs, paired
+from untwine.cli import run_guarded
+from untwine.compare.runs import (
+    COLD_ARM,
+    SWEEP_FILE,
+    Found,
+    Run,
+    common_evaluations,
+    find_runs,
+    paired,
+    read_sweep,
+)
 from untwine.drawing import drawing
-from untwine.errors import UntwineError
+from untwine.errors import CheckpointError, ConfigError, nearest
 from untwine.evaluate.aggregate import paired_difference
 
-PRIMARY_LEVEL, GRPO, GCD = "wrong", "grpo", "gcd-ce"
+GRPO, GCD = "grpo", "gcd-ce"
 LEAST_ACCURACY = 0.85
 """Verdict accuracy below which a null of GCD is none."""
 FEWEST = 5
 """Runs (or pairs) below which nothing is decided."""
+MOST_SPREAD = 0.10
+"""Difference in tokens between arms above which their comparison is explored only."""
 LIFTED = "pi > 0.5"
 
 REPRODUCED, NOT, UNDECIDED = "reproduced", "not reproduced", "undecided"
@@ -40,6 +52,7 @@ REPRODUCED, NOT, UNDECIDED = "reproduced", "not reproduced", "undecided"
 class Claim:
     """value  mean over runs, positive where the claim is right
     least  smallest effect that matters
+    lacking  why there are fewer runs or pairs than were trained
     """
 
     name: str
@@ -49,6 +62,7 @@ class Claim:
     interval: tuple[float, float] | None
     least: float
     verdict: str
+    lacking: list[str] = field(default_factory=list)
 
 
 def verdict_of(runs: int, interval: Sequence[float] | None, least: float) -> str:
@@ -61,9 +75,8 @@ def verdict_of(runs: int, interval: Sequence[float] | None, least: float) -> str
     return REPRODUCED if low > 0 else UNDECIDED
 
 
-def claims_of(sweep: Path, level: str = PRIMARY_LEVEL) -> list[Claim]:
+def claims_of(found: Found, level: str) -> list[Claim]:
     """The four claims at one level of cold start; claim 4 has two parts, each with its own line."""
-    found = find_runs([sweep])
     plain = _arm(found, level, GRPO)
     pairs = paired(_arm(found, level, GCD), plain)
     cured = [
@@ -75,8 +88,22 @@ def claims_of(sweep: Path, level: str = PRIMARY_LEVEL) -> list[Claim]:
         _fall(found, plain, level),
         _claim("3 coupling lifts likely flawed actions", level, plain, 0.05, _lifted),
         _judge("4a GCD lowers good-flawed coupling", level, cured, 0.02, _can_judge(pairs)),
-        _gain(sweep, level, _can_judge(pairs)),
+        _gain(pairs, level, _can_judge(pairs)),
     ]
+
+
+def claim_4(claims: Sequence[Claim]) -> str:
+    """Of the claims of one level: claim 4 is reproduced when both of its parts are."""
+    parts = {claim.verdict for claim in claims if claim.name.startswith("4")}
+    return NOT if NOT in parts else UNDECIDED if UNDECIDED in parts else REPRODUCED
+
+
+def levels_of(sweep: Path) -> list[str]:
+    """The levels of the planned arms, which are called LEVEL.ARM."""
+    arms = [entry["arm"] for entry in read_sweep(sweep)]
+    return list(
+        dict.fromkeys(a.split(".")[0] for a in arms if "." in a and not a.startswith(COLD_ARM))
+    )
 
 
 def _arm(found: Found, level: str, name: str) -> list[Run]:
@@ -99,21 +126,29 @@ def _judge(
     values: Sequence[float | None],
     least: float,
     can_be_null: bool = True,
+    lacking: Sequence[str] = (),
 ) -> Claim:
     known = np.array([v for v in values if v is not None])
     if not len(known):
-        return Claim(name, level, 0, None, None, least, UNDECIDED)
+        return Claim(name, level, 0, None, None, least, UNDECIDED, list(lacking))
     found = paired_difference(known, np.zeros(len(known)))
     verdict = verdict_of(len(known), found.interval, least)
     if verdict == NOT and not can_be_null:
         verdict = UNDECIDED
-    return Claim(name, level, len(known), found.mean, found.interval, least, verdict)
+    return Claim(name, level, len(known), found.mean, found.interval, least, verdict, list(lacking))
 
 
 def _look(run: Run, name: str) -> Mapping[str, Any]:
     """What a look found; {} where it was not taken."""
     file = run.path / "looks" / f"{name}.json"
-    numbers: Mapping[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    try:
+        numbers = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is damaged ({error}); remove it, and have the sweep take the look again"
+        ) from error
+    if not isinstance(numbers, Mapping):
+        raise CheckpointError(f"{file} holds no numbers by name; remove it")
     return numbers
 
 
@@ -149,17 +184,30 @@ def _fall(found: Found, plain: Sequence[Run], level: str) -> Claim:
     """Flawed steps per step on L0 of the cold start, minus those after GRPO from it."""
     name = "2 the total mass of flawed actions falls"
     colds = [run for arm, runs in found.arms.items() if arm.startswith(COLD_ARM) for run in runs]
-    before = {run.start: _flawed(run) for run in colds}
-    falls = []
+    before = {run.start: run for run in colds}
+    falls, lacking = [], []
     for run in plain:
-        start, end = before.get(run.start), _flawed(run)
-        falls.append(None if start is None or end is None else start - end)
-    return _judge(name, level, falls, 0.01)
+        try:
+            start = before.get(run.start)
+            if start is None:
+                raise ConfigError(f"{run.path} has no cold start among the finished runs")
+            rows = _examined([start, run], "L0")
+            falls.append(rows[start.path]["flawed_rate"] - rows[run.path]["flawed_rate"])
+        except ConfigError as error:
+            lacking.append(str(error))
+    return _judge(name, level, falls, 0.01, lacking=lacking)
 
 
-def _flawed(run: Run) -> float | None:
-    rows = run.results.get(("L0", "sampled"))
-    return None if not rows else rows[-1].get("flawed_rate")
+def _examined(runs: Sequence[Run], name: str) -> Mapping[Path, Mapping[str, Any]]:
+    """The row of each run on an evaluation set, the same for all, drawn as in training. ConfigError
+    when there is none."""
+    key = (name, "sampled")
+    for run in runs:
+        if key not in run.results:
+            raise ConfigError(f"{run.path} was not evaluated on {name}")
+    fit = [replace(run, results={key: run.results[key]}) for run in runs]
+    (evaluation,), _ = common_evaluations(Found(fit, []), [name])
+    return evaluation.rows
 
 
 def _can_judge(pairs: Sequence[tuple[Run, Run]]) -> bool:
@@ -173,29 +221,56 @@ def _can_judge(pairs: Sequence[tuple[Run, Run]]) -> bool:
     return bool(accuracies) and float(np.mean(accuracies)) > LEAST_ACCURACY
 
 
-def _gain(sweep: Path, level: str, can_judge: bool) -> Claim:
+def _gain(pairs: Sequence[tuple[Run, Run]], level: str, can_judge: bool) -> Claim:
     """The primary measure: success on L1, GCD minus GRPO, pair by pair."""
-    name = "4b GCD raises held-out success"
-    try:
-        numbers = compare_runs([sweep], sets=["L1"], baseline=f"{level}.{GRPO}")
-    except UntwineError:
-        return _judge(name, level, [], 0.03)
-    rows = [r for r in numbers["sets"][0]["against"] if r["label"] == f"{level}.{GCD}"]
-    differences = rows[0]["paired"]["differences"] if rows and rows[0]["paired"] else []
-    return _judge(name, level, differences, 0.03, can_judge)
-
-
-def token_spread(sweep: Path, level: str = PRIMARY_LEVEL) -> float | None:
-    """Largest over smallest mean of update tokens among the arms of a level, minus 1."""
-    totals = []
-    for arm, runs in find_runs([sweep]).arms.items():
-        if arm.startswith(f"{level}."):
-            spent = [
-                sum(row.get(k) or 0 for row in run.data.rl for k in ("policy_tokens", "gcd_tokens"))
-                for run in runs
+    name, gains, lacking = "4b GCD raises held-out success", [], []
+    if not pairs:
+        lacking.append(f"no finished runs of {GCD} and {GRPO} have seed and cold start in common")
+    else:
+        try:
+            rows = _examined([run for pair in pairs for run in pair], "L1")
+            gains = [
+                rows[ours.path]["success_rate"] - rows[theirs.path]["success_rate"]
+                for ours, theirs in pairs
             ]
-            totals.append(float(np.mean(spent)))
-    return max(totals) / min(totals) - 1 if totals and min(totals) > 0 else None
+        except ConfigError as error:
+            lacking.append(str(error))
+    return _judge(name, level, gains, 0.03, can_judge, lacking)
+
+
+def tokens_of(found: Found, level: str) -> dict[str, float]:
+    """Mean tokens of updates of each arm of a level."""
+    keys = ("policy_tokens", "gcd_tokens")
+    return {
+        arm: float(np.mean([sum(r.get(k) or 0 for r in run.data.rl for k in keys) for run in runs]))
+        for arm, runs in found.arms.items()
+        if arm.startswith(f"{level}.")
+    }
+
+
+def token_spread(tokens: Mapping[str, float]) -> float | None:
+    """Largest over smallest mean, minus 1."""
+    least = min(tokens.values(), default=0.0)
+    return max(tokens.values()) / least - 1 if least > 0 else None
+
+
+def remarks(found: Found, level: str, claims: Sequence[Claim]) -> list[str]:
+    """What the registration says of the claims of a level beside their intervals, and why runs are
+    missing."""
+    said = [f"Claim 4 at {level}: {claim_4(claims)}. It is reproduced when both of its parts are."]
+    tokens = tokens_of(found, level)
+    spread = token_spread(tokens)
+    if spread is not None:
+        said.append(f"Tokens of updates differ by {100 * spread:.1f} % between arms at {level}.")
+        if spread > MOST_SPREAD:
+            least, most = (f(tokens, key=tokens.__getitem__) for f in (min, max))
+            said[-1] += (
+                f" That is more than {100 * MOST_SPREAD:.0f} % ({least} used fewest, {most} most), "
+                "so the comparison, claim 4, is explored only."
+            )
+    for claim in claims:
+        said += [f"Claim {claim.name.split()[0]} at {level}: {why}." for why in claim.lacking]
+    return said
 
 
 def draw_claims(claims: Sequence[Claim], path: Path) -> None:
@@ -229,18 +304,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sweep", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--levels", default="wrong,short,full")
+    parser.add_argument("--levels", default="", help="separated by commas; all unless given")
     given = parser.parse_args()
-    claims = [c for level in given.levels.split(",") for c in claims_of(given.sweep, level)]
-    spread = token_spread(given.sweep)
+    if not (given.sweep / SWEEP_FILE).is_file():
+        raise CheckpointError(f"{given.sweep} is not the folder of a sweep: no {SWEEP_FILE}")
+    known = levels_of(given.sweep)
+    levels = given.levels.split(",") if given.levels else known
+    for level in levels:
+        if level not in known:
+            raise ConfigError(
+                f"the sweep has no level {level!r}, but {', '.join(known) or 'none at all'}."
+                f"{nearest(level, known)}"
+            )
+    found = find_runs([given.sweep])
+    claims = {level: claims_of(found, level) for level in levels}
+    every = [claim for own in claims.values() for claim in own]
+    said = [line for level, own in claims.items() for line in remarks(found, level, own)]
     given.out.mkdir(parents=True, exist_ok=True)
-    record = {"claims": [asdict(c) for c in claims], "token_spread": spread}
+    record = {
+        "claims": [asdict(claim) for claim in every],
+        "claim_4": {level: claim_4(own) for level, own in claims.items()},
+        "token_spread": {level: token_spread(tokens_of(found, level)) for level in levels},
+        "remarks": said,
+    }
     (given.out / "claims.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    draw_claims(claims, given.out / "claims.svg")
-    print(table(claims))
-    if spread is not None:
-        print(f"\nTokens of updates differ by {100 * spread:.1f} % between arms.")
+    draw_claims(every, given.out / "claims.svg")
+    print(table(every))
+    print("\n" + "\n".join(said))
 
 
 if __name__ == "__main__":
-    main()
+    run_guarded(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 
 from tests.compare.finished_runs import row, write_run
+from untwine.compare.runs import find_runs
+from untwine.errors import UntwineError
+from untwine.evaluate.identity import model_digest
 
 FOLDER = Path(__file__).parents[2] / "studies" / "gcd"
 NOISE = [-0.01, 0.01, 0.0, -0.005, 0.005, 0.0]
@@ -32,8 +36,12 @@ def analysis() -> ModuleType:
     return script("analysis")
 
 
-def evaluated(success: float, flawed: float) -> list[dict[str, Any]]:
-    return [row({"a": success}, name=name) | {"flawed_rate": flawed} for name in ("L0", "L1")]
+def evaluated(
+    success: float, flawed: float, sets: Sequence[str] = ("L0", "L1"), episodes: int = 8
+) -> list[dict[str, Any]]:
+    return [
+        row({"a": success}, name=name, episodes=episodes) | {"flawed_rate": flawed} for name in sets
+    ]
 
 
 def look(run: Path, name: str, numbers: dict[str, Any]) -> None:
@@ -45,7 +53,7 @@ def sweep(
     out: Path,
     *,
     gain: float = 0.1,
-    accuracy: float = 0.9,
+    accuracy: Sequence[float] = (0.9,),
     lift: float = 0.2,
     fall: float = 0.1,
     seeds: int = 6,
@@ -76,11 +84,34 @@ def sweep(
             judged = {"by_episode": {"flawed_mean": {"value": -0.2 + noise}}}
             look(run, "calibration", {"methods": {"grpo": {"all": judged}}})
             if arm == "wrong.gcd-ce":
-                learnt = {"stage": "rl", "step": 2, "verdict_accuracy": accuracy}
                 with (run / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps(learnt) + "\n")
+                    for step, value in enumerate(accuracy, 2):
+                        learnt = {"stage": "rl", "step": step, "verdict_accuracy": value}
+                        file.write(json.dumps(learnt) + "\n")
     (out / "sweep.json").write_text(json.dumps({"runs": entries}))
     return out
+
+
+def join(sweep: Path, arm: str, rows: list[dict[str, Any]], tokens: int = 0, **run: Any) -> None:
+    """One more run of an arm, which used so many more tokens."""
+    made = write_run(sweep / arm / f"seed-{run.get('seed', 0)}", rows, **run)
+    with (made / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"stage": "rl", "step": 2, "policy_tokens": tokens}) + "\n")
+    tree = json.loads((sweep / "sweep.json").read_text())
+    entry = {"folder": str(made.relative_to(sweep)), "arm": arm, "seed": run.get("seed", 0)}
+    (sweep / "sweep.json").write_text(json.dumps({"runs": [*tree["runs"], entry]}))
+
+
+def evaluate(run: Path, rows: list[dict[str, Any]]) -> None:
+    """What `untwine evaluate` found since."""
+    weights = model_digest(run / "model")
+    text = "".join(json.dumps(row | {"weights": weights}) + "\n" for row in rows)
+    (run / "evaluations.jsonl").write_text(text)
+
+
+def claims_of(analysis: ModuleType, sweep: Path, level: str = "wrong") -> list[Any]:
+    found: list[Any] = analysis.claims_of(find_runs([sweep]), level)
+    return found
 
 
 def verdicts(claims: list[Any]) -> list[str]:
@@ -88,7 +119,7 @@ def verdicts(claims: list[Any]) -> list[str]:
 
 
 def test_what_was_put_in_is_found(analysis: ModuleType, tmp_path: Path) -> None:
-    claims = analysis.claims_of(sweep(tmp_path / "s"))
+    claims = claims_of(analysis, sweep(tmp_path / "s"))
     assert [c.value for c in claims] == pytest.approx([0.2, 0.1, 0.2, 0.3, 0.1])
     assert verdicts(claims) == ["reproduced"] * 5
     assert {c.runs for c in claims} == {6}
@@ -97,21 +128,114 @@ def test_what_was_put_in_is_found(analysis: ModuleType, tmp_path: Path) -> None:
 
 
 def test_nothing_there_is_not_reproduced(analysis: ModuleType, tmp_path: Path) -> None:
-    claims = analysis.claims_of(sweep(tmp_path / "s", gain=0.0, lift=0.0, fall=-0.05))
+    claims = claims_of(analysis, sweep(tmp_path / "s", gain=0.0, lift=0.0, fall=-0.05))
     expected = ["not reproduced", "not reproduced", "reproduced", "not reproduced"]
     assert verdicts(claims)[1:] == expected
 
 
-def test_a_null_needs_verdicts_that_were_learnt(analysis: ModuleType, tmp_path: Path) -> None:
-    claims = analysis.claims_of(sweep(tmp_path / "s", gain=0.0, accuracy=0.8))
-    assert verdicts(claims)[3:] == ["reproduced", "undecided"]
+@pytest.mark.parametrize(
+    ("accuracy", "verdict"),
+    [
+        ((0.8,), "undecided"),
+        ((0.2, 0.2, 0.2) + (0.9,) * 10, "not reproduced"),
+        ((1.0, 1.0, 1.0) + (0.8,) * 10, "undecided"),
+        ((0.0, 1.0) + (0.84,) * 9, "not reproduced"),  # .856; too low over nine, and over eleven
+    ],
+)
+def test_a_null_needs_verdicts_that_were_learnt_by_the_last_ten_iterations(
+    analysis: ModuleType, tmp_path: Path, accuracy: Sequence[float], verdict: str
+) -> None:
+    claims = claims_of(analysis, sweep(tmp_path / "s", gain=0.0, accuracy=accuracy))
+    assert verdicts(claims)[3:] == ["reproduced", verdict]
 
 
 def test_few_runs_and_no_runs_decide_nothing(analysis: ModuleType, tmp_path: Path) -> None:
-    few = analysis.claims_of(sweep(tmp_path / "few", seeds=4))
+    few = claims_of(analysis, sweep(tmp_path / "few", seeds=4))
     assert verdicts(few) == ["undecided"] * 5
-    none = analysis.claims_of(tmp_path / "few", "short")
+    none = claims_of(analysis, tmp_path / "few", "short")
     assert [(c.runs, c.verdict) for c in none] == [(0, "undecided")] * 5
+
+
+def test_an_arm_that_lacks_a_set_changes_nothing_for_the_others(
+    analysis: ModuleType, tmp_path: Path
+) -> None:
+    made = sweep(tmp_path / "s")
+    join(made, "wrong.head", evaluated(0.5, 0.2, ["L0"]), gcd={"objective": "head"})
+    claims = claims_of(analysis, made)
+    assert verdicts(claims) == ["reproduced"] * 5
+    assert (claims[4].runs, claims[4].lacking) == (6, [])
+
+
+def test_why_the_primary_claim_has_no_pairs_is_said(analysis: ModuleType, tmp_path: Path) -> None:
+    made = sweep(tmp_path / "s")
+    join(made, "wrong.gcd-ce", evaluated(0.6, 0.1, ["L0"]), seed=9, start=9)
+    join(made, "wrong.grpo", evaluated(0.5, 0.2), seed=9, start=9)
+    claim = claims_of(analysis, made)[4]
+    assert (claim.runs, claim.verdict) == (0, "undecided")
+    assert claim.lacking == [f"{made / 'wrong.gcd-ce' / 'seed-9'} was not evaluated on L1"]
+    assert "Claim 4b at wrong: " in analysis.remarks(find_runs([made]), "wrong", [claim])[-1]
+
+
+def test_flawed_steps_are_compared_on_equal_sets_only(analysis: ModuleType, tmp_path: Path) -> None:
+    """A later look at more episodes is no measure of the fall, until both were looked at so."""
+    made = sweep(tmp_path / "s")
+    cold, grpo = made / "cold-start" / "seed-0", made / "wrong.grpo" / "seed-0"
+    evaluate(grpo, evaluated(0.5, 0.9, ["L0"], episodes=16))
+    claim = claims_of(analysis, made)[1]
+    assert (claim.runs, claim.value, claim.lacking) == (6, pytest.approx(0.1), [])
+    evaluate(cold, evaluated(0.5, 0.4, ["L0"], episodes=16))
+    # five falls of .1, with their noise (the first had .01), and one of .4 - .9
+    assert claims_of(analysis, made)[1].value == pytest.approx((0.6 - 0.11 - 0.5) / 6)
+
+
+def test_a_cold_start_on_another_set_is_left_out_with_a_reason(
+    analysis: ModuleType, tmp_path: Path
+) -> None:
+    made = sweep(tmp_path / "s", seeds=5)
+    join(made, "wrong.grpo", evaluated(0.5, 0.2), seed=7, start=7)
+    join(made, "cold start", evaluated(0.5, 0.2, episodes=16), seed=7, start=7, iterations=0)
+    join(made, "wrong.grpo", evaluated(0.5, 0.2), seed=8, start=8)
+    claim = claims_of(analysis, made)[1]
+    assert claim.runs == 5
+    other, none = claim.lacking
+    assert "the evaluation sets differ" in other
+    assert "seed-8 has no cold start" in none
+
+
+@pytest.mark.parametrize(
+    ("parts", "whole"),
+    [
+        (("reproduced", "reproduced"), "reproduced"),
+        (("reproduced", "undecided"), "undecided"),
+        (("reproduced", "not reproduced"), "not reproduced"),
+        (("undecided", "not reproduced"), "not reproduced"),
+    ],
+)
+def test_claim_4_needs_both_parts(analysis: ModuleType, parts: tuple[str, str], whole: str) -> None:
+    names = ("1 a", "4a b", "4b c")
+    claims = [
+        analysis.Claim(name, "wrong", 6, 0.1, (0.0, 0.2), 0.0, verdict)
+        for name, verdict in zip(names, ("reproduced", *parts), strict=True)
+    ]
+    assert analysis.claim_4(claims) == whole
+
+
+def test_unequal_tokens_make_a_comparison_explored_only(
+    analysis: ModuleType, tmp_path: Path
+) -> None:
+    made = sweep(tmp_path / "s")
+    join(made, "short.grpo", evaluated(0.5, 0.2), tokens=0, name="a")
+    join(made, "short.gcd-ce", evaluated(0.5, 0.2), tokens=2, name="b")
+    join(made, "full.grpo", evaluated(0.5, 0.2), tokens=0, name="c")
+    join(made, "full.gcd-ce", evaluated(0.5, 0.2), tokens=4, name="d")
+    found = find_runs([made])
+    spread = {level: analysis.token_spread(analysis.tokens_of(found, level))
+              for level in ("wrong", "short", "full")}  # fmt: skip
+    assert spread == pytest.approx({"wrong": 0.0, "short": 2 / 30, "full": 4 / 30})
+    said = {level: " ".join(analysis.remarks(found, level, [])) for level in spread}
+    assert "differ by 13.3 % between arms at full" in said["full"]
+    assert "(full.grpo used fewest, full.gcd-ce most)" in said["full"]
+    assert ["explored only" in said[level] for level in spread] == [False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +267,36 @@ def test_the_command_writes_table_and_figure(
     written = json.loads((out / "claims.json").read_text())
     assert [c["verdict"] for c in written["claims"]] == ["reproduced"] * 5
     assert (out / "claims.svg").read_text().count("<path") > 5
-    assert "| 4b GCD raises held-out success | wrong | 6 | +0.100 [" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| 4b GCD raises held-out success | wrong | 6 | +0.100 [" in printed
+    assert "Claim 4 at wrong: reproduced. It is reproduced when both of its parts are." in printed
+    assert "Tokens of updates differ by 0.0 % between arms at wrong." in printed
+    assert written["claim_4"] == {"wrong": "reproduced"}
+    assert written["token_spread"] == {"wrong": 0.0}
+
+
+def refusal(analysis: ModuleType, patch: pytest.MonkeyPatch, sweep: Path, *more: str) -> str:
+    out = str(sweep.parent / "claims")
+    patch.setattr(sys, "argv", ["analysis.py", str(sweep), "--out", out, *more])
+    with pytest.raises(UntwineError) as caught:
+        analysis.main()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_cannot_be_read_is_said(
+    analysis: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "nowhere is not the folder of a sweep" in refusal(
+        analysis, monkeypatch, tmp_path / "nowhere"
+    )
+    made = sweep(tmp_path / "s")
+    unknown = refusal(analysis, monkeypatch, made, "--levels", "wrnog")
+    assert unknown == "the sweep has no level 'wrnog', but wrong. Did you mean 'wrong'?"
+    for torn in ('{"cosines": [', "[]"):
+        file = made / "wrong.grpo" / "seed-3" / "looks" / "coupling-after.json"
+        file.write_text(torn)
+        assert str(file) in refusal(analysis, monkeypatch, made)
 
 
 def test_pictures_show_the_pairs_and_the_course(
