@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from untwine import diagnose
 from untwine.episodes import write_groups
+from untwine.errors import UntwineError
 from untwine.records import Episode, Group, Label, Observation, Step, TaskRef
 
 WORDS = (
@@ -283,10 +284,15 @@ def look(agent: Agent, groups: list[Group], truth: Truth) -> None:
     print(f"  Gram of the head alone, forward only: correlation {correlation:.2f}")
 
     kept = [i for i, u in enumerate(merged.first) if found[u].label != "neutral"]
-    states = diagnose.action_states(agent.model, [samples[i] for i in kept])
     halls = [steps[merged.first[i]][1].ref.variation for i in kept]
     print("separation:")
-    for row in diagnose.separations(states, flawed[kept], halls):
+    try:
+        states = diagnose.action_states(agent.model, [samples[i] for i in kept])
+        rows = diagnose.separations(states, flawed[kept], halls)
+    except UntwineError as error:  # few branches leave most steps neutral
+        print(f"  {error}; raise --branches")
+        return
+    for row in rows:
         accuracy = "–" if row.balanced is None else f"{row.balanced:.2f}"
         print(f"  layer {row.layer}: probe {accuracy}, silhouette {row.silhouette:.2f}")
 

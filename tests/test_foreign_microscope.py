@@ -51,6 +51,15 @@ def recorded(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> t
     return folder, said.getvalue()
 
 
+def test_too_few_branches_are_said(
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example.main(["--out", str(tmp_path), "--branches", "2", "--iterations", "1"])
+    shown = capsys.readouterr().out
+    assert "separation needs" in shown
+    assert "raise --branches" in shown
+
+
 @pytest.fixture
 def untwine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     def call(*arguments: object) -> Result:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 import untwine
 from untwine.envs.registry import family_names, get_catalogue
-from untwine.errors import EnvError
+from untwine.errors import EnvError, install
 
 _CORE = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "rich")
 _EXTRAS = {
@@ -52,7 +52,7 @@ def examine() -> int:
     table.add_row("devices", *_devices())
     for extra, (modules, meaning) in _EXTRAS.items():
         absent = [m for m in modules if importlib.util.find_spec(m) is None]
-        mend = f"{meaning}: pip install 'untwine\\[{extra}]'" if absent else meaning
+        mend = f"{meaning}: {escape(install(extra))}" if absent else meaning
         table.add_row(f"extra {extra}", "[yellow]missing[/yellow]" if absent else "yes", mend)
     table.add_row("java", *_java())
     table.add_row("C compiler", *_compiler())
@@ -110,7 +110,7 @@ def _java() -> tuple[str, str]:
     else:
         return (
             "[yellow]missing[/yellow]",
-            "ScienceWorld needs it: pip install 'untwine\\[scienceworld]'",
+            f"ScienceWorld needs it: {escape(install('scienceworld'))}",
         )
     try:
         shown = subprocess.run(

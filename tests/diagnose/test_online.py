@@ -31,7 +31,7 @@ from untwine.workshop import Workshop
 SAMPLES = 12
 CHANGES = {
     "env": {**TINY["env"], "options": {"rooms": 4, "distractors": 0}, "variations": 3},
-    "cold_start": {**TINY["cold_start"], "steps": 60, "optimizer": {"lr": 6.0e-3}},
+    "cold_start": {**TINY["cold_start"], "steps": 40, "optimizer": {"lr": 6.0e-3}},
     "rl": {"iterations": 3, "groups": 3, "group_size": 16, "optimizer": {"lr": 1.0e-3}},
     "sampling": {"constrained": True},
     "prompt": {"layout": "window", "history": 0},

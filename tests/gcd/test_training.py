@@ -138,7 +138,7 @@ def test_labels_of_one_class_are_said_once(
         Display(),
     )
     shown = " ".join(capsys.readouterr().err.split())
-    assert shown.count("nothing to learn from the labels of iteration 1: 0 distinct actions") == 1
+    assert shown.count("nothing to learn from the labels of iteration 0: 0 distinct actions") == 1
     assert "both kinds are needed" in shown
     assert [row["verdicts"] for row in rows(tmp_path / "run")] == [0, 0]
 

@@ -191,6 +191,8 @@ def test_two_runs_are_compared(make_run: MakeRun) -> None:
     assert [run["label"] for run in numbers["runs"]] == ["same (a)", "same (b)"]
     assert numbers["comparison"].startswith("On L1, same (b) leads with a success rate of 68 %")
     assert {row["key"] for row in numbers["differences"]} == {"seed", "gcd.objective"}
+    level = report_numbers([make_run("c", "one"), make_run("d", "two")])["comparison"]
+    assert level.startswith("On L1, one and two are level with a success rate of")
 
 
 # --- the page ----------------------------------------------------------------------------------

@@ -22,11 +22,11 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as env.workers=4."),
 ]
-Iteration = Annotated[int | None, typer.Option(min=0, help="Which episodes [default: the last].")]
+Iteration = Annotated[int | None, typer.Option(min=0, help="Which episodes \\[default: the last].")]
 Checkpoint = Annotated[
     str,
     typer.Option(
-        help="Policy: a model folder or a checkpoint [default: the one that played the episodes "
+        help="Policy: a model folder or a checkpoint \\[default: the one that played the episodes "
         "if it is still there, otherwise RUN/model]."
     ),
 ]
@@ -43,7 +43,7 @@ def truth(
     checkpoint: Annotated[
         str,
         typer.Option(
-            help="Policy that plays on: a model folder or a checkpoint [default: the one that "
+            help="Policy that plays on: a model folder or a checkpoint \\[default: the one that "
             "played the episodes]."
         ),
     ] = "",
@@ -165,7 +165,7 @@ def coupling(
         typer.Option(help="Plain, or the optimizer's own, from the checkpoint."),
     ] = "sgd",
     parameters: Annotated[
-        str, typer.Option(help="Patterns of parameter names, separated by commas [default: all].")
+        str, typer.Option(help="Patterns of parameter names, separated by commas \\[default: all].")
     ] = "",
     checkpoint: Checkpoint = "",
     seed: Seed = 0,
@@ -176,11 +176,12 @@ def coupling(
     memory_mib: Annotated[
         float | None,
         typer.Option(
-            min=0, help="What may be kept in memory; more goes to a file [default: 1024 on a CPU]."
+            min=0,
+            help="What may be kept in memory; more goes to a file \\[default: 1024 on a CPU].",
         ),
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="For that file [default: that of temporary files].")
+        Path | None, typer.Option(help="For that file \\[default: that of temporary files].")
     ] = None,
     dtype: Annotated[
         Literal["recipe", "float64"],

@@ -27,8 +27,9 @@ from untwine.diagnose.recorded import (
 )
 from untwine.diagnose.truth_file import TruthRow, files_with_truth, read_truth, truth_path
 from untwine.envs.protocol import EnvInfo
-from untwine.errors import ConfigError, UntwineError
+from untwine.errors import ConfigError, UntwineError, nearest
 from untwine.gcd.labels import label_group, label_sources
+from untwine.gcd.sources import source_names
 from untwine.progress import Display
 from untwine.records import Episode, Group, Step, Verdict
 
@@ -89,10 +90,8 @@ def calibrate_run(
             items += _judged(k, groups[k], info, truth.rows)
             chance += float(truth.header.get("flawed_by_chance", 0.0))
     if not items:
-        known = ", ".join(label_sources())
         raise ConfigError(
-            f"no step of {run} has a label of source {labels!r}; those that can be computed here "
-            f"are {known}"
+            _no_label(run, labels)
             if labels
             else f"the truth files of {run} hold no step; run `untwine diagnose truth` again"
         )
@@ -175,6 +174,18 @@ def _judged(
     context = _Context(iteration, groups, info)
     steps = {(step.episode.id, step.t): step for step in context.steps}
     return [context.item(steps[row.episode, row.step], row.label, row.weight, row) for row in rows]
+
+
+def _no_label(run: Path, source: str) -> str:
+    if source in label_sources():
+        return (
+            f"source {source!r} is sure of no step of {run}; take another source, or more episodes"
+        )
+    known = ", ".join(label_sources())
+    return (
+        f"no step of {run} has a label of source {source!r} on record, and those that can be "
+        f"computed here are {known}.{nearest(source, source_names())}"
+    )
 
 
 def _labelled(iteration: int, groups: Sequence[Group], info: EnvInfo, source: str) -> list[_Item]:

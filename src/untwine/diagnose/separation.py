@@ -38,8 +38,11 @@ def action_states(
 
     Layer 0 is the embedding, layer l the output of block l as transformers gives it (the last one
     after the final norm). `mean` averages over the action's tokens, `last` takes the last of them.
+    UntwineError when there are no samples.
     """
     parts, steps = parts_of(model), as_samples(samples)
+    if not steps:
+        raise UntwineError("separation needs actions that are known to be good or flawed, got none")
     order = by_length(steps)
     chunks = cut_chunks([steps[i] for i in order], chunk, parts.device)
     found = []

@@ -156,7 +156,7 @@ def print_calibration(result: dict[str, Any]) -> None:
     console.print(f"{steps}; {result['note']}", highlight=False)
     methods = {n: m for n, m in result["methods"].items() if "not_applicable" not in m}
     if methods:
-        console.print(_side_by_side({n: m["all"] for n, m in methods.items()}))
+        console.print(_side_by_side({n: m["all"] for n, m in methods.items()}, result["source"]))
     for name, method in methods.items():
         console.print(_parts(name, method))
         if method["lemma"]:
@@ -182,8 +182,9 @@ def _print_plans(console: Console, plans: dict[str, Any]) -> None:
     console.print(text, highlight=False, soft_wrap=True)
 
 
-def _side_by_side(methods: dict[str, dict[str, Any]]) -> Table:
-    table = Table("measure", title="estimated advantage against the truth")
+def _side_by_side(methods: dict[str, dict[str, Any]], source: str) -> Table:
+    against = "the truth" if source == "truth" else f"labels of source {source}"
+    table = Table("measure", title=f"estimated advantage against {against}")
     for name in methods:
         table.add_column(escape(name), justify="right")
     rows: list[tuple[str, list[str]]] = []

@@ -56,6 +56,10 @@ def compare_runs(runs: Sequence[Numbers]) -> str | None:
         key=lambda pair: -pair[1]["success_rate"],
     )
     (best, first), (second_run, second) = ranked[:2]
+    if first["success_rate"] == second["success_rate"]:
+        level = [run["label"] for run, r in ranked if r["success_rate"] == first["success_rate"]]
+        names = f"{', '.join(level[:-1])} and {level[-1]}"
+        return f"On {name}, {names} are level with a success rate of {_rate(first)}."
     verdict = _certainty(second, first)
     return (
         f"On {name}, {best['label']} leads with a success rate of {_rate(first)}, "

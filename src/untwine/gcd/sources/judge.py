@@ -75,7 +75,7 @@ class JudgeSource(Source):
             reason, _ = Counter(o.reason for o in silent).most_common(1)[0]
             self._bench.display.line(
                 f"[yellow]judge:[/yellow] {len(silent)} of {len(opinions)} questions of iteration "
-                f"{iteration + 1} got no verdict ({escape(reason)}); judge labels nothing there"
+                f"{iteration} got no verdict ({escape(reason)}); judge labels nothing there"
             )
 
 
