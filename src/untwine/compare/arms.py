@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from untwine.config import Recipe
+from untwine.config.keys import leaves
 from untwine.training.run_dir import run_recipe
 
 _NEUTRAL = {
@@ -31,7 +31,7 @@ def arm_labels(recipes: Mapping[Path, tuple[Recipe, str]]) -> dict[str, str]:
     trees: dict[str, dict[str, str]] = {}
     for recipe, key in recipes.values():
         names.setdefault(key, set()).add(recipe.name)
-        trees[key] = dict(_leaves(json.loads(key)))
+        trees[key] = {leaf: str(value) for leaf, value in leaves(json.loads(key))}
     shared = [next(iter(own)) for own in names.values() if len(own) == 1]
     if len(shared) == len(names) == len(set(shared)):
         return dict(zip(names, shared, strict=True))
@@ -66,11 +66,3 @@ def arm_key(recipe: Recipe, later: tuple[Path, ...] = ()) -> str:
 
 def is_run(path: Path) -> bool:
     return (path / "recipe.yaml").is_file() and (path / "run.json").is_file()
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, str(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -34,6 +34,15 @@ def section_at(model: type[BaseModel], key: str) -> type[BaseModel] | None:
     """The section that a key holds; None where it holds a value, or is not there."""
     field = model.model_fields.get(key)
     return _section(field.annotation) if field else None
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a tree by dotted key; an empty section is a value."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

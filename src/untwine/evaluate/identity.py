@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from untwine.config import EnvConfig, Recipe
+from untwine.config.keys import leaves
 from untwine.evaluate.content import outside_content
 from untwine.records import TaskRef
 
@@ -73,7 +74,7 @@ def agent_changes(own: Recipe, played: Recipe, decoding: str) -> dict[str, Any]:
     """Keys that make the agent, with their values in `played`, where these differ from those of
     the run; what `decoding` says already is left out. Empty when the agent is that of the run."""
     before, after = (
-        dict(_leaves({s: getattr(recipe, s).model_dump(mode="json") for s in _AGENT}))
+        dict(leaves({s: getattr(recipe, s).model_dump(mode="json") for s in _AGENT}))
         for recipe in (own, played)
     )
     neutral = {f"{section}.{key}" for section, keys in _AGENT.items() for key in keys}
@@ -84,14 +85,6 @@ def agent_changes(own: Recipe, played: Recipe, decoding: str) -> dict[str, Any]:
         for key in sorted(before | after)
         if key not in neutral and before.get(key) != after.get(key)
     }
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def model_digest(folder: Path) -> str | None:

@@ -19,9 +19,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from untwine.config import JudgeConfig
@@ -108,10 +107,9 @@ class Endpoint:
     def _without_refused(self, sent: Mapping[str, Any], said: str) -> bool:
         """Leave out a parameter that the error names, if one of those that were sent is; True when
         it makes sense to ask again."""
-        for name in _DISPENSABLE:
-            if name in sent and re.search(rf"\b{name}\b", said):
-                break
-        else:
+        named = (n for n in _DISPENSABLE if n in sent and re.search(rf"\b{n}\b", said))
+        name = next(named, None)
+        if name is None:
             return False
         with self._changing:
             body = dict(self._body)  # another thread may have changed it since
@@ -130,9 +128,9 @@ class Endpoint:
         end = time.monotonic() + limit
         late = f"no answer within {limit:g} seconds"
         try:
-            with _Clock(limit) as clock:
+            with _cut_off_after(limit) as handlers:
                 opener = urllib.request.build_opener(
-                    urllib.request.ProxyHandler(self._proxies), _NoRedirects(), *clock.handlers
+                    urllib.request.ProxyHandler(self._proxies), _NoRedirects(), *handlers
                 )
                 with opener.open(request, timeout=limit) as answer:
                     found = answer.read(LONGEST + 1)
@@ -177,58 +175,53 @@ def _said(error: urllib.error.HTTPError) -> str:
         text = error.read(LONGEST).decode("utf-8", "replace")
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             text = str(json.loads(text)["error"]["message"])
-        short = " ".join(text.split())
-        short = short if len(short) <= _SAID else f"{short[:_SAID]}..."
-        return f"status {error.code}: {short}" if short else f"status {error.code}"
+        if short := shortened(text, _SAID):
+            return f"status {error.code}: {short}"
     return f"status {error.code}"
 
 
-class _Clock:
-    """Ends the connections that its handlers made when their time is up, whatever the server is
-    sending then. Time-outs of sockets only limit the wait for each piece."""
+def shortened(text: str, most: int) -> str:
+    """A text on one line, with at most so many characters and dots in the place of the rest."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]}..."
 
-    def __init__(self, seconds: float) -> None:
-        self._sockets: list[socket.socket] = []
-        self._timer = threading.Timer(seconds, self._cut)
-        self._timer.daemon = True
-        watched = self._sockets
 
-        class Plain(http.client.HTTPConnection):
-            def connect(self) -> None:
-                super().connect()
-                watched.append(self.sock)
+@contextlib.contextmanager
+def _cut_off_after(seconds: float) -> Iterator[tuple[urllib.request.BaseHandler, ...]]:
+    """Handlers whose connections end when the time is up, whatever the server is sending then.
+    Time-outs of sockets only limit the wait for each piece."""
+    sockets: list[socket.socket] = []
 
-        class Secure(http.client.HTTPSConnection):
-            def connect(self) -> None:
-                super().connect()
-                watched.append(self.sock)
+    class Plain(http.client.HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            sockets.append(self.sock)
 
-        class PlainHandler(urllib.request.HTTPHandler):
-            def http_open(self, req: urllib.request.Request) -> Any:
-                return self.do_open(Plain, req)
+    class Secure(http.client.HTTPSConnection):
+        def connect(self) -> None:
+            super().connect()
+            sockets.append(self.sock)
 
-        class SecureHandler(urllib.request.HTTPSHandler):
-            def https_open(self, req: urllib.request.Request) -> Any:
-                return self.do_open(Secure, req)
+    class PlainHandler(urllib.request.HTTPHandler):
+        def http_open(self, req: urllib.request.Request) -> Any:
+            return self.do_open(Plain, req)
 
-        self.handlers = (PlainHandler(), SecureHandler())
+    class SecureHandler(urllib.request.HTTPSHandler):
+        def https_open(self, req: urllib.request.Request) -> Any:
+            return self.do_open(Secure, req)
 
-    def __enter__(self) -> _Clock:
-        self._timer.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._timer.cancel()
-
-    def _cut(self) -> None:
-        for one in self._sockets:
+    def cut() -> None:
+        for one in sockets:
             with contextlib.suppress(OSError):  # it is closed
                 socket.socket.shutdown(one, socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield PlainHandler(), SecureHandler()
+    finally:
+        timer.cancel()
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -16,7 +16,7 @@ from untwine.batch import Row, completion_row, microbatches
 from untwine.config import JudgeConfig, PolicyConfig
 from untwine.errors import ModelError
 from untwine.gcd.sources.answers import AnswerFile, question_key
-from untwine.gcd.sources.endpoint import Completion, Endpoint, EndpointError
+from untwine.gcd.sources.endpoint import Completion, Endpoint, EndpointError, shortened
 from untwine.policy.loading import Policy, load_policy
 from untwine.prompting.prompter import JUDGE_SYSTEM, VERDICT_WORDS
 from untwine.records import Verdict
@@ -150,8 +150,7 @@ def read(answer: Completion, confidence: float, *, kept: bool = False) -> Opinio
     text = answer.text.lower()
     said = _FIRST_WORD.match(text.rpartition("</think>")[2])
     if said is None:
-        shown = " ".join(answer.text.split())
-        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        shown = shortened(answer.text, _SHOWN)
         reason = f"it answers {shown!r}, neither good nor bad nor unsure"
         return Opinion("nonsense", tokens=tokens, reason=reason)
     if said[1] == "unsure":
