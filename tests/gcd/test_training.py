@@ -248,3 +248,19 @@ def test_cold_start_holds_the_stated_ratio(tmp_path: Path, share: float, objecti
     imitation = sum(row["imitation_tokens"] for row in found)
     verdicts = sum(row["gcd_tokens"] for row in found)
     assert verdicts / imitation == pytest.approx(share, rel=0.2)  # rows are whole
+
+
+def test_verdicts_that_drown_the_policy_are_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for weight, drowned in ((1e3, 1), (1e-3, 0)):
+        gcd = {"objective": "generative/ce", "labels": ["rule"], "weight": weight}
+        run = tmp_path / f"run-{drowned}"
+        train(recipe(12, gcd=gcd, checkpoint={"every": 12}), run, Display())
+        shown = " ".join(capsys.readouterr().err.split())
+        assert shown.count("times that of the policy") == drowned
+        # every tenth of two optimizer steps an iteration, where something is asked
+        assert {row["step"] for row in rows(run) if "grad_norm_gcd" in row} <= {0, 5, 10}
+        ratios = [row["gcd_ratio"] for row in rows(run) if row.get("gcd_ratio")]
+        assert ratios
+        assert all((ratio > 3) == bool(drowned) for ratio in ratios)

@@ -152,10 +152,11 @@ def test_own_steps_are_two_adams(policy: Policy) -> None:
     for _ in range(3):
         measures = worker.step(policy_batch(), plain_exercise(policy, verdict_batch()), 0.3)
         assert {"grad_norm", "grad_norm_gcd"} <= measures.values.keys()
-        for adam, kind in zip(adams, ("policy", "verdicts"), strict=True):
-            rows = policy_batch() if kind == "policy" else []
-            verdicts = verdict_batch() if kind == "verdicts" else []
-            found = gradients(copied, rows, verdicts, 1.0)
+        both = [
+            gradients(copied, policy_batch(), [], 1.0),
+            gradients(copied, [], verdict_batch(), 1.0),
+        ]
+        for adam, found in zip(adams, both, strict=True):
             for name, p in other.named_parameters():
                 p.grad = found[name]
             adam.step()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -46,16 +44,3 @@ def closed_parameters(
         if ((match := _LAYER.search(name)) is not None and int(match[1]) < from_layer)
         or (p is embedding and from_layer > 0)
     ]
-
-
-@contextlib.contextmanager
-def closed(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """No gradient enters these parameters, and none they hold is changed. Backward passes must end
-    inside too, since activations may be computed again there."""
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)

@@ -15,6 +15,7 @@ const RL_CHARTS = [
     { title: "Policy loss", keys: { policy_loss: "policy loss" } },
     { title: "GCD loss", keys: { gcd_loss: "GCD loss" }, zero: true },
     { title: "Verdict accuracy", note: "share of verdicts that are right; half is chance", keys: { verdict_accuracy: "accuracy" }, range: SHARE, format: percent },
+    { title: "Gradient of GCD", note: "norm of its part of the step, policy's = 1; above 1 the step is mostly about verdicts", keys: { gcd_ratio: "ratio" }, zero: true },
     { title: "Weight of GCD", keys: { gcd_weight: "weight" }, zero: true, varying: true }],
   ["Stability",
     { title: "Entropy", note: "nats per token; near zero the policy no longer explores", keys: { entropy: "entropy" }, zero: true },

@@ -39,6 +39,7 @@ RL_KEYS = [
     "gcd_tokens",
     "policy_tokens",
     "gcd_weight",
+    "gcd_ratio",
     "episodes_lost",
     "env_steps",
     "seconds_rollout",

@@ -49,6 +49,7 @@ from untwine.training.cold_start import ColdStart
 from untwine.training.correction import Correction
 from untwine.training.examination import examine
 from untwine.training.measures import Measures, averaged, rollout_measures
+from untwine.training.mixing import DROWNED
 from untwine.training.run_dir import RunDir, finish_replacing, metric_rows, replace_folder
 from untwine.training.signals import StopRequest
 from untwine.training.update import Updater
@@ -100,7 +101,7 @@ class _Training:
         self.policy = self.workshop.policy
         self.collector = self.workshop.collector
         self.objective: Objective | None = None
-        self.one_class_said = False
+        self.said: set[str] = set()
         self.cursor = TaskCursor(refs, recipe.seed)
         if self.start:
             first = self.start.step if self.start.stage == "rl" else 0
@@ -353,10 +354,17 @@ class _Training:
                 tokens += sum(row.length for row in rows)
                 if rows or exercises[-1]:
                     taken.append(updater.step(rows, exercises[-1], weight))
+        found = averaged(taken)
+        if (ratio := found.get("gcd_ratio", 0.0)) > DROWNED and gcd.weight_of == "loss":
+            self._warn_of_gcd(
+                "drowned",
+                f"its gradient is {ratio:.1f} times that of the policy, so steps are mostly about "
+                "verdicts; gcd.weight_of=gradient gcd.weight=0.3 holds it at .3",
+            )
         asked = [Measures(dict(exercise.counts)) for exercise in exercises if exercise]
         if self.objective is not None and not asked:
             self._explain_none(groups, iteration)
-        return averaged(taken), {
+        return found, {
             "policy_tokens": tokens,
             "verdicts": 0,
             **averaged(asked),
@@ -376,14 +384,15 @@ class _Training:
 
     def _explain_none(self, groups: Sequence[Group], iteration: int) -> None:
         """Say once why there is nothing to learn from labels."""
-        if self.one_class_said:
-            return
-        self.one_class_said = True
         why = why_no_questions(e for group in groups for e in group.episodes)
-        self.display.line(
-            f"[yellow]gcd:[/yellow] nothing to learn from the labels of iteration {iteration}: "
-            f"{why}"
+        self._warn_of_gcd(
+            "no questions", f"nothing to learn from the labels of iteration {iteration}: {why}"
         )
+
+    def _warn_of_gcd(self, what: str, text: str) -> None:
+        if what not in self.said:
+            self.said.add(what)
+            self.display.line(f"[yellow]gcd:[/yellow] {text}")
 
     def _minibatches(self, groups: Sequence[Group]) -> list[list[Group]]:
         """The groups in `rl.minibatches` random parts of about equal size."""

@@ -5,9 +5,10 @@
     own     a step on g_policy, then one on g_gcd by an optimizer of its own, whose learning rate
             is lambda times that of the first (Adam's steps do not depend on the scale of a loss)
 
-Norms are over the trained weights of the policy, before clipping. Weights of the objective itself
-(`head`) get the gradient of the verdict loss as it is: they act on nothing else, and begin at 0,
-where no gradient comes through them to the policy.
+Both gradients are taken at the same weights. Norms are over the trained weights of the policy,
+before clipping. Weights of the objective itself (`head`) act on nothing else, and begin at 0, where
+no gradient comes through them to the policy; in `held` they get the gradient of the verdict loss as
+it is.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 Mixing = Callable[["Updater", Sequence[Row], Exercise | None, float], Measures]
 
+NORMS_EVERY = 10  # steps of `fixed` between two whose norms are measured
+DROWNED = 3.0  # ratio of |lambda g_gcd| to |g_policy| above which steps go mostly after verdicts
+
 
 def make_mixing(config: GCDConfig) -> Mixing:
     if config.step == "own":
@@ -37,8 +41,11 @@ def make_mixing(config: GCDConfig) -> Mixing:
 def fixed(
     updater: Updater, rows: Sequence[Row], exercise: Exercise | None, weight: float
 ) -> Measures:
-    """One step on the weighted sum."""
-
+    """One step on the weighted sum, from one backward pass. In every tenth step there are two, so
+    that it is known how large the verdict gradient is beside that of the policy."""
+    measured = exercise is not None and weight > 0 and updater.steps % NORMS_EVERY == 0
+    if measured or not updater.everywhere:
+        return _summed(updater, rows, exercise, lambda policy, verdicts: weight, weight)
     return updater.apply(lambda found: updater.add_both(rows, exercise, weight, found))
 
 
@@ -47,43 +54,57 @@ def held(
 ) -> Measures:
     """One step on the sum, with lambda = ratio |g_policy| / |g_gcd|; 0 where either norm is 0."""
 
-    def accumulate(measures: Measures) -> None:
-        updater.add_policy(rows, measures)
-        policy = [p.grad for p in updater.parameters]
-        for p in updater.parameters:
-            p.grad = None
-        updater.add_verdicts(exercise, 1.0, measures)
-        verdicts = [p.grad for p in updater.parameters]
-        acting = updater.acting
-        norm, other = _norm(policy[:acting]), _norm(verdicts[:acting])
-        weight = ratio * norm / other if other > 0 else 0.0
-        together = list(zip(updater.parameters, policy, verdicts, strict=True))
-        for p, first, second in together[:acting]:
-            if second is None:
-                p.grad = first
-            else:
-                p.grad = second.mul_(weight) if first is None else first.add_(second, alpha=weight)
-        for p, _, second in together[acting:]:
-            p.grad = second
-        measures.add(grad_norm_policy=norm, grad_norm_gcd=other, gcd_lambda=weight)
+    def weigh(policy: float, verdicts: float) -> float:
+        return ratio * policy / verdicts if verdicts > 0 else 0.0
 
-    return updater.apply(accumulate)
+    return _summed(updater, rows, exercise, weigh, 1.0)
 
 
 def own(
     updater: Updater, rows: Sequence[Row], exercise: Exercise | None, weight: float
 ) -> Measures:
     """Two steps, each only where there is something to learn from."""
-    measures = Measures()
+    verdicts: list[torch.Tensor | None] = []
+
+    def accumulate(measures: Measures) -> None:
+        verdicts[:] = updater.add_apart(rows, exercise, measures)
+
+    measures = updater.gather(accumulate)
     if rows:
-        measures.join(updater.apply(lambda found: updater.add_policy(rows, found)))
+        measures.add(grad_norm=updater.take(updater.optimizer))
     if exercise is not None and exercise.rows:
-        found = updater.apply(
-            lambda found: updater.add_verdicts(exercise, 1.0, found), updater.own, weight
-        )
-        found.sums["grad_norm_gcd"] = found.sums.pop("grad_norm")
-        measures.join(found)
+        assert updater.own is not None
+        for p, gradient in zip(updater.parameters, verdicts, strict=True):
+            p.grad = gradient
+        measures.add(grad_norm_gcd=updater.take(updater.own, weight))
     return measures
+
+
+def _summed(
+    updater: Updater,
+    rows: Sequence[Row],
+    exercise: Exercise | None,
+    weigh: Callable[[float, float], float],
+    extra: float,
+) -> Measures:
+    """One step on g_policy + lambda g_gcd; lambda from both norms. Weights of the objective get
+    `extra` times the gradient of the verdict loss."""
+
+    def accumulate(measures: Measures) -> None:
+        verdicts = updater.add_apart(rows, exercise, measures)
+        acting = updater.acting
+        norm = _norm(p.grad for p in updater.parameters[:acting])
+        other = _norm(verdicts[:acting])
+        weight = weigh(norm, other)
+        for k, (p, gradient) in enumerate(zip(updater.parameters, verdicts, strict=True)):
+            if gradient is not None:
+                factor = weight if k < acting else extra
+                p.grad = factor * gradient if p.grad is None else p.grad + factor * gradient
+        measures.add(grad_norm_policy=norm, grad_norm_gcd=other, gcd_lambda=weight)
+        if norm > 0:
+            measures.add(gcd_ratio=weight * other / norm)
+
+    return updater.apply(accumulate)
 
 
 def _norm(gradients: Iterable[torch.Tensor | None]) -> float:

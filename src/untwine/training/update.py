@@ -2,6 +2,8 @@
 
 The loop, the cold start and the tests all go through `Updater`. How the two losses are joined
 (lambda fixed, held to a ratio of gradient norms, or a step of its own for L_gcd) is in mixing.py.
+Where questions follow the rows of the policy loss, both losses are read off one forward pass; their
+sum has one backward pass, and two gradients that are to be kept apart have one each.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from untwine.batch import Row, distinct_tokens, microbatches
 from untwine.config import GCDConfig, LossConfig, OptimizerConfig
 from untwine.errors import UntwineError
-from untwine.gcd.entering import closed, closed_parameters
+from untwine.gcd.entering import closed_parameters
 from untwine.gcd.objectives import Exercise
 from untwine.losses.policy import policy_loss
 from untwine.policy.loading import Policy
@@ -51,11 +53,35 @@ class _Again(Exception):
     """The gradients gathered so far are spoilt."""
 
 
+class Aside:
+    """The gradient of a loss, kept apart from what `.grad` holds.
+
+    values   one for each of `parameters`; None where nothing came
+    seconds  that its backward passes took
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.values: list[torch.Tensor | None] = [None] * len(self.parameters)
+        self.seconds = 0.0
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss`, whose graph is kept for another backward pass."""
+        started = time.perf_counter()
+        found = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
+        for k, new in enumerate(found):
+            if new is not None:
+                before = self.values[k]
+                self.values[k] = new if before is None else before + new
+        self.seconds += time.perf_counter() - started
+
+
 class Updater:
     """Holds the optimizers and, when a KL penalty is asked for, the reference model.
 
     parameters  all that is trained: the policy's, and after them those of the objective
     acting      how many of them are the policy's
+    everywhere  whether the verdict loss changes all of them
     own         the optimizer of the verdict loss, when it takes steps of its own
     """
 
@@ -84,18 +110,18 @@ class Updater:
         self.steps = 0
         gcd = gcd or GCDConfig()
         self.module = module
-        self._closed = closed_parameters(policy, gcd.gradient, gcd.from_layer)
-        shut = set(map(id, self._closed))
+        shut = set(map(id, closed_parameters(policy, gcd.gradient, gcd.from_layer)))
         trained = [p for p in policy.model.parameters() if p.requires_grad]
         extra = [] if module is None else list(module.parameters())
         self.parameters = [*trained, *extra]
         self.acting = len(trained)
+        self.everywhere = not shut
+        self._open = [p for p in self.parameters if id(p) not in shut]
         main = trained if gcd.step == "own" else self.parameters
         self.optimizer = make_optimizer(optimizer, policy, main)
         self.own: torch.optim.Optimizer | None = None
         if gcd.step == "own":
-            open_ = [p for p in self.parameters if id(p) not in shut]
-            self.own = make_optimizer(optimizer, policy, open_)
+            self.own = make_optimizer(optimizer, policy, self._open)
         self._mixing: Mixing = make_mixing(gcd)
         self._halvings = 0
         self.reference: Policy | None = None
@@ -114,10 +140,6 @@ class Updater:
         self.steps += 1
         return measures
 
-    def add_policy(self, rows: Sequence[Row], measures: Measures) -> None:
-        """Add the gradient of the policy loss."""
-        self._add(rows, self._policy_reading, measures)
-
     def _add(self, rows: Sequence[Row], reading: Reading, measures: Measures) -> None:
         def loss(batch: Sequence[Row], measures: Measures) -> torch.Tensor:
             return reading.loss(batch, self._score(batch, reading), measures)
@@ -135,14 +157,15 @@ class Updater:
             entropy_gradient=reading.entropies and self.loss.entropy > 0,
         )
 
-    def add_verdicts(self, exercise: Exercise | None, weight: float, measures: Measures) -> None:
-        """Add `weight` times the gradient of the verdict loss, where it may enter. With weight 0
-        the loss is only measured."""
+    def _add_verdicts(
+        self, exercise: Exercise, weight: float, measures: Measures, aside: Aside | None
+    ) -> None:
+        """Add `weight` times the gradient of the verdict loss, or its plain gradient `aside`. With
+        weight 0 the loss is only measured."""
         started = time.perf_counter()
 
         def loss(batch: Sequence[Row], measures: Measures) -> torch.Tensor:
-            assert exercise is not None
-            with torch.set_grad_enabled(weight > 0):
+            with torch.set_grad_enabled(weight > 0 or aside is not None):
                 value, found = exercise.loss(batch)
             measures.add(
                 gcd_loss=value.detach(),
@@ -150,10 +173,12 @@ class Updater:
                 gcd_update_tokens=distinct_tokens(batch),
                 **found,
             )
-            return weight * value
+            if aside is None:
+                return weight * value
+            aside.add(value)
+            return value.detach()
 
-        with closed(self._closed):
-            self._backward(exercise.rows if exercise else [], loss, measures)
+        self._backward(exercise.rows, loss, measures)
         measures.add(seconds_gcd=time.perf_counter() - started)
 
     def extra_state(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -210,6 +235,16 @@ class Updater:
         """Add the gradients of the policy loss and of `weight` times the verdict loss."""
         self._add_both(rows, self._policy_reading, exercise, weight, measures)
 
+    def add_apart(
+        self, rows: Sequence[Row], exercise: Exercise | None, measures: Measures
+    ) -> list[torch.Tensor | None]:
+        """Add the gradient of the policy loss; that of the verdict loss, where it may enter, is
+        returned, one for each of `parameters`."""
+        aside = Aside(self._open)
+        self._add_both(rows, self._policy_reading, exercise, 0.0, measures, aside)
+        found = dict(zip(map(id, aside.parameters), aside.values, strict=True))
+        return [found.get(id(p)) for p in self.parameters]
+
     def _add_both(
         self,
         rows: Sequence[Row],
@@ -217,16 +252,18 @@ class Updater:
         exercise: Exercise | None,
         weight: float,
         measures: Measures,
+        aside: Aside | None = None,
     ) -> None:
         """In one pass where questions follow the rows, and both losses can be read from it; what it
-        took is then divided by tokens."""
+        took is then divided by tokens, but for backward passes of the verdict loss alone. With
+        `aside` its gradient goes there, and `weight` is not used."""
         asked = exercise.rows if exercise else []
         read = exercise.read if exercise else None
-        together = read and weight > 0 and reading.temperature == 1.0 and not self._closed
-        if not read or not together or not _follow(asked, rows):
+        wanted = weight > 0 or aside is not None
+        if not read or not wanted or reading.temperature != 1.0 or not _follow(asked, rows):
             self._add(rows, reading, measures)
             if exercise is not None:
-                self.add_verdicts(exercise, weight, measures)
+                self._add_verdicts(exercise, weight, measures, aside)
             return
         questions = set(map(id, asked))
 
@@ -244,7 +281,10 @@ class Updater:
                 )
             if others:
                 answers, found = read(others, second)
-                value = value + weight * answers
+                if aside is None:
+                    value = value + weight * answers
+                else:
+                    aside.add(answers)
                 measures.add(gcd_loss=answers.detach(), **found)
             measures.add(gcd_tokens=added, gcd_update_tokens=added, both=tokens + added)
             return value
@@ -254,7 +294,9 @@ class Updater:
         self._backward([*rows, *asked], loss, found)
         seconds = time.perf_counter() - started
         share = found.sums["gcd_tokens"] / found.sums.pop("both")
-        found.add(seconds_policy=(1 - share) * seconds, seconds_gcd=share * seconds)
+        alone = aside.seconds if aside else 0.0
+        policy = (1 - share) * (seconds - alone)
+        found.add(seconds_policy=policy, seconds_gcd=seconds - policy)
         measures.join(found)
 
     @property
@@ -340,14 +382,14 @@ class Updater:
         progress = min(1.0, self.steps / self.total_steps) if self.total_steps else 0.0
         return config.lr * warm * (1.0 - (1.0 - config.final) * progress)
 
-    def apply(
-        self,
-        accumulate: Callable[[Measures], None],
-        optimizer: torch.optim.Optimizer | None = None,
-        scale: float = 1.0,
-    ) -> Measures:
-        """Gather gradients and take a step, with `scale` times the learning rate. The main
-        optimizer takes it unless another one is given."""
+    def apply(self, accumulate: Callable[[Measures], None]) -> Measures:
+        """Gather gradients and take a step of the main optimizer."""
+        measures = self.gather(accumulate)
+        measures.add(grad_norm=self.take(self.optimizer))
+        return measures
+
+    def gather(self, accumulate: Callable[[Measures], None]) -> Measures:
+        """Gather gradients, beginning with none."""
         before = self._halvings
         while True:
             measures = Measures()
@@ -358,17 +400,20 @@ class Updater:
                 break
             except _Again:
                 continue
+        if self._halvings > before:
+            measures.add(out_of_memory=self._halvings - before)
+        return measures
+
+    def take(self, optimizer: torch.optim.Optimizer, scale: float = 1.0) -> float:
+        """Take a step on the gradients, with `scale` times the learning rate; their norm before
+        they were clipped."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         if not torch.isfinite(norm):
             raise UntwineError(
                 f"the gradient is not finite after {self.steps} optimizer steps; lower the "
                 "learning rate or use policy.dtype=float32 (the last checkpoint is intact)"
             )
-        optimizer = optimizer or self.optimizer
         for group in optimizer.param_groups:
             group["lr"] = scale * self._learning_rate()
         optimizer.step()
-        measures.add(grad_norm=norm)
-        if self._halvings > before:
-            measures.add(out_of_memory=self._halvings - before)
-        return measures
+        return float(norm)

@@ -35,9 +35,7 @@ class Means:
     @property
     def together(self) -> bool:
         """Whether questions that follow replies are computed in one pass with the policy loss."""
-        gcd = self.config
-        joint = gcd.step == "joint" and gcd.weight_of == "loss" and gcd.gradient == "all"
-        return joint and self.temperature == 1.0 and self.prompter.config.verdict == "after"
+        return self.temperature == 1.0 and self.prompter.config.verdict == "after"
 
 
 @dataclass(frozen=True, slots=True)
