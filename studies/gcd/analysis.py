@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ from untwine.compare.runs import (
     SWEEP_FILE,
     Found,
     Run,
-    common_evaluations,
     find_runs,
     paired,
     read_sweep,
+    rows_on,
 )
 from untwine.drawing import drawing
 from untwine.errors import CheckpointError, ConfigError, nearest
@@ -80,7 +80,7 @@ def claims_of(found: Found, level: str) -> list[Claim]:
     plain = _arm(found, level, GRPO)
     pairs = paired(_arm(found, level, GCD), plain)
     cured = [
-        None if (a := _cosine(ours)) is None or (b := _cosine(theirs)) is None else b - a
+        None if (a := cosine_after(ours)) is None or (b := cosine_after(theirs)) is None else b - a
         for ours, theirs in pairs
     ]
     return [
@@ -169,8 +169,9 @@ def _lifted(run: Run) -> float | None:
     return None if share is None or null is None else float(share - null)
 
 
-def _cosine(run: Run) -> float | None:
-    """Mean cosine of good-flawed pairs in different states, after the iterations."""
+def cosine_after(run: Run) -> float | None:
+    """Mean cosine of good-flawed pairs in different states, after the iterations; None without the
+    look, or without such pairs."""
     rows = [
         row
         for row in _look(run, "coupling-after").get("cosines", [])
@@ -191,23 +192,11 @@ def _fall(found: Found, plain: Sequence[Run], level: str) -> Claim:
             start = before.get(run.start)
             if start is None:
                 raise ConfigError(f"{run.path} has no cold start among the finished runs")
-            rows = _examined([start, run], "L0")
+            rows = rows_on([start, run], "L0")
             falls.append(rows[start.path]["flawed_rate"] - rows[run.path]["flawed_rate"])
         except ConfigError as error:
             lacking.append(str(error))
     return _judge(name, level, falls, 0.01, lacking=lacking)
-
-
-def _examined(runs: Sequence[Run], name: str) -> Mapping[Path, Mapping[str, Any]]:
-    """The row of each run on an evaluation set, the same for all, drawn as in training. ConfigError
-    when there is none."""
-    key = (name, "sampled")
-    for run in runs:
-        if key not in run.results:
-            raise ConfigError(f"{run.path} was not evaluated on {name}")
-    fit = [replace(run, results={key: run.results[key]}) for run in runs]
-    (evaluation,), _ = common_evaluations(Found(fit, []), [name])
-    return evaluation.rows
 
 
 def _can_judge(pairs: Sequence[tuple[Run, Run]]) -> bool:
@@ -228,7 +217,7 @@ def _gain(pairs: Sequence[tuple[Run, Run]], level: str, can_judge: bool) -> Clai
         lacking.append(f"no finished runs of {GCD} and {GRPO} have seed and cold start in common")
     else:
         try:
-            rows = _examined([run for pair in pairs for run in pair], "L1")
+            rows = rows_on([run for pair in pairs for run in pair], "L1")
             gains = [
                 rows[ours.path]["success_rate"] - rows[theirs.path]["success_rate"]
                 for ours, theirs in pairs

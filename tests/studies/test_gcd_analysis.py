@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -22,13 +22,10 @@ NOISE = [-0.01, 0.01, 0.0, -0.005, 0.005, 0.0]
 
 
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"gcd_{name}", FOLDER / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[f"gcd_{name}"] = module
-    spec.loader.exec_module(module)
-    return module
+    """As if it were run: what lies beside it can be imported."""
+    if str(FOLDER) not in sys.path:
+        sys.path.insert(0, str(FOLDER))
+    return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")
@@ -316,3 +313,44 @@ def test_pictures_show_the_pairs_and_the_course(
     pictures.main()
     for name in ("pairs", "course"):
         assert "<path" in (tmp_path / f"study-{name}.svg").read_text()
+
+
+def test_every_arm_is_compared_with_the_plain_one_of_its_cold_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`head` begins where `grpo` does, `correction` where `grpo-told-start` does."""
+    secondary = script("secondary")
+    made = sweep(tmp_path / "s", accuracy=(0.9, 0.7))
+    for seed in range(3):
+        arms = {
+            "head": (0.4, seed),
+            "correction": (0.7, 50 + seed),
+            "grpo-told-start": (0.6, 50 + seed),
+        }
+        for arm, (success, start) in arms.items():
+            objective = "none" if arm != "head" else "head"
+            join(
+                made, f"wrong.{arm}", evaluated(success, 0.25), seed=seed, start=start,
+                gcd={"objective": objective}, name=arm,
+            )  # fmt: skip
+    lines = {line.arm: line for line in secondary.lines_of(secondary.find_runs([made]))}
+    assert {arm: (line.plain, line.pairs) for arm, line in lines.items()} == {
+        "wrong.gcd-ce": ("wrong.grpo", 6),
+        "wrong.head": ("wrong.grpo", 3),
+        "wrong.correction": ("wrong.grpo-told-start", 3),
+    }
+    gcd, head = lines["wrong.gcd-ce"], lines["wrong.head"]
+    assert gcd.differences["success L1"].mean == pytest.approx(0.1)
+    assert gcd.differences["success L1"].interval == pytest.approx((0.0925794, 0.1074206), abs=1e-6)
+    assert gcd.differences["cosine"].mean == pytest.approx(-0.3)
+    assert gcd.verdict_accuracy == pytest.approx(0.8)
+    assert head.differences["success L0"].mean == pytest.approx(-0.1)
+    assert head.differences["flawed L1"].mean == pytest.approx(0.05, abs=0.01)
+    assert head.differences["cosine"] is None
+    assert lines["wrong.correction"].differences["success L1"].mean == pytest.approx(0.1)
+
+    monkeypatch.setattr(sys, "argv", ["secondary.py", str(made), "--out", str(tmp_path / "out")])
+    secondary.main()
+    assert "| wrong.gcd-ce | grpo | 6 | +0.100 [+0.093, +0.107] |" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out" / "secondary.json").read_text())) == 3
+    assert (tmp_path / "out" / "secondary.svg").read_text().count("<path") > 5

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -250,6 +250,20 @@ def common_evaluations(
             "on the same sets with `untwine evaluate RUN --sets ...`"
         )
     return evaluations, notes
+
+
+def rows_on(
+    runs: Sequence[Run], name: str, decoding: str = "sampled"
+) -> Mapping[Path, Mapping[str, Any]]:
+    """The row of each run on an evaluation set, the same for all; ConfigError when there is
+    none."""
+    key = (name, decoding)
+    for run in runs:
+        if key not in run.results:
+            raise ConfigError(f"{run.path} was not evaluated on {name}")
+    fit = [replace(run, results={key: run.results[key]}) for run in runs]
+    (evaluation,), _ = common_evaluations(Found(fit, []), [name])
+    return evaluation.rows
 
 
 def _common(key: Key, runs: Sequence[Run]) -> Evaluation:

@@ -1,0 +1,182 @@
+"""Every arm of the study of GCD beside the plain one that began with the same weights; what
+registration.md calls secondary. No claim rests on it.
+
+    python studies/gcd/secondary.py runs/gcd-study --out runs/gcd-study/secondary
+
+For each arm: success on L0, L1 and flawed steps per step on L1, minus those of the plain arm
+(`grpo...`), pair by pair; mean and Student's 95 % interval. Beside them the mean cosine of
+good-flawed pairs (from the looks), right verdicts in the last ten iterations, what share of the
+update tokens were verdicts, and seconds per iteration. Writes secondary.json and secondary.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from analysis import cosine_after
+
+from untwine.cli import run_guarded
+from untwine.compare.runs import COLD_ARM, SWEEP_FILE, Found, Run, find_runs, paired, rows_on
+from untwine.drawing import drawing
+from untwine.errors import CheckpointError
+from untwine.evaluate.aggregate import PairedDifference, paired_difference
+
+PLAIN = "grpo"
+MEASURES = {  # name: (evaluation set, key)
+    "success L0": ("L0", "success_rate"),
+    "success L1": ("L1", "success_rate"),
+    "flawed L1": ("L1", "flawed_rate"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """An arm beside its plain one.
+
+    differences       by measure; None where there are no looks
+    verdict_accuracy  of the last ten iterations; None without verdicts
+    verdict_tokens    share of the update tokens
+    seconds           per iteration, sampling and update and labels
+    """
+
+    arm: str
+    plain: str
+    differences: Mapping[str, PairedDifference | None]
+    verdict_accuracy: float | None
+    verdict_tokens: float
+    seconds: float
+
+    @property
+    def pairs(self) -> int:
+        return max((d.pairs for d in self.differences.values() if d), default=0)
+
+
+def lines_of(found: Found) -> list[Line]:
+    """All arms that have pairs with a plain arm of their level, in the order of the sweep."""
+    lines = []
+    for arm, runs in found.arms.items():
+        if arm.startswith(COLD_ARM):
+            continue
+        for plain, others in found.arms.items():
+            same_level = plain.split(".")[0] == arm.split(".")[0]
+            pairs = paired(runs, others)
+            if same_level and plain != arm and _name(plain).startswith(PLAIN) and pairs:
+                lines.append(_line(arm, plain, pairs))
+    return lines
+
+
+def _name(arm: str) -> str:
+    return arm.split(".")[-1]
+
+
+def _line(arm: str, plain: str, pairs: Sequence[tuple[Run, Run]]) -> Line:
+    both = [run for pair in pairs for run in pair]
+    differences: dict[str, PairedDifference | None] = {}
+    for name, (set_name, key) in MEASURES.items():
+        rows = rows_on(both, set_name)
+        differences[name] = _difference(
+            (float(rows[run.path][key]), float(rows[other.path][key])) for run, other in pairs
+        )
+    differences["cosine"] = _difference(
+        (cosine_after(run), cosine_after(other)) for run, other in pairs
+    )
+    ours = [run for run, _ in pairs]
+    accuracies = [
+        float(row["verdict_accuracy"])
+        for run in ours
+        for row in run.data.rl[-10:]
+        if row.get("verdict_accuracy") is not None
+    ]
+    verdicts, policy = (_total(ours, key) for key in ("gcd_tokens", "policy_tokens"))
+    seconds = sum(_total(ours, f"seconds_{part}") for part in ("rollout", "update", "labels"))
+    return Line(
+        arm,
+        plain,
+        differences,
+        float(np.mean(accuracies)) if accuracies else None,
+        verdicts / (verdicts + policy) if verdicts + policy else 0.0,
+        seconds / max(1, sum(len(run.data.rl) for run in ours)),
+    )
+
+
+def _difference(
+    values: Iterable[tuple[float | None, float | None]],
+) -> PairedDifference | None:
+    known = np.array([(x, y) for x, y in values if x is not None and y is not None])
+    return paired_difference(known[:, 0], known[:, 1]) if len(known) else None
+
+
+def _total(runs: Sequence[Run], key: str) -> float:
+    return sum(float(row.get(key) or 0) for run in runs for row in run.data.rl)
+
+
+def table(lines: Sequence[Line]) -> str:
+    names = [*MEASURES, "cosine"]
+    head = ["Arm", "minus", "pairs", *names, "right verdicts", "verdict tokens", "s/iteration"]
+    rows = [head, ["---"] * len(head)]
+    for line in lines:
+        accuracy = line.verdict_accuracy
+        rows.append(
+            [
+                line.arm,
+                _name(line.plain),
+                str(line.pairs),
+                *(_shown(line.differences[name]) for name in names),
+                "–" if accuracy is None else f"{accuracy:.2f}",
+                f"{100 * line.verdict_tokens:.1f} %",
+                f"{line.seconds:.1f}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _shown(found: PairedDifference | None) -> str:
+    if found is None:
+        return "–"
+    interval = found.interval
+    return f"{found.mean:+.3f}" + (
+        f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval is not None else ""
+    )
+
+
+def draw(lines: Sequence[Line], path: Path) -> None:
+    shown = ["success L1", "flawed L1"]
+    with drawing(path, (9.0, 0.9 + 0.3 * len(lines))) as figure:
+        for axes, name in zip(figure.subplots(1, 2, sharey=True), shown, strict=True):
+            for place, line in enumerate(lines):
+                found = line.differences[name]
+                if found is not None:
+                    axes.plot(found.mean, place, "o", color="C0", ms=4)
+                    if found.interval:
+                        axes.hlines(place, *found.interval, lw=2, color="C0", alpha=0.6)
+            axes.axvline(0, color="grey", lw=0.8)
+            axes.set_yticks(range(len(lines)), [f"{x.arm} − {_name(x.plain)}" for x in lines])
+            axes.set_ylim(len(lines) - 0.5, -0.5)
+            axes.set_xlabel(f"{name}, difference of pairs", fontsize=9)
+            axes.tick_params(labelsize=8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("sweep", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    if not (given.sweep / SWEEP_FILE).is_file():
+        raise CheckpointError(f"{given.sweep} is not the folder of a sweep: no {SWEEP_FILE}")
+    lines = lines_of(find_runs([given.sweep]))
+    if not lines:
+        raise CheckpointError(f"{given.sweep} has no finished pair of runs from one cold start")
+    given.out.mkdir(parents=True, exist_ok=True)
+    record = [asdict(line) for line in lines]
+    (given.out / "secondary.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    draw(lines, given.out / "secondary.svg")
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    run_guarded(main)
