@@ -3,10 +3,10 @@ registration.md calls secondary. No claim rests on it.
 
     python studies/gcd/secondary.py runs/gcd-study --out runs/gcd-study/secondary
 
-For each arm: success on L0, L1 and flawed steps per step on L1, minus those of the plain arm
-(`grpo...`), pair by pair; mean and Student's 95 % interval. Beside them the mean cosine of
-good-flawed pairs (from the looks), right verdicts in the last ten iterations, what share of the
-update tokens were verdicts, and seconds per iteration. Writes secondary.json and secondary.svg.
+For each arm: success on every set, and flawed steps per step on the last of them, minus those of
+the plain arm (`grpo...`), pair by pair; mean and Student's 95 % interval. Beside them the mean
+cosine of good-flawed pairs (from the looks), right verdicts in the last ten iterations, what share
+of the update tokens were verdicts, and seconds per iteration. Writes secondary.json and secondary.svg.
 """
 
 from __future__ import annotations
@@ -27,11 +27,7 @@ from untwine.errors import CheckpointError
 from untwine.evaluate.aggregate import PairedDifference, paired_difference
 
 PLAIN = "grpo"
-MEASURES = {  # name: (evaluation set, key)
-    "success L0": ("L0", "success_rate"),
-    "success L1": ("L1", "success_rate"),
-    "flawed L1": ("L1", "flawed_rate"),
-}
+COSINE = "cosine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +52,10 @@ class Line:
         return max((d.pairs for d in self.differences.values() if d), default=0)
 
 
-def lines_of(found: Found) -> list[Line]:
+def lines_of(found: Found, sets: Sequence[str] = ("L0", "L1")) -> list[Line]:
     """All arms that have pairs with a plain arm of their level, in the order of the sweep."""
+    measures = {f"success {name}": (name, "success_rate") for name in sets}
+    measures[f"flawed {sets[-1]}"] = (sets[-1], "flawed_rate")
     lines = []
     for arm, runs in found.arms.items():
         if arm.startswith(COLD_ARM):
@@ -66,7 +64,7 @@ def lines_of(found: Found) -> list[Line]:
             same_level = plain.split(".")[0] == arm.split(".")[0]
             pairs = paired(runs, others)
             if same_level and plain != arm and _name(plain).startswith(PLAIN) and pairs:
-                lines.append(_line(arm, plain, pairs))
+                lines.append(_line(arm, plain, pairs, measures))
     return lines
 
 
@@ -74,15 +72,20 @@ def _name(arm: str) -> str:
     return arm.split(".")[-1]
 
 
-def _line(arm: str, plain: str, pairs: Sequence[tuple[Run, Run]]) -> Line:
+def _line(
+    arm: str,
+    plain: str,
+    pairs: Sequence[tuple[Run, Run]],
+    measures: Mapping[str, tuple[str, str]],
+) -> Line:
     both = [run for pair in pairs for run in pair]
     differences: dict[str, PairedDifference | None] = {}
-    for name, (set_name, key) in MEASURES.items():
+    for name, (set_name, key) in measures.items():
         rows = rows_on(both, set_name)
         differences[name] = _difference(
             (float(rows[run.path][key]), float(rows[other.path][key])) for run, other in pairs
         )
-    differences["cosine"] = _difference(
+    differences[COSINE] = _difference(
         (cosine_after(run), cosine_after(other)) for run, other in pairs
     )
     ours = [run for run, _ in pairs]
@@ -116,7 +119,7 @@ def _total(runs: Sequence[Run], key: str) -> float:
 
 
 def table(lines: Sequence[Line]) -> str:
-    names = [*MEASURES, "cosine"]
+    names = list(lines[0].differences)
     head = ["Arm", "minus", "pairs", *names, "right verdicts", "verdict tokens", "s/iteration"]
     rows = [head, ["---"] * len(head)]
     for line in lines:
@@ -145,7 +148,7 @@ def _shown(found: PairedDifference | None) -> str:
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    shown = ["success L1", "flawed L1"]
+    shown = [name for name in lines[0].differences if name != COSINE][-2:]
     with drawing(path, (9.0, 0.9 + 0.3 * len(lines))) as figure:
         for axes, name in zip(figure.subplots(1, 2, sharey=True), shown, strict=True):
             for place, line in enumerate(lines):
@@ -165,10 +168,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sweep", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sets", default="L0,L1", help="evaluation sets, separated by commas")
     given = parser.parse_args()
     if not (given.sweep / SWEEP_FILE).is_file():
         raise CheckpointError(f"{given.sweep} is not the folder of a sweep: no {SWEEP_FILE}")
-    lines = lines_of(find_runs([given.sweep]))
+    lines = lines_of(find_runs([given.sweep]), given.sets.split(","))
     if not lines:
         raise CheckpointError(f"{given.sweep} has no finished pair of runs from one cold start")
     given.out.mkdir(parents=True, exist_ok=True)
