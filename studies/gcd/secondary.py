@@ -6,7 +6,7 @@ registration.md calls secondary. No claim rests on it.
 For each arm: success on every set, and flawed steps per step on the last of them, minus those of
 the plain arm (`grpo...`), pair by pair; mean and Student's 95 % interval. Beside them the mean
 cosine of good-flawed pairs (from the looks), right verdicts in the last ten iterations, what share
-of the update tokens were verdicts, and seconds per iteration. Writes secondary.json and secondary.svg.
+of the update tokens were verdicts, and seconds per iteration. Writes secondary.json and .svg.
 """
 
 from __future__ import annotations
