@@ -261,5 +261,6 @@ def test_a_sweep_names_its_arms_and_what_is_missing(tmp_path: Path) -> None:
     assert [arm["label"] for arm in numbers["arms"]] == ["GRPO", "cold start"]
     assert numbers["baseline"] == "GRPO"
     assert "GRPO, seed 1: not begun." in numbers["notes"]
+    assert not [note for note in numbers["notes"] if "lacks" in note]  # planned with fewer seeds
     paired = numbers["sets"][0]["against"][0]["paired"]
     assert paired["mean"] == pytest.approx(0.3 - 0.45)

@@ -97,7 +97,8 @@ def find_runs(paths: Sequence[Path]) -> Found:
     if not runs:
         why = " ".join(notes) or "No run was named."
         raise CheckpointError(f"there is nothing to compare. {why}")
-    _note_missing_seeds(runs, notes)
+    planned = {path for path, arm in listed if arm}  # what lacks there is noted by now
+    _note_missing_seeds([run for run in runs if run.path not in planned], notes)
     runs.sort(key=lambda run: run.arm.startswith(COLD_ARM))
     return Found(runs, notes)
 
