@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -199,15 +199,21 @@ def _fall(found: Found, plain: Sequence[Run], level: str) -> Claim:
     return _judge(name, level, falls, 0.01, lacking=lacking)
 
 
-def _can_judge(pairs: Sequence[tuple[Run, Run]]) -> bool:
-    """Whether GCD had learnt to tell: mean verdict accuracy of the last ten iterations."""
+def verdict_accuracy(runs: Iterable[Run]) -> float | None:
+    """Mean over the last ten iterations of all runs; None without verdicts."""
     accuracies = [
         float(row["verdict_accuracy"])
-        for ours, _ in pairs
-        for row in ours.data.rl[-10:]
+        for run in runs
+        for row in run.data.rl[-10:]
         if row.get("verdict_accuracy") is not None
     ]
-    return bool(accuracies) and float(np.mean(accuracies)) > LEAST_ACCURACY
+    return float(np.mean(accuracies)) if accuracies else None
+
+
+def _can_judge(pairs: Sequence[tuple[Run, Run]]) -> bool:
+    """Whether GCD had learnt to tell."""
+    accuracy = verdict_accuracy(ours for ours, _ in pairs)
+    return accuracy is not None and accuracy > LEAST_ACCURACY
 
 
 def _gain(pairs: Sequence[tuple[Run, Run]], level: str, can_judge: bool) -> Claim:
@@ -282,11 +288,21 @@ def table(claims: Sequence[Claim]) -> str:
     lines = ["| Claim | Level | Runs | Effect, 95 % | Matters from | Verdict |", ""]
     lines[1] = "|---|---|---:|---|---:|---|"
     for c in claims:
-        shown = "–" if c.value is None else f"{c.value:+.3f}"
-        if c.interval:
-            shown += f" [{c.interval[0]:+.3f}, {c.interval[1]:+.3f}]"
+        shown = with_interval(c.value, c.interval)
         lines.append(f"| {c.name} | {c.level} | {c.runs} | {shown} | {c.least:g} | {c.verdict} |")
     return "\n".join(lines)
+
+
+def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
+    """A value and the ends of its interval, as far as they are known."""
+    shown = "–" if value is None else f"{value:+.3f}"
+    return shown + (f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "")
+
+
+def check_sweep(folder: Path) -> None:
+    """CheckpointError unless it is the folder of a sweep."""
+    if not (folder / SWEEP_FILE).is_file():
+        raise CheckpointError(f"{folder} is not the folder of a sweep: no {SWEEP_FILE}")
 
 
 def main() -> None:
@@ -295,8 +311,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--levels", default="", help="separated by commas; all unless given")
     given = parser.parse_args()
-    if not (given.sweep / SWEEP_FILE).is_file():
-        raise CheckpointError(f"{given.sweep} is not the folder of a sweep: no {SWEEP_FILE}")
+    check_sweep(given.sweep)
     known = levels_of(given.sweep)
     levels = given.levels.split(",") if given.levels else known
     for level in levels:

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from analysis import cosine_after
+from analysis import check_sweep, cosine_after, verdict_accuracy, with_interval
 
 from untwine.cli import run_guarded
-from untwine.compare.runs import COLD_ARM, SWEEP_FILE, Found, Run, find_runs, paired, rows_on
+from untwine.compare.runs import COLD_ARM, Found, Run, find_runs, paired, rows_on
 from untwine.drawing import drawing
 from untwine.errors import CheckpointError
 from untwine.evaluate.aggregate import PairedDifference, paired_difference
@@ -79,29 +79,24 @@ def _line(
     measures: Mapping[str, tuple[str, str]],
 ) -> Line:
     both = [run for pair in pairs for run in pair]
+    rows = {name: rows_on(both, name) for name in {name for name, _ in measures.values()}}
     differences: dict[str, PairedDifference | None] = {}
     for name, (set_name, key) in measures.items():
-        rows = rows_on(both, set_name)
+        found = rows[set_name]
         differences[name] = _difference(
-            (float(rows[run.path][key]), float(rows[other.path][key])) for run, other in pairs
+            (float(found[run.path][key]), float(found[other.path][key])) for run, other in pairs
         )
     differences[COSINE] = _difference(
         (cosine_after(run), cosine_after(other)) for run, other in pairs
     )
     ours = [run for run, _ in pairs]
-    accuracies = [
-        float(row["verdict_accuracy"])
-        for run in ours
-        for row in run.data.rl[-10:]
-        if row.get("verdict_accuracy") is not None
-    ]
     verdicts, policy = (_total(ours, key) for key in ("gcd_tokens", "policy_tokens"))
     seconds = sum(_total(ours, f"seconds_{part}") for part in ("rollout", "update", "labels"))
     return Line(
         arm,
         plain,
         differences,
-        float(np.mean(accuracies)) if accuracies else None,
+        verdict_accuracy(ours),
         verdicts / (verdicts + policy) if verdicts + policy else 0.0,
         seconds / max(1, sum(len(run.data.rl) for run in ours)),
     )
@@ -139,12 +134,7 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def _shown(found: PairedDifference | None) -> str:
-    if found is None:
-        return "–"
-    interval = found.interval
-    return f"{found.mean:+.3f}" + (
-        f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval is not None else ""
-    )
+    return with_interval(found.mean, found.interval) if found else with_interval(None, None)
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
@@ -170,8 +160,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sets", default="L0,L1", help="evaluation sets, separated by commas")
     given = parser.parse_args()
-    if not (given.sweep / SWEEP_FILE).is_file():
-        raise CheckpointError(f"{given.sweep} is not the folder of a sweep: no {SWEEP_FILE}")
+    check_sweep(given.sweep)
     lines = lines_of(find_runs([given.sweep]), given.sets.split(","))
     if not lines:
         raise CheckpointError(f"{given.sweep} has no finished pair of runs from one cold start")
