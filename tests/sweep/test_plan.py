@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from untwine.compare.runs import read_sweep
+from untwine.config import EvaluateConfig
 from untwine.errors import ConfigError, UntwineError
 from untwine.progress import Display
 from untwine.sweep.command import run_sweep
@@ -96,6 +97,20 @@ def test_arms_that_differ_before_have_cold_starts_of_their_own(
         if one.job.after:
             steps = colds[one.job.after].job.recipe.cold_start.steps
             assert f"cold_start.steps={steps}" in one.arm
+
+
+def test_a_cold_start_is_examined_as_all_its_arms_are(recipe: Path, tmp_path: Path) -> None:
+    dev, few = "evaluate.sets=[dev]", "evaluate.episodes=16"
+    arms = [
+        Arm("plain", (dev, few)),
+        Arm("gcd", (dev, CE)),
+        Arm("longer", ("cold_start.steps=5", "evaluate.sets=[L1]")),
+    ]
+    planned = plan_sweep(recipe, [], arms, 1, tmp_path / "out")
+    colds = [one.job.recipe.evaluate for one in planned if one.job.after is None]
+    usual = EvaluateConfig().episodes
+    assert usual != 16
+    assert [(c.sets, c.episodes) for c in colds] == [(["dev"], usual), (["L1"], usual)]
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def plan_sweep(
     """
     base = load_recipe(recipe_path, overrides)
     recipes = {arm: load_recipe(recipe_path, [*overrides, *arm.overrides]) for arm in arms}
+    examined = {arm: _examined_alike([a for a in arms if a.before == arm.before]) for arm in arms}
     planned: dict[Path, Planned] = {}
     most = max([seeds, *(arm.seeds for arm in arms)])
     for number, seed in enumerate(range(base.seed, base.seed + most)):
@@ -118,7 +119,8 @@ def plan_sweep(
                 kind = ", ".join(arm.before)
                 start = out / "cold" / (folder_name(kind) or "base") / f"seed-{seed}"
                 title = f"{COLD_ARM} ({kind})" if kind else COLD_ARM
-                before = load_recipe(recipe_path, [*overrides, *arm.before, "rl.iterations=0"])
+                changes = [*overrides, *arm.before, *examined[arm], "rl.iterations=0"]
+                before = load_recipe(recipe_path, changes)
                 cold = _changed(before, f"{title}, seed {seed}", seed)
                 planned.setdefault(start, Planned(Job(cold.name, cold, start), title, seed))
                 own = make_recipe(
@@ -131,6 +133,15 @@ def plan_sweep(
             run = out / "arms" / (folder_name(name) or "base") / f"seed-{seed}"
             planned[run] = Planned(Job(own.name, own, run, start), name, seed)
     return list(planned.values())
+
+
+def _examined_alike(arms: Sequence[Arm]) -> list[str]:
+    """The overrides of `evaluate` that all of `arms` have; their cold start is examined so, too."""
+    return [
+        override
+        for override in arms[0].overrides
+        if _section(override) == "evaluate" and all(override in arm.overrides for arm in arms)
+    ]
 
 
 def check_arms(planned: Sequence[Planned]) -> None:
