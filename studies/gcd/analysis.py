@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from untwine.cli import run_guarded
+from untwine.compare.numbers import UPDATE_TOKENS
 from untwine.compare.runs import (
     COLD_ARM,
     SWEEP_FILE,
@@ -235,9 +236,8 @@ def _gain(pairs: Sequence[tuple[Run, Run]], level: str, can_judge: bool) -> Clai
 
 def tokens_of(found: Found, level: str) -> dict[str, float]:
     """Mean tokens of updates of each arm of a level."""
-    keys = ("policy_tokens", "gcd_tokens")
     return {
-        arm: float(np.mean([sum(r.get(k) or 0 for r in run.data.rl for k in keys) for run in runs]))
+        arm: float(np.mean([run.total(*UPDATE_TOKENS) for run in runs]))
         for arm, runs in found.arms.items()
         if arm.startswith(f"{level}.")
     }

@@ -21,6 +21,7 @@ import numpy as np
 from analysis import check_sweep, cosine_after, verdict_accuracy, with_interval
 
 from untwine.cli import run_guarded
+from untwine.compare.numbers import UPDATE_TOKENS
 from untwine.compare.runs import COLD_ARM, Found, Run, find_runs, paired, rows_on
 from untwine.drawing import drawing
 from untwine.errors import CheckpointError
@@ -90,14 +91,16 @@ def _line(
         (cosine_after(run), cosine_after(other)) for run, other in pairs
     )
     ours = [run for run, _ in pairs]
-    verdicts, policy = (_total(ours, key) for key in ("gcd_tokens", "policy_tokens"))
-    seconds = sum(_total(ours, f"seconds_{part}") for part in ("rollout", "update", "labels"))
+    verdicts = sum(run.total("gcd_tokens") for run in ours)
+    tokens = sum(run.total(*UPDATE_TOKENS) for run in ours)
+    parts = [f"seconds_{part}" for part in ("rollout", "update", "labels")]
+    seconds = sum(run.total(*parts) for run in ours)
     return Line(
         arm,
         plain,
         differences,
         verdict_accuracy(ours),
-        verdicts / (verdicts + policy) if verdicts + policy else 0.0,
+        verdicts / tokens if tokens else 0.0,
         seconds / max(1, sum(len(run.data.rl) for run in ours)),
     )
 
@@ -107,10 +110,6 @@ def _difference(
 ) -> PairedDifference | None:
     known = np.array([(x, y) for x, y in values if x is not None and y is not None])
     return paired_difference(known[:, 0], known[:, 1]) if len(known) else None
-
-
-def _total(runs: Sequence[Run], key: str) -> float:
-    return sum(float(row.get(key) or 0) for run in runs for row in run.data.rl)
 
 
 def table(lines: Sequence[Line]) -> str:

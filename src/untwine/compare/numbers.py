@@ -28,7 +28,7 @@ MEASURES: dict[str, tuple[str, str]] = {
 """Key in the evaluation rows, and what it is called."""
 
 STEP_MEASURES = ("episode_length", "invalid_rate", "repeated_rate", "flawed_rate")
-_TOKENS = ("policy_tokens", "gcd_tokens")
+UPDATE_TOKENS = ("policy_tokens", "gcd_tokens")
 _SECONDS = ("seconds_rollout", "seconds_labels", "seconds_update")
 _OVERHEAD_TOKENS = ("gcd_tokens", "gcd_sampled_tokens", "label_tokens")
 _OVERHEAD_SECONDS = ("seconds_gcd", "seconds_labels")
@@ -82,15 +82,11 @@ def _arm(label: str, runs: Sequence[Run]) -> dict[str, Any]:
         "label": label,
         "seeds": [run.seed for run in runs],
         "runs": [str(run.path) for run in runs],
-        "tokens": _mean(_total(run, _TOKENS) for run in runs),
-        "seconds": _mean(_total(run, _SECONDS) for run in runs),
-        "overhead_tokens": _mean(_total(run, _OVERHEAD_TOKENS) for run in runs),
-        "overhead_seconds": _mean(_total(run, _OVERHEAD_SECONDS) for run in runs),
+        "tokens": _mean(run.total(*UPDATE_TOKENS) for run in runs),
+        "seconds": _mean(run.total(*_SECONDS) for run in runs),
+        "overhead_tokens": _mean(run.total(*_OVERHEAD_TOKENS) for run in runs),
+        "overhead_seconds": _mean(run.total(*_OVERHEAD_SECONDS) for run in runs),
     }
-
-
-def _total(run: Run, keys: Iterable[str]) -> float:
-    return sum(number(row.get(key)) or 0.0 for row in run.data.rl for key in keys)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -18,7 +18,7 @@ from untwine.compare.results import Key, Results, evaluate_command, lacking_task
 from untwine.config import Recipe
 from untwine.errors import CheckpointError, ConfigError, UntwineError
 from untwine.evaluate.identity import model_digest
-from untwine.report.run_data import RunData, load_run
+from untwine.report.run_data import RunData, load_run, number
 from untwine.report.shape import Misshapen, shaped
 from untwine.training.run_dir import run_recipe
 
@@ -46,6 +46,10 @@ class Run:
     @property
     def seed(self) -> int:
         return self.recipe.seed
+
+    def total(self, *keys: str) -> float:
+        """Sum of these metrics over all iterations; what was not recorded counts as 0."""
+        return sum(number(row.get(key)) or 0.0 for row in self.data.rl for key in keys)
 
     @cached_property
     def start(self) -> str | None:
