@@ -5,6 +5,8 @@
 study-pairs.svg   success of GCD minus GRPO, a dot for each pair of runs from one cold start
 study-course.svg  success, flawed steps and right verdicts over the iterations, mean and range of
                   the middle half of the runs
+
+Options choose another arm of GCD, its sets, and what the files are called.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from untwine.compare.runs import Found, Run, find_runs, paired
+from untwine.cli import run_guarded
+from untwine.compare.runs import Found, Run, find_runs, paired, rows_on
 from untwine.drawing import drawing
 from untwine.evaluate.aggregate import paired_difference
 
-GRPO, GCD = "grpo", "gcd-ce"
-SETS = ["L0", "L1", "L2"]
+GRPO = "grpo"
 COURSES = {
     "success_rate": "success in training",
     "flawed_rate": "flawed steps per step",
@@ -29,24 +31,20 @@ COURSES = {
 }
 
 
-def differences(found: Found, level: str, set_name: str) -> list[float]:
-    """Success of GCD minus that of GRPO on a set, for each pair from one cold start with one seed,
-    after training."""
-    ours, theirs = (found.arms.get(f"{level}.{arm}", []) for arm in (GCD, GRPO))
-    return [
-        _success(run, set_name) - _success(other, set_name) for run, other in paired(ours, theirs)
-    ]
+def differences(found: Found, level: str, gcd: str, set_name: str) -> list[float]:
+    """Success of the arm `gcd` minus that of GRPO on a set, for each pair from one cold start with
+    one seed, after training."""
+    pairs = paired(*(found.arms.get(f"{level}.{arm}", []) for arm in (gcd, GRPO)))
+    rows = rows_on([run for pair in pairs for run in pair], set_name) if pairs else {}
+    success = {path: float(row["success_rate"]) for path, row in rows.items()}
+    return [success[run.path] - success[other.path] for run, other in pairs]
 
 
-def _success(run: Run, set_name: str) -> float:
-    return float(run.results[set_name, "sampled"][-1]["success_rate"])
-
-
-def draw_pairs(found: Found, level: str, sets: Sequence[str], path: Path) -> None:
+def draw_pairs(found: Found, level: str, gcd: str, sets: Sequence[str], path: Path) -> None:
     with drawing(path, (7.0, 0.8 + 0.6 * len(sets))) as figure:
         axes = figure.subplots()
         for place, name in enumerate(sets):
-            values = np.array(differences(found, level, name))
+            values = np.array(differences(found, level, gcd, name))
             axes.plot(values, np.full(len(values), place), "o", ms=4, alpha=0.5)
             pair = paired_difference(values, np.zeros(len(values)))
             if pair.interval:
@@ -73,12 +71,12 @@ def course(runs: Sequence[Run], key: str) -> list[list[float]]:
     return columns
 
 
-def draw_course(found: Found, level: str, path: Path) -> None:
+def draw_course(found: Found, level: str, gcd: str, path: Path) -> None:
     with drawing(path, (9.0, 2.8)) as figure:
         for axes, (key, name) in zip(
             figure.subplots(1, len(COURSES)), COURSES.items(), strict=True
         ):
-            for arm in (GRPO, GCD):
+            for arm in (GRPO, gcd):
                 columns = course(found.arms.get(f"{level}.{arm}", []), key)
                 if columns:
                     x = np.arange(1, len(columns) + 1)
@@ -96,12 +94,16 @@ def main() -> None:
     parser.add_argument("sweep", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--level", default="wrong")
+    parser.add_argument("--gcd", default="gcd-ce", help="the arm beside GRPO")
+    parser.add_argument("--sets", default="L0,L1,L2", help="evaluation sets, separated by commas")
+    parser.add_argument("--name", default="study", help="what file names begin with")
     given = parser.parse_args()
     found = find_runs([given.sweep])
     given.out.mkdir(parents=True, exist_ok=True)
-    draw_pairs(found, given.level, SETS, given.out / "study-pairs.svg")
-    draw_course(found, given.level, given.out / "study-course.svg")
+    pairs, course = (given.out / f"{given.name}-{what}.svg" for what in ("pairs", "course"))
+    draw_pairs(found, given.level, given.gcd, given.sets.split(","), pairs)
+    draw_course(found, given.level, given.gcd, course)
 
 
 if __name__ == "__main__":
-    main()
+    run_guarded(main)

@@ -302,14 +302,16 @@ def test_pictures_show_the_pairs_and_the_course(
     pictures = script("pictures")
     made = sweep(tmp_path / "s")
     found = pictures.find_runs([made])
-    assert pictures.differences(found, "wrong", "L1") == pytest.approx([0.1 + n for n in NOISE])
-    assert pictures.differences(found, "short", "L1") == []
+    assert pictures.differences(found, "wrong", "gcd-ce", "L1") == pytest.approx(
+        [0.1 + n for n in NOISE]
+    )
+    assert pictures.differences(found, "short", "gcd-ce", "L1") == []
     runs = found.arms["wrong.gcd-ce"]
     first = [float(run.data.rl[0]["policy_tokens"]) for run in runs]
     assert pictures.course(runs, "policy_tokens")[0] == first
     assert pictures.course(runs, "no such metric") == []
-    monkeypatch.setattr(pictures, "SETS", ["L0", "L1"])
-    monkeypatch.setattr(sys, "argv", ["pictures.py", str(made), "--out", str(tmp_path)])
+    argv = ["pictures.py", str(made), "--out", str(tmp_path), "--sets", "L0,L1"]
+    monkeypatch.setattr(sys, "argv", argv)
     pictures.main()
     for name in ("pairs", "course"):
         assert "<path" in (tmp_path / f"study-{name}.svg").read_text()
