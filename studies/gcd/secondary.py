@@ -6,14 +6,15 @@ registration.md calls secondary. No claim rests on it.
 For each arm: success on every set, and flawed steps per step on the last of them, minus those of
 the plain arm (`grpo...`), pair by pair; mean and Student's 95 % interval. Beside them the mean
 cosine of good-flawed pairs (from the looks), right verdicts in the last ten iterations, what share
-of the update tokens were verdicts, and seconds per iteration. Writes secondary.json and .svg.
+of the update tokens were verdicts, and seconds per iteration. Writes secondary.json, with the
+values of each pair, and secondary.svg.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from untwine.evaluate.aggregate import PairedDifference, paired_difference
 
 PLAIN = "grpo"
 COSINE = "cosine"
+Values = tuple[int, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Line:
     """An arm beside its plain one.
 
     differences       by measure; None where there are no looks
+    values            by measure: (seed, of the arm, of the plain one) of each pair
     verdict_accuracy  of the last ten iterations; None without verdicts
     verdict_tokens    share of the update tokens
     seconds           per iteration, sampling and update and labels
@@ -44,6 +47,7 @@ class Line:
     arm: str
     plain: str
     differences: Mapping[str, PairedDifference | None]
+    values: Mapping[str, list[Values]]
     verdict_accuracy: float | None
     verdict_tokens: float
     seconds: float
@@ -81,15 +85,15 @@ def _line(
 ) -> Line:
     both = [run for pair in pairs for run in pair]
     rows = {name: rows_on(both, name) for name in {name for name, _ in measures.values()}}
-    differences: dict[str, PairedDifference | None] = {}
+    values: dict[str, list[Values]] = {}
     for name, (set_name, key) in measures.items():
         found = rows[set_name]
-        differences[name] = _difference(
-            (float(found[run.path][key]), float(found[other.path][key])) for run, other in pairs
-        )
-    differences[COSINE] = _difference(
-        (cosine_after(run), cosine_after(other)) for run, other in pairs
-    )
+        values[name] = [
+            (run.seed, float(found[run.path][key]), float(found[other.path][key]))
+            for run, other in pairs
+        ]
+    cosines = [(run.seed, cosine_after(run), cosine_after(other)) for run, other in pairs]
+    values[COSINE] = [(s, x, y) for s, x, y in cosines if x is not None and y is not None]
     ours = [run for run, _ in pairs]
     verdicts = sum(run.total("gcd_tokens") for run in ours)
     tokens = sum(run.total(*UPDATE_TOKENS) for run in ours)
@@ -98,18 +102,17 @@ def _line(
     return Line(
         arm,
         plain,
-        differences,
+        {name: _difference(known) for name, known in values.items()},
+        values,
         verdict_accuracy(ours),
         verdicts / tokens if tokens else 0.0,
         seconds / max(1, sum(len(run.data.rl) for run in ours)),
     )
 
 
-def _difference(
-    values: Iterable[tuple[float | None, float | None]],
-) -> PairedDifference | None:
-    known = np.array([(x, y) for x, y in values if x is not None and y is not None])
-    return paired_difference(known[:, 0], known[:, 1]) if len(known) else None
+def _difference(values: Sequence[Values]) -> PairedDifference | None:
+    _, ours, theirs = np.array(values).reshape(-1, 3).T
+    return paired_difference(ours, theirs) if values else None
 
 
 def table(lines: Sequence[Line]) -> str:

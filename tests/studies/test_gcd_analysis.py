@@ -349,6 +349,10 @@ def test_every_arm_is_compared_with_the_plain_one_of_its_cold_start(
     assert head.differences["success L0"].mean == pytest.approx(-0.1)
     assert head.differences["flawed L1"].mean == pytest.approx(0.05, abs=0.01)
     assert head.differences["cosine"] is None
+    assert (head.values["success L0"], head.values["cosine"]) == (
+        [(seed, pytest.approx(0.4), pytest.approx(0.5)) for seed in range(3)],
+        [],
+    )
     assert lines["wrong.correction"].differences["success L1"].mean == pytest.approx(0.1)
 
     monkeypatch.setattr(sys, "argv", ["secondary.py", str(made), "--out", str(tmp_path / "out")])
