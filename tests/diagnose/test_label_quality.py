@@ -23,13 +23,13 @@ from untwine.progress import Display
 from untwine.training.loop import train
 
 STEPS = [
-    Compared("flawed", 4.0, "flawed"),
-    Compared("flawed", 2.0, "good"),
-    Compared("flawed", 2.0, None),
-    Compared("good", 1.0, "good"),
-    Compared("good", 3.0, None),
-    Compared("neutral", 4.0, "flawed"),
-    Compared("neutral", 4.0, None),
+    Compared("flawed", -0.5, 4.0, "flawed"),
+    Compared("flawed", -0.2, 2.0, "good"),
+    Compared("flawed", -0.9, 2.0, None),
+    Compared("good", 0.7, 1.0, "good"),
+    Compared("good", 0.9, 3.0, None),
+    Compared("neutral", 0.1, 4.0, "flawed"),
+    Compared("neutral", 0.0, 4.0, None),
 ]
 
 
@@ -49,8 +49,23 @@ def test_by_hand() -> None:
     assert flawed["precision"]["interval"] == pytest.approx(list(wilson_interval(1.0, 2)))
 
 
+def test_worth_is_the_mean_advantage_of_all_steps_with_the_label() -> None:
+    """Neutral steps included; in the interval groups are drawn anew, not steps."""
+    worth = quality(STEPS)["worth"]
+    assert worth["flawed_mean"]["value"] == pytest.approx((4 * -0.5 + 4 * 0.1) / 8)
+    assert worth["good_mean"]["value"] == pytest.approx((2 * -0.2 + 1 * 0.7) / 3)
+    assert worth["difference"]["value"] == pytest.approx(0.1 + 0.2)
+    assert worth["flawed_mean"]["interval"] is None  # all of one group
+    two = [Compared("neutral", -0.4, 1.0, "flawed", (k, 0)) for k in (0, 1) for _ in range(30)]
+    low, high = quality([*two, Compared("good", 0.5, 60.0, "flawed", (1, 3))])["worth"][
+        "flawed_mean"
+    ]["interval"]
+    assert (low, high) == pytest.approx((-0.4, 0.5))  # drawn three times: one group alone
+
+
 def test_a_source_that_says_nothing() -> None:
-    found = quality([Compared("good", 1.0, None)])
+    found = quality([Compared("good", 0.2, 1.0, None)])
+    assert found["worth"] == {"flawed_mean": None, "good_mean": None, "difference": None}
     assert found["coverage"]["value"] == 0.0
     assert found["accuracy"] == {"value": None, "interval": None, "steps": 0}
     assert found["flawed"]["precision"]["value"] is None
@@ -101,6 +116,8 @@ def test_command(
     assert rule["coverage"]["value"] == pytest.approx(weight(ruled) / weight(truth))
     right = weight([row for row in flawed if row.label == "flawed"])
     assert rule["flawed"]["precision"]["value"] == pytest.approx(right / weight(flawed))
+    mean = sum(row.weight * row.advantage for row in flawed) / weight(flawed)
+    assert rule["worth"]["flawed_mean"]["value"] == pytest.approx(mean)
     assert numbers["sources"]["expert"]["coverage"]["value"] > 0.3
     for source in numbers["sources"].values():
         counts = source["counts"]
@@ -141,4 +158,5 @@ def test_table(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) 
         main()
     shown = capsys.readouterr().out
     assert "precision flawed" in shown
+    assert "good minus flawed" in shown
     assert "rule" in shown

@@ -91,6 +91,10 @@ def label_quality(text: str = "") -> dict[str, Any]:
             "coverage": share(coverage, 30), "accuracy": share(accuracy, n),
             "flawed": {**verdict, "recall": share(0.375, 10)},
             "good": {**verdict, "recall": share(None)},
+            "worth": {
+                "flawed_mean": {"value": -0.25, "interval": [-0.5, 0.0]},
+                "good_mean": None, "difference": None,
+            },
             "counts": {t: {"good": 1, "flawed": 1, "none": 1} for t in ("good", "flawed")},
         }  # fmt: skip
 

@@ -58,7 +58,9 @@ def test_json_gives_what_the_files_hold(measured: Path) -> None:
     assert ours["lemma"] == theirs["lemma"]
     for name, theirs in files["labels"]["sources"].items():
         ours = dict(found["labels"]["sources"][name])
-        assert ours == {key: theirs[key] for key in ("coverage", "accuracy", "flawed", "good")}
+        assert ours == {
+            key: theirs[key] for key in ("coverage", "accuracy", "flawed", "good", "worth")
+        }
     for key in ("offenders", "cosines", "sample_list", "reinforced", "head_correlation"):
         assert found["coupling"][key] == files["coupling"][key]
     assert found["separation"]["layers"] == files["separation"]["layers"]
@@ -292,11 +294,22 @@ def test_the_page_shows_numbers_and_prompts(tmp_path: Path, measured: Path) -> N
 
 
 def test_the_page_shows_what_labels_are_worth(tmp_path: Path, measured: Path) -> None:
-    """By source: coverage, accuracy, then precision and recall of either verdict."""
+    """By source: coverage, accuracy, precision and recall of either verdict, mean A*."""
     text = " ".join(page_of(tmp_path, measured).text.split())
     sure, part = "75 % [62, 88] of 12", "38 % [25, 50] of 10"
-    assert f"rule50 % [38, 62] of 30{sure}{sure}{part}{sure}–" in text
-    assert f"mine25 % [12, 38] of 30––{part}––" in text
+    worth = "−0.25 [−0.50, 0.00] –"
+    assert f"rule50 % [38, 62] of 30{sure}{sure}{part}{sure}–{worth}" in text
+    assert f"mine25 % [12, 38] of 30––{part}––{worth}" in text
+
+
+def test_labels_measured_before_their_worth_was_are_shown(tmp_path: Path, measured: Path) -> None:
+    file = measured / "diagnose" / "labels.json"
+    numbers = json.loads(file.read_text())
+    for source in numbers["sources"].values():
+        del source["worth"]
+    file.write_text(json.dumps(numbers))
+    text = " ".join(page_of(tmp_path, measured).text.split())
+    assert "mine25 % [12, 38] of 30––38 % [25, 50] of 10––––" in text
 
 
 def test_labels_of_an_older_form_are_left_out(tmp_path: Path, measured: Path) -> None:

@@ -125,6 +125,11 @@ def calibrate(judged: Judged, *, resamples: int = 2000, seed: int = 0) -> dict[s
     }
 
 
+def means_by_verdict(judged: Judged, *, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """`flawed_mean`, `good_mean` and `difference` of `calibrate`, each with an interval."""
+    return _means(judged, _Bootstrap(judged.groups_N, resamples, seed))
+
+
 def sign_agreement(judged: Judged) -> float | None:
     """Weighted share of good and flawed steps whose estimate has the sign of the verdict."""
     known = judged.where(judged.verdicts_N != 0)

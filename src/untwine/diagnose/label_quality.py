@@ -10,6 +10,12 @@ With w the number of steps that a judged step stands for, and sums over judged s
 
 A label on a neutral step counts against precision; `decided` precision leaves neutral steps out.
 Intervals are Wilson's at the effective sample size (sum w)^2 / sum w^2 (Kish, 1965).
+
+    worth               weighted mean A* of the steps called flawed, of those called good, and good
+                        minus flawed
+
+It is of all steps, neutral ones included, so it is clear long before single steps are; intervals
+are bootstraps over groups (calibration.py).
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ from typing import Any
 
 from untwine.config import Recipe
 from untwine.diagnose.branching import Verdict3
+from untwine.diagnose.calibration import Judged, means_by_verdict
 from untwine.diagnose.output import results_folder, to_json, write_text
 from untwine.diagnose.recorded import chosen_files, read_recorded
 from untwine.diagnose.truth_file import TruthRow, files_with_truth, read_truth, truth_path
@@ -34,16 +41,24 @@ from untwine.records import Group, Verdict
 from untwine.workshop import open_pool
 
 _FREE = ("rule", "group")
+_SIGNS: Mapping[Verdict, int] = {"good": 1, "flawed": -1}
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One judged step: what branching found, how many steps it stands for, and what a source says
-    of it (None: nothing)."""
+    """One judged step.
+
+    truth, advantage  what branching found: the verdict, and A*
+    weight            how many steps it stands for
+    said              by a source; None: nothing
+    group             (iteration, group)
+    """
 
     truth: Verdict3
+    advantage: float
     weight: float
     said: Verdict | None
+    group: tuple[int, int] = (0, 0)
 
 
 def find_label_quality(
@@ -81,7 +96,7 @@ def find_label_quality(
             anew = _labels(asked)
             for name in sorted({*names, *on_record} - {"branch"}):
                 found = anew.get(name, {}) if name in names else on_record[name]
-                compared[name] += compare(rows, found)
+                compared[name] += compare(rows, found, k)
     numbers = {
         "format": "untwine-labels-1",
         "iterations": sorted(iterations),
@@ -94,14 +109,25 @@ def find_label_quality(
     return numbers
 
 
-def compare(rows: Sequence[TruthRow], labels: Mapping[tuple[str, int], Verdict]) -> list[Compared]:
-    """The judged steps beside the labels of one source, by (episode, step)."""
-    return [Compared(r.label, r.weight, labels.get((r.episode, r.step))) for r in rows]
+def compare(
+    rows: Sequence[TruthRow], labels: Mapping[tuple[str, int], Verdict], iteration: int
+) -> list[Compared]:
+    """The judged steps of an iteration beside the labels of one source, by (episode, step)."""
+    return [
+        Compared(
+            row.label,
+            row.advantage,
+            row.weight,
+            labels.get((row.episode, row.step)),
+            (iteration, row.group),
+        )
+        for row in rows
+    ]
 
 
 def quality(steps: Sequence[Compared]) -> dict[str, Any]:
-    """Coverage, precision, recall and accuracy of one source, and the table of counts they are
-    from. A share of nothing is None."""
+    """Coverage, precision, recall, accuracy and worth of one source, and the table of counts they
+    are from. A share or a mean of nothing is None."""
     labelled = [s for s in steps if s.said is not None]
     clear = [s for s in labelled if s.truth != "neutral"]
     counts = {
@@ -115,8 +141,21 @@ def quality(steps: Sequence[Compared]) -> dict[str, Any]:
         "coverage": share(steps, [s.said is not None for s in steps]),
         "accuracy": share(clear, [s.said == s.truth for s in clear]),
         **{verdict: _class(steps, verdict) for verdict in ("good", "flawed")},
+        "worth": _worth(steps),
         "counts": counts,
     }
+
+
+def _worth(steps: Sequence[Compared]) -> dict[str, Any]:
+    numbers = {group: n for n, group in enumerate(dict.fromkeys(s.group for s in steps))}
+    return means_by_verdict(
+        Judged.of(
+            [s.advantage for s in steps],
+            [_SIGNS[s.said] if s.said else 0 for s in steps],
+            weights=[s.weight for s in steps],
+            groups=[numbers[s.group] for s in steps],
+        )
+    )
 
 
 def share(steps: Sequence[Compared], hits: Sequence[bool]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def print_label_quality(numbers: dict[str, Any]) -> None:
-    """One line for each source."""
+    """One line for each source in either table."""
     console = Console()
     table = Table(
         title=f"label sources against the truth of {numbers['steps']} steps",
@@ -137,6 +137,17 @@ def print_label_quality(numbers: dict[str, Any]) -> None:
             shares += [found[verdict]["precision"], found[verdict]["recall"]]
         table.add_row(escape(name), *map(_share, shares))
     console.print(table)
+    worth = Table(
+        title="what steps with such a label are worth",
+        caption="mean true advantage, with 95 % intervals",
+    )
+    worth.add_column("source")
+    for column in ("called flawed", "called good", "good minus flawed"):
+        worth.add_column(column, justify="right")
+    for name, found in numbers["sources"].items():
+        means = [found["worth"][key] for key in ("flawed_mean", "good_mean", "difference")]
+        worth.add_row(escape(name), *map(_with_interval, means))
+    console.print(worth)
 
 
 def _share(share: dict[str, Any]) -> str:

@@ -37,14 +37,13 @@ _TRUTH_HEAD = {
 }
 _SHARE = {"value": maybe(float), "interval": maybe([float]), "steps": int}
 _QUALITY = {"precision": _SHARE, "precision_decided": _SHARE, "recall": _SHARE}
-_LABELS = {
-    "iterations": [int],
-    "steps": int,
-    "asked": [str],
-    "sources": each({"coverage": _SHARE, "accuracy": _SHARE, "flawed": _QUALITY, "good": _QUALITY}),
-}
 _MEAN = maybe({"value": float, "interval": maybe([float])})
 _MEANS = {"flawed_mean": _MEAN, "good_mean": _MEAN, "difference": _MEAN}
+_SOURCE = {
+    **{"coverage": _SHARE, "accuracy": _SHARE, "flawed": _QUALITY, "good": _QUALITY},
+    "worth": maybe(_MEANS),
+}
+_LABELS = {"iterations": [int], "steps": int, "asked": [str], "sources": each(_SOURCE)}
 _MEASURES = {
     "steps": int,
     "flawed": int,
