@@ -1,4 +1,4 @@
-"""What steps with a label are worth in the study of GCD (registration.md, 2026-11-29): the mean true
+"""What steps with a label are worth in the study of GCD (end of registration.md): the mean true
 advantage of the steps that a label source calls flawed, and of those it calls good.
 
     for run in runs/gcd-held/arms/wrong.grpo/seed-*; do

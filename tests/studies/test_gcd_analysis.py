@@ -317,6 +317,36 @@ def test_pictures_show_the_pairs_and_the_course(
         assert "<path" in (tmp_path / f"study-{name}.svg").read_text()
 
 
+def test_worth_is_averaged_over_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three runs, one of which calls nothing good."""
+    worth = script("worth")
+    made = sweep(tmp_path / "s")
+    arguments = ["worth.py", str(made), "--arm", "wrong.grpo", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(UntwineError, match=r"'wrong.grpo' .* has measured labels"):
+        worth.main()
+    for seed, (flawed, good) in enumerate([(-0.1, 0.3), (0.0, 0.5), (-0.2, None)]):
+        folder = made / "wrong.grpo" / f"seed-{seed}" / "diagnose"
+        folder.mkdir()
+        means = {
+            "flawed_mean": {"value": flawed},
+            "good_mean": None if good is None else {"value": good},
+            "difference": None,
+        }
+        (folder / "labels.json").write_text(json.dumps({"sources": {"rule": {"worth": means}}}))
+    worth.main()
+    rule = json.loads((tmp_path / "out" / "worth.json").read_text())["rule"]
+    assert set(rule) == {"flawed_mean", "good_mean"}
+    assert rule["good_mean"]["mean"] == pytest.approx(0.4)
+    # standard error .1 / sqrt(3), Student's 97.5 % quantile with 2 degrees of freedom 4.3027
+    assert rule["flawed_mean"]["interval"] == pytest.approx(
+        [-0.1 - 0.2484, -0.1 + 0.2484], abs=1e-4
+    )
+    assert "| rule | flawed | 3 | -0.100 [" in capsys.readouterr().out
+
+
 def test_every_arm_is_compared_with_the_plain_one_of_its_cold_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
