@@ -76,10 +76,11 @@ def verdict_of(runs: int, interval: Sequence[float] | None, least: float) -> str
     return REPRODUCED if low > 0 else UNDECIDED
 
 
-def claims_of(found: Found, level: str) -> list[Claim]:
-    """The four claims at one level of cold start; claim 4 has two parts, each with its own line."""
+def claims_of(found: Found, level: str, gcd: str = GCD) -> list[Claim]:
+    """The four claims at one level of cold start; claim 4, about the arm `gcd`, has two parts, each
+    with its own line."""
     plain = _arm(found, level, GRPO)
-    pairs = paired(_arm(found, level, GCD), plain)
+    pairs = paired(_arm(found, level, gcd), plain)
     cured = [
         None if (a := cosine_after(ours)) is None or (b := cosine_after(theirs)) is None else b - a
         for ours, theirs in pairs
@@ -89,7 +90,7 @@ def claims_of(found: Found, level: str) -> list[Claim]:
         _fall(found, plain, level),
         _claim("3 coupling lifts likely flawed actions", level, plain, 0.05, _lifted),
         _judge("4a GCD lowers good-flawed coupling", level, cured, 0.02, _can_judge(pairs)),
-        _gain(pairs, level, _can_judge(pairs)),
+        _gain(pairs, level, gcd, _can_judge(pairs)),
     ]
 
 
@@ -217,11 +218,11 @@ def _can_judge(pairs: Sequence[tuple[Run, Run]]) -> bool:
     return accuracy is not None and accuracy > LEAST_ACCURACY
 
 
-def _gain(pairs: Sequence[tuple[Run, Run]], level: str, can_judge: bool) -> Claim:
+def _gain(pairs: Sequence[tuple[Run, Run]], level: str, gcd: str, can_judge: bool) -> Claim:
     """The primary measure: success on L1, GCD minus GRPO, pair by pair."""
     name, gains, lacking = "4b GCD raises held-out success", [], []
     if not pairs:
-        lacking.append(f"no finished runs of {GCD} and {GRPO} have seed and cold start in common")
+        lacking.append(f"no finished runs of {gcd} and {GRPO} have seed and cold start in common")
     else:
         try:
             rows = rows_on([run for pair in pairs for run in pair], "L1")
@@ -310,6 +311,7 @@ def main() -> None:
     parser.add_argument("sweep", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--levels", default="", help="separated by commas; all unless given")
+    parser.add_argument("--gcd", default=GCD, help="the arm that claim 4 is about")
     given = parser.parse_args()
     check_sweep(given.sweep)
     known = levels_of(given.sweep)
@@ -321,7 +323,7 @@ def main() -> None:
                 f"{nearest(level, known)}"
             )
     found = find_runs([given.sweep])
-    claims = {level: claims_of(found, level) for level in levels}
+    claims = {level: claims_of(found, level, given.gcd) for level in levels}
     every = [claim for own in claims.values() for claim in own]
     said = [line for level, own in claims.items() for line in remarks(found, level, own)]
     given.out.mkdir(parents=True, exist_ok=True)

@@ -317,6 +317,18 @@ def test_pictures_show_the_pairs_and_the_course(
         assert "<path" in (tmp_path / f"study-{name}.svg").read_text()
 
 
+def test_claim_4_may_be_about_another_arm(analysis: ModuleType, tmp_path: Path) -> None:
+    made = sweep(tmp_path / "s")
+    for seed in range(6):
+        join(made, "wrong.head", evaluated(0.45, 0.2), seed=seed, start=seed, name="head")
+    claims = analysis.claims_of(find_runs([made]), "wrong", "head")
+    assert (claims[4].runs, claims[4].value) == (6, pytest.approx(-0.05, abs=0.02))
+    none = analysis.claims_of(find_runs([made]), "wrong", "gcd-rl")[4]
+    assert none.lacking == [
+        "no finished runs of gcd-rl and grpo have seed and cold start in common"
+    ]
+
+
 def test_worth_is_averaged_over_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
