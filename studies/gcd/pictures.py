@@ -76,13 +76,13 @@ def draw_course(found: Found, level: str, gcd: str, path: Path) -> None:
         for axes, (key, name) in zip(
             figure.subplots(1, len(COURSES)), COURSES.items(), strict=True
         ):
-            for arm in (GRPO, gcd):
+            for color, arm in enumerate((GRPO, gcd)):
                 columns = course(found.arms.get(f"{level}.{arm}", []), key)
                 if columns:
                     x = np.arange(1, len(columns) + 1)
-                    axes.plot(x, [np.mean(c) for c in columns], label=arm)
+                    axes.plot(x, [np.mean(c) for c in columns], f"C{color}", label=arm)
                     low, high = zip(*(np.quantile(c, (0.25, 0.75)) for c in columns), strict=True)
-                    axes.fill_between(x, low, high, alpha=0.2)
+                    axes.fill_between(x, low, high, color=f"C{color}", alpha=0.2)
             axes.set_title(name, fontsize=9)
             axes.set_xlabel("iteration")
             if axes.lines:
