@@ -142,6 +142,48 @@ def test_held_ratio_without_one_of_the_losses(policy: Policy) -> None:
     assert norm(of(policy)) > 0
 
 
+def doubled(rows: list[Row]) -> list[Row]:
+    """With twice the gradient."""
+    return [Row(r.ids, r.targets, 2 * r.weights, r.old_logprobs, r.advantages) for r in rows]
+
+
+def test_norms_hold_until_they_are_measured_again(policy: Policy) -> None:
+    first = gradients(policy, policy_batch(), [], 0.0)
+    second = gradients(policy, [], verdict_batch(), 1.0)
+    quotient = norm(first) / norm(second)
+    worker = updater(policy, weight_of="gradient", norms_every=3)
+    exercise = plain_exercise(policy, verdict_batch())
+    measured, kept, other, anew = (
+        worker.step(doubled(policy_batch()) if k else policy_batch(), exercise, ratio).values
+        for k, ratio in enumerate((0.4, 0.4, 0.1, 0.4))
+    )
+    assert ["grad_norm_policy" in found for found in (measured, kept, other, anew)] == [
+        *(True, False, False, True)
+    ]
+    weights = [found["gcd_lambda"] for found in (measured, kept, other, anew)]
+    assert weights == pytest.approx(
+        [0.4 * quotient, 0.4 * quotient, 0.1 * quotient, 0.8 * quotient], rel=1e-4
+    )
+    worker.step(policy_batch(), exercise, 0.4)  # in one backward pass
+    for name, value in of(policy).items():
+        expected = first[name] + 0.8 * quotient * second[name]
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_where_norms_do_not_hold(policy: Policy) -> None:
+    """No verdicts are taught without a policy loss, and what was measured outlasts such steps."""
+    worker = updater(policy, weight_of="gradient", norms_every=5)
+    exercise = plain_exercise(policy, verdict_batch())
+    known = worker.step(policy_batch(), exercise, 0.4).values["gcd_lambda"]
+    assert worker.step([], exercise, 0.4).values["gcd_lambda"] == 0.0
+    assert norm(of(policy)) == 0.0
+    assert worker.step(policy_batch(), exercise, 0.4).values["gcd_lambda"] == known
+    again = updater(policy, weight_of="gradient", norms_every=5)
+    again.load_extra_state(worker.extra_state())
+    again.steps = worker.steps
+    assert again.step(doubled(policy_batch()), exercise, 0.4).values["gcd_lambda"] == known
+
+
 def test_own_steps_are_two_adams(policy: Policy) -> None:
     """Two optimizers of torch, fed with gradients of separate backward passes."""
     other = copy.deepcopy(policy.model)

@@ -70,6 +70,11 @@ class GCDConfig(Section):
     weight_of: Literal["loss", "gradient"] = Field(
         "loss", description="weight is lambda, or the ratio at which the gradient norms are held"
     )
+    norms_every: Positive = Field(
+        1,
+        description="with weight_of: gradient, steps from one measurement of the two norms to the "
+        "next; between, what was found last holds, and one backward pass is enough",
+    )
     step: Literal["joint", "own"] = Field(
         "joint", description="one optimizer step for both losses, or one for each"
     )

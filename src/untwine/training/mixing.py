@@ -1,7 +1,8 @@
 """How the verdict loss joins the policy loss.
 
     fixed   g = g_policy + lambda g_gcd
-    held    the same, with lambda chosen in each step so that |lambda g_gcd| = ratio |g_policy|
+    held    the same, with lambda chosen in each step so that |lambda g_gcd| = ratio |g_policy|; or
+            in every n-th step only, lambda / ratio staying what it was in between
     own     a step on g_policy, then one on g_gcd by an optimizer of its own, whose learning rate
             is lambda times that of the first (Adam's steps do not depend on the scale of a loss)
 
@@ -35,7 +36,9 @@ DROWNED = 3.0  # ratio of |lambda g_gcd| to |g_policy| above which steps go most
 def make_mixing(config: GCDConfig) -> Mixing:
     if config.step == "own":
         return own
-    return held if config.weight_of == "gradient" else fixed
+    if config.weight_of == "gradient":
+        return lambda *given: held(*given, every=config.norms_every)
+    return fixed
 
 
 def fixed(
@@ -50,11 +53,30 @@ def fixed(
 
 
 def held(
-    updater: Updater, rows: Sequence[Row], exercise: Exercise | None, ratio: float
+    updater: Updater,
+    rows: Sequence[Row],
+    exercise: Exercise | None,
+    ratio: float,
+    *,
+    every: int = 1,
 ) -> Measures:
-    """One step on the sum, with lambda = ratio |g_policy| / |g_gcd|; 0 where either norm is 0."""
+    """One step on the sum, with lambda = ratio |g_policy| / |g_gcd|; 0 where either norm is 0.
+
+    every  the norms are measured in the steps whose number it divides. In the others the quotient
+           found last holds, and there is one backward pass; but not where a loss has no rows, the
+           verdict loss enters some weights only, or has weights of its own
+    """
+    known = updater.norm_quotient
+    usual = updater.everywhere and updater.module is None and rows and exercise is not None
+    if known is not None and usual and updater.steps % every:
+        weight = ratio * known
+        measures = updater.apply(lambda found: updater.add_both(rows, exercise, weight, found))
+        measures.add(gcd_lambda=weight)
+        return measures
 
     def weigh(policy: float, verdicts: float) -> float:
+        if policy > 0 and verdicts > 0:
+            updater.norm_quotient = policy / verdicts
         return ratio * policy / verdicts if verdicts > 0 else 0.0
 
     return _summed(updater, rows, exercise, weigh, 1.0)

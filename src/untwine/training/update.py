@@ -83,6 +83,7 @@ class Updater:
     acting      how many of them are the policy's
     everywhere  whether the verdict loss changes all of them
     own         the optimizer of the verdict loss, when it takes steps of its own
+    norm_quotient  |g_policy| / |g_gcd| as last measured, where it is held between measurements
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Updater:
         self.own: torch.optim.Optimizer | None = None
         if gcd.step == "own":
             self.own = make_optimizer(optimizer, policy, self._open)
+        self.norm_quotient: float | None = None
         self._mixing: Mixing = make_mixing(gcd)
         self._halvings = 0
         self.reference: Policy | None = None
@@ -184,6 +186,9 @@ class Updater:
     def extra_state(self) -> dict[str, dict[str, torch.Tensor]]:
         """What a checkpoint must hold beside policy and main optimizer, by name."""
         extra = {}
+        if self.norm_quotient is not None:
+            quotient = torch.tensor(self.norm_quotient, dtype=torch.float64)
+            extra["gcd_norms"] = {"quotient": quotient}
         if self.own is not None:
             extra["gcd_optimizer"] = optimizer_tensors(self.own)
         if self.module is not None:
@@ -194,6 +199,8 @@ class Updater:
         """Take up what `extra_state` gave; what is missing starts anew."""
         if self.own is not None and "gcd_optimizer" in extra:
             fill_optimizer(self.own, extra["gcd_optimizer"])
+        if "gcd_norms" in extra:
+            self.norm_quotient = float(extra["gcd_norms"]["quotient"])
         if self.module is not None and "gcd_module" in extra:
             self.module.load_state_dict(extra["gcd_module"])
 
