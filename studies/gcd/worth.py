@@ -1,7 +1,7 @@
 """What steps with a label are worth in the study of GCD (end of registration.md): the mean true
 advantage of the steps that a label source calls flawed, and of those it calls good.
 
-    for run in runs/gcd-held/arms/wrong.grpo/seed-*; do
+    for run in runs/gcd-held/arms/wrong.grpo/seed-?{,?}/; do
       untwine diagnose labels $run --sources rule,group,expert gcd.expert=search
     done
     python studies/gcd/worth.py runs/gcd-held --arm wrong.grpo --out runs/gcd-held/worth
@@ -37,7 +37,7 @@ def worth_of(files: Sequence[Path]) -> dict[str, dict[str, dict[str, Any]]]:
     for source in sorted({name for each in sources for name in each}):
         found[source] = {}
         for key in MEANS:
-            known = [each[source]["worth"][key] for each in sources if source in each]
+            known = [each.get(source, {}).get("worth", {}).get(key) for each in sources]
             values = [mean["value"] for mean in known if mean]
             if values:
                 over = paired_difference(np.array(values), np.zeros(len(values)))
