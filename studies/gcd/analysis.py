@@ -143,12 +143,16 @@ def _judge(
 def _look(run: Run, name: str) -> Mapping[str, Any]:
     """What a look found; {} where it was not taken."""
     file = run.path / "looks" / f"{name}.json"
+    return read_numbers(file, "have the sweep take the look again")
+
+
+def read_numbers(file: Path, again: str) -> Mapping[str, Any]:
+    """The object in a JSON file; {} where there is no file. CheckpointError when it is damaged,
+    which says how to get it `again`."""
     try:
         numbers = json.loads(file.read_text("utf-8")) if file.exists() else {}
     except ValueError as error:
-        raise CheckpointError(
-            f"{file} is damaged ({error}); remove it, and have the sweep take the look again"
-        ) from error
+        raise CheckpointError(f"{file} is damaged ({error}); remove it, and {again}") from error
     if not isinstance(numbers, Mapping):
         raise CheckpointError(f"{file} holds no numbers by name; remove it")
     return numbers

@@ -22,7 +22,7 @@ import numpy as np
 from analysis import check_sweep, cosine_after, verdict_accuracy, with_interval
 
 from untwine.cli import run_guarded
-from untwine.compare.numbers import UPDATE_TOKENS
+from untwine.compare.numbers import SECONDS, UPDATE_TOKENS
 from untwine.compare.runs import COLD_ARM, Found, Run, find_runs, paired, rows_on
 from untwine.drawing import drawing
 from untwine.errors import CheckpointError
@@ -97,8 +97,7 @@ def _line(
     ours = [run for run, _ in pairs]
     verdicts = sum(run.total("gcd_tokens") for run in ours)
     tokens = sum(run.total(*UPDATE_TOKENS) for run in ours)
-    parts = [f"seconds_{part}" for part in ("rollout", "update", "labels")]
-    seconds = sum(run.total(*parts) for run in ours)
+    seconds = sum(run.total(*SECONDS) for run in ours)
     return Line(
         arm,
         plain,

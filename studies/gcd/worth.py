@@ -18,13 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from analysis import check_sweep, with_interval
+from analysis import check_sweep, read_numbers, with_interval
 
 from untwine.cli import run_guarded
 from untwine.compare.runs import find_runs
 from untwine.errors import CheckpointError
-from untwine.evaluate.aggregate import paired_difference
+from untwine.evaluate.statistics import mean, student_interval
 
 MEANS = {"flawed_mean": "flawed", "good_mean": "good", "difference": "good minus flawed"}
 
@@ -32,17 +31,20 @@ MEANS = {"flawed_mean": "flawed", "good_mean": "good", "difference": "good minus
 def worth_of(files: Sequence[Path]) -> dict[str, dict[str, dict[str, Any]]]:
     """By source and measure: `values` of the runs that have one, `mean` and `interval` over them
     (None for a single run)."""
-    sources = [json.loads(file.read_text("utf-8"))["sources"] for file in files]
+    again = "run `untwine diagnose labels` again"
+    sources = [read_numbers(file, again).get("sources", {}) for file in files]
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for source in sorted({name for each in sources for name in each}):
         found[source] = {}
         for key in MEANS:
             known = [each.get(source, {}).get("worth", {}).get(key) for each in sources]
-            values = [mean["value"] for mean in known if mean]
+            values = [one["value"] for one in known if one]
             if values:
-                over = paired_difference(np.array(values), np.zeros(len(values)))
-                mean = {"values": values, "mean": over.mean, "interval": over.interval}
-                found[source][key] = mean
+                found[source][key] = {
+                    "values": values,
+                    "mean": mean(values),
+                    "interval": student_interval(values) if len(values) > 1 else None,
+                }
     return found
 
 
@@ -65,9 +67,9 @@ def main() -> None:
     (given.out / "worth.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     print("| Source | Called | runs | mean true advantage |\n|---|---|---|---|")
     for source, means in found.items():
-        for key, mean in means.items():
-            shown = with_interval(mean["mean"], mean["interval"])
-            print(f"| {source} | {MEANS[key]} | {len(mean['values'])} | {shown} |")
+        for key, over in means.items():
+            shown = with_interval(over["mean"], over["interval"])
+            print(f"| {source} | {MEANS[key]} | {len(over['values'])} | {shown} |")
 
 
 if __name__ == "__main__":

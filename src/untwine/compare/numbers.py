@@ -29,7 +29,7 @@ MEASURES: dict[str, tuple[str, str]] = {
 
 STEP_MEASURES = ("episode_length", "invalid_rate", "repeated_rate", "flawed_rate")
 UPDATE_TOKENS = ("policy_tokens", "gcd_tokens")
-_SECONDS = ("seconds_rollout", "seconds_labels", "seconds_update")
+SECONDS = ("seconds_rollout", "seconds_labels", "seconds_update")
 _OVERHEAD_TOKENS = ("gcd_tokens", "gcd_sampled_tokens", "label_tokens")
 _OVERHEAD_SECONDS = ("seconds_gcd", "seconds_labels")
 _STRATA: dict[str, Strata] = {"interval": "runs", "interval_by_task": "tasks"}
@@ -83,7 +83,7 @@ def _arm(label: str, runs: Sequence[Run]) -> dict[str, Any]:
         "seeds": [run.seed for run in runs],
         "runs": [str(run.path) for run in runs],
         "tokens": _mean(run.total(*UPDATE_TOKENS) for run in runs),
-        "seconds": _mean(run.total(*_SECONDS) for run in runs),
+        "seconds": _mean(run.total(*SECONDS) for run in runs),
         "overhead_tokens": _mean(run.total(*_OVERHEAD_TOKENS) for run in runs),
         "overhead_seconds": _mean(run.total(*_OVERHEAD_SECONDS) for run in runs),
     }

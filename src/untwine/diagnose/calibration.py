@@ -9,7 +9,7 @@ whole groups are drawn with replacement, 2000 times.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Interval = tuple[float, float]
+
+SIGNS: Mapping[str, int] = {"good": 1, "flawed": -1, "neutral": 0}
+"""Verdicts as numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +50,19 @@ class Judged:
         *,
         advantages: Sequence[float] | None = None,
         weights: Sequence[float] | None = None,
-        groups: Sequence[int] | None = None,
-        episodes: Sequence[int] | None = None,
+        groups: Sequence[Hashable] | None = None,
+        episodes: Sequence[Hashable] | None = None,
     ) -> Judged:
-        """From plain lists. By default weights are 1, and every step is a group and an episode of
-        its own. ValueError when lengths differ."""
+        """From plain lists; groups and episodes by any name. By default weights are 1, and every
+        step is a group and an episode of its own. ValueError when lengths differ."""
         n = len(estimates)
         judged = cls(
             np.asarray(estimates, dtype=np.float64),
             np.asarray(verdicts, dtype=np.int64),
             np.asarray([np.nan] * n if advantages is None else advantages, dtype=np.float64),
             np.asarray([1.0] * n if weights is None else weights, dtype=np.float64),
-            np.asarray(range(n) if groups is None else groups, dtype=np.int64),
-            np.asarray(range(n) if episodes is None else episodes, dtype=np.int64),
+            _numbers(range(n) if groups is None else groups),
+            _numbers(range(n) if episodes is None else episodes),
         )
         lengths = {len(getattr(judged, name)) for name in cls.__slots__}
         if len(lengths) > 1:
@@ -173,6 +176,12 @@ def lemma_advantage(advantages_N: Floats, policy_q_N: Floats, q_N: Floats) -> Fl
     risk_N = np.divide(-advantages_N, other_N, out=np.zeros_like(other_N), where=other_N > 1e-9)
     predicted: Floats = -risk_N * (1.0 - q_N)
     return predicted
+
+
+def _numbers(names: Sequence[Hashable]) -> Ints:
+    """Names as numbers, in the order in which they first occur."""
+    known = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.asarray([known[name] for name in names], dtype=np.int64)
 
 
 def _means(judged: Judged, bootstrap: _Bootstrap) -> dict[str, Any]:

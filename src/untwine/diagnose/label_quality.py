@@ -29,7 +29,7 @@ from typing import Any
 
 from untwine.config import Recipe
 from untwine.diagnose.branching import Verdict3
-from untwine.diagnose.calibration import Judged, means_by_verdict
+from untwine.diagnose.calibration import SIGNS, Judged, means_by_verdict
 from untwine.diagnose.output import results_folder, to_json, write_text
 from untwine.diagnose.recorded import chosen_files, read_recorded
 from untwine.diagnose.truth_file import TruthRow, files_with_truth, read_truth, truth_path
@@ -41,7 +41,6 @@ from untwine.records import Group, Verdict
 from untwine.workshop import open_pool
 
 _FREE = ("rule", "group")
-_SIGNS: Mapping[Verdict, int] = {"good": 1, "flawed": -1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +146,12 @@ def quality(steps: Sequence[Compared]) -> dict[str, Any]:
 
 
 def _worth(steps: Sequence[Compared]) -> dict[str, Any]:
-    numbers = {group: n for n, group in enumerate(dict.fromkeys(s.group for s in steps))}
     return means_by_verdict(
         Judged.of(
             [s.advantage for s in steps],
-            [_SIGNS[s.said] if s.said else 0 for s in steps],
+            [SIGNS[s.said or "neutral"] for s in steps],
             weights=[s.weight for s in steps],
-            groups=[numbers[s.group] for s in steps],
+            groups=[s.group for s in steps],
         )
     )
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from untwine.config import Recipe
 from untwine.credit import check_credit, credit_method, credit_names
-from untwine.diagnose.calibration import Floats, Judged, calibrate, lemma_advantage
+from untwine.diagnose.calibration import SIGNS, Floats, Judged, calibrate, lemma_advantage
 from untwine.diagnose.output import results_folder, to_json, write_text
 from untwine.diagnose.plan_kinds import PlanKinds, plan_kinds
 from untwine.diagnose.population import UNKNOWN_KIND, RecordedStep, in_order, recorded_steps
@@ -33,7 +33,6 @@ from untwine.gcd.sources import source_names
 from untwine.progress import Display
 from untwine.records import Episode, Group, Step, Verdict
 
-_SIGNS: Mapping[str, int] = {"good": 1, "flawed": -1, "neutral": 0}
 _EPS = 1e-6
 
 
@@ -299,18 +298,13 @@ def _measures(
 
 
 def _arrays(kept: Sequence[tuple[_Item, float]]) -> Judged:
-    groups: dict[tuple[int, int], int] = {}
-    episodes: dict[tuple[int, str], int] = {}
-    for item, _ in kept:
-        groups.setdefault((item.iteration, item.step.group), len(groups))
-        episodes.setdefault((item.iteration, item.step.episode.id), len(episodes))
     return Judged.of(
         [estimate for _, estimate in kept],
-        [_SIGNS[item.verdict] for item, _ in kept],
+        [SIGNS[item.verdict] for item, _ in kept],
         advantages=[item.row.advantage if item.row else math.nan for item, _ in kept],
         weights=[item.weight for item, _ in kept],
-        groups=[groups[item.iteration, item.step.group] for item, _ in kept],
-        episodes=[episodes[item.iteration, item.step.episode.id] for item, _ in kept],
+        groups=[(item.iteration, item.step.group) for item, _ in kept],
+        episodes=[(item.iteration, item.step.episode.id) for item, _ in kept],
     )
 
 

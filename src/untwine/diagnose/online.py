@@ -17,7 +17,7 @@ import torch
 
 from untwine.config import Recipe
 from untwine.diagnose.analysis import PAIR_KINDS, decompose, kind_strata, probability_strata
-from untwine.diagnose.calibration import Judged, calibrate
+from untwine.diagnose.calibration import SIGNS, Judged, calibrate
 from untwine.diagnose.coupling import gram
 from untwine.diagnose.coupling_numbers import (
     LARGEST_CHANGE,
@@ -215,7 +215,7 @@ def _calibration(groups: Sequence[Group], info: EnvInfo) -> tuple[Values, Mappin
     """The advantages the steps carry against `group` labels, as `untwine diagnose calibration
     --labels group` has it for the method of the recipe."""
     found = [
-        (step.advantage, 1 if label.verdict == "good" else -1, g, episode.id)
+        (step.advantage, SIGNS[label.verdict], g, episode.id)
         for g, group in enumerate(groups)
         for episode, labels in zip(group.episodes, group_labels(group, info), strict=True)
         for step, label in zip(episode.steps, labels, strict=True)
@@ -224,10 +224,7 @@ def _calibration(groups: Sequence[Group], info: EnvInfo) -> tuple[Values, Mappin
     if not found:
         raise UntwineError("no trained step has a `group` label")
     estimates, verdicts, numbers, names = zip(*found, strict=True)
-    known = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    measures = calibrate(
-        Judged.of(estimates, verdicts, groups=numbers, episodes=[known[name] for name in names])
-    )
+    measures = calibrate(Judged.of(estimates, verdicts, groups=numbers, episodes=names))
     values: Values = {
         "calibration_good": _value(measures["good_mean"]),
         "calibration_flawed": _value(measures["flawed_mean"]),

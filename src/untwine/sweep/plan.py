@@ -105,7 +105,14 @@ def plan_sweep(
     """
     base = load_recipe(recipe_path, overrides)
     recipes = {arm: load_recipe(recipe_path, [*overrides, *arm.overrides]) for arm in arms}
-    examined = {arm: _examined_alike([a for a in arms if a.before == arm.before]) for arm in arms}
+    colds = {
+        arm: load_recipe(
+            recipe_path,
+            [*overrides, *arm.before, *_examined_alike(arm, arms), "rl.iterations=0"],
+        )
+        for arm, recipe in recipes.items()
+        if pair and recipe.cold_start.episodes and recipe.rl.iterations
+    }
     planned: dict[Path, Planned] = {}
     most = max([seeds, *(arm.seeds for arm in arms)])
     for number, seed in enumerate(range(base.seed, base.seed + most)):
@@ -115,13 +122,11 @@ def plan_sweep(
             name = arm.name or base.name
             own = _changed(recipe, f"{name}, seed {seed}", seed)
             start = None
-            if pair and recipe.cold_start.episodes and recipe.rl.iterations:
+            if arm in colds:
                 kind = ", ".join(arm.before)
                 start = out / "cold" / (folder_name(kind) or "base") / f"seed-{seed}"
                 title = f"{COLD_ARM} ({kind})" if kind else COLD_ARM
-                changes = [*overrides, *arm.before, *examined[arm], "rl.iterations=0"]
-                before = load_recipe(recipe_path, changes)
-                cold = _changed(before, f"{title}, seed {seed}", seed)
+                cold = _changed(colds[arm], f"{title}, seed {seed}", seed)
                 planned.setdefault(start, Planned(Job(cold.name, cold, start), title, seed))
                 own = make_recipe(
                     {
@@ -135,12 +140,14 @@ def plan_sweep(
     return list(planned.values())
 
 
-def _examined_alike(arms: Sequence[Arm]) -> list[str]:
-    """The overrides of `evaluate` that all of `arms` have; their cold start is examined so, too."""
+def _examined_alike(arm: Arm, arms: Sequence[Arm]) -> list[str]:
+    """The overrides of `evaluate` of all arms that share the cold start of `arm`; it is examined
+    so, too."""
+    sharing = [other for other in arms if other.before == arm.before]
     return [
         override
-        for override in arms[0].overrides
-        if _section(override) == "evaluate" and all(override in arm.overrides for arm in arms)
+        for override in arm.overrides
+        if _section(override) == "evaluate" and all(override in a.overrides for a in sharing)
     ]
 
 

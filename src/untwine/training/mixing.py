@@ -15,6 +15,7 @@ it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +38,7 @@ def make_mixing(config: GCDConfig) -> Mixing:
     if config.step == "own":
         return own
     if config.weight_of == "gradient":
-        return lambda *given: held(*given, every=config.norms_every)
+        return partial(held, every=config.norms_every)
     return fixed
 
 
@@ -49,7 +50,7 @@ def fixed(
     measured = exercise is not None and weight > 0 and updater.steps % NORMS_EVERY == 0
     if measured or not updater.everywhere:
         return _summed(updater, rows, exercise, lambda policy, verdicts: weight, weight)
-    return updater.apply(lambda found: updater.add_both(rows, exercise, weight, found))
+    return _at_once(updater, rows, exercise, weight)
 
 
 def held(
@@ -69,13 +70,12 @@ def held(
     known = updater.norm_quotient
     usual = updater.everywhere and updater.module is None and rows and exercise is not None
     if known is not None and usual and updater.steps % every:
-        weight = ratio * known
-        measures = updater.apply(lambda found: updater.add_both(rows, exercise, weight, found))
-        measures.add(gcd_lambda=weight)
+        measures = _at_once(updater, rows, exercise, ratio * known)
+        measures.add(gcd_lambda=ratio * known)
         return measures
 
     def weigh(policy: float, verdicts: float) -> float:
-        if policy > 0 and verdicts > 0:
+        if every > 1 and policy > 0 and verdicts > 0:
             updater.norm_quotient = policy / verdicts
         return ratio * policy / verdicts if verdicts > 0 else 0.0
 
@@ -100,6 +100,13 @@ def own(
             p.grad = gradient
         measures.add(grad_norm_gcd=updater.take(updater.own, weight))
     return measures
+
+
+def _at_once(
+    updater: Updater, rows: Sequence[Row], exercise: Exercise | None, weight: float
+) -> Measures:
+    """One step on g_policy + weight g_gcd, from one backward pass."""
+    return updater.apply(lambda found: updater.add_both(rows, exercise, weight, found))
 
 
 def _summed(
