@@ -106,6 +106,40 @@ def test_cross_entropy(policy: Policy, name: str) -> None:
     agree(policy, drawn, reference)
 
 
+@pytest.mark.parametrize("name", ["generative/ce", "generative/rl", "head"])
+def test_similar_contrasts_leave_what_has_no_like_for_last(policy: Policy, name: str) -> None:
+    steps = [
+        ("a", "go in", GOOD),
+        ("b", "go in", BAD),
+        ("c", "eat it all", GOOD),
+        ("d", "run", BAD),
+    ]
+    actions = {"go in": (40, 41), "eat it all": (42, 43), "run": (44, 45)}
+    recorded = make_episode(
+        0.0,
+        [
+            make_step(t, state=s, command=c, prompt=(5, 6, 7), action=actions[c], labels=(x,))
+            for t, (s, c, x) in enumerate(steps)
+        ],
+    )
+    generator = torch.Generator().manual_seed(0)
+    asked = set()
+    for seed in range(6):
+        for budget in range(10, 2000, 10):  # the first that one pair fits into
+            objective = made(policy, name, contrast="similar", token_budget=budget)
+            found = objective.exercise([recorded], random.Random(seed), generator)
+            if found is not None:
+                break
+        assert found is not None
+        for row in found.rows:
+            ids = row.ids.tolist()
+            shown = policy.chat.tokenizer.decode(ids)
+            asked |= {
+                c for c in actions if tuple(ids[-2:]) == actions[c] or f"Action: {c}" in shown
+            }
+    assert asked == {"go in"}
+
+
 def test_losses_of_parts_add_up(policy: Policy) -> None:
     for name in ("generative/ce", "pairwise", "head", "generative/rl"):
         drawn = exercise(policy, name)

@@ -6,6 +6,8 @@ import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.builders import make_episode, make_step
 from untwine.config import PromptConfig
@@ -14,6 +16,7 @@ from untwine.gcd.questions import (
     VERDICTS,
     Question,
     answer_loss,
+    balanced,
     judged_steps,
     pair_questions,
     verdict_questions,
@@ -70,6 +73,48 @@ def test_equal_steps_count_once_and_contradictions_are_left_out(prompter: Prompt
 
 def test_one_class_gives_nothing(prompter: Prompter) -> None:
     assert take([labelled(("a", "go", BAD), ("b", "go", BAD))], prompter) == []
+
+
+def test_similar_commands_are_asked_about_together(prompter: Prompter) -> None:
+    episode = labelled(
+        ("a", "focus on egg ant", GOOD), ("b", "go to kitchen", GOOD), ("c", "open door", GOOD),
+        ("d", "focus on baby mouse", BAD), ("e", "go to kitchen", BAD), ("f", "wait", BAD),
+        ("g", "focus on ant", BAD), ("h", "Open door", BAD),
+    )  # fmt: skip
+    found = [
+        (good.episode.steps[good.t].state_key, flawed.episode.steps[flawed.t].state_key)
+        for good, flawed in balanced(judged_steps([episode]), random.Random(0), "similar")
+    ]
+    assert {frozenset(found[:2])} == {frozenset({("b", "e"), ("c", "h")})}
+    assert found[2:] == [("a", "g")]
+
+
+@given(
+    good=st.lists(st.sampled_from(["go in", "go out", "eat it", "eat it all", ""]), max_size=6),
+    flawed=st.lists(st.sampled_from(["go in", "go", "eat", "take it all"]), max_size=6),
+    seed=st.integers(0, 99),
+)
+def test_each_pair_is_the_most_similar_one_that_is_left(
+    good: list[str], flawed: list[str], seed: int
+) -> None:
+    steps = [(f"g{i}", command, GOOD) for i, command in enumerate(good)]
+    steps += [(f"f{i}", command, BAD) for i, command in enumerate(flawed)]
+    judged = judged_steps([labelled(*steps)] if steps else [])
+    left = [list(range(len(good))), list(range(len(flawed)))]
+
+    def alike(one: str, other: str) -> float:
+        words = set(one.split()), set(other.split())
+        common = [word for word in words[0] if word in words[1]]
+        return len(common) / (len(words[0]) + len(words[1]) - len(common))
+
+    for one, other in balanced(judged, random.Random(seed), "similar"):
+        assert (one.verdict, other.verdict) == ("good", "flawed")
+        i, j = one.t, other.t - len(good)
+        best = max(alike(good[a], flawed[b]) for a in left[0] for b in left[1])
+        assert alike(good[i], flawed[j]) == best
+        left[0].remove(i)
+        left[1].remove(j)
+    assert not all(left)
 
 
 def test_budget_is_kept(prompter: Prompter) -> None:

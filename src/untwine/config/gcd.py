@@ -89,6 +89,12 @@ class GCDConfig(Section):
         "empty: all. The others are recorded only",
     )
     min_confidence: Fraction = 0.5
+    contrast: Literal["random", "similar"] = Field(
+        "random",
+        description="which good action is asked about beside which flawed one (generative "
+        "objectives and head): any, or the one most like it, so that the words of a command do not "
+        "tell",
+    )
     shuffle_labels: bool = Field(
         False, description="a control: verdict questions get each other's labels, at random"
     )

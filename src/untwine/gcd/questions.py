@@ -10,6 +10,8 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,6 +46,7 @@ class Question:
         return len(self.prompt_ids) - self.shared
 
 
+Contrast = Literal["random", "similar"]
 Cost = Callable[[Question], int]  # tokens that are computed for a question
 
 
@@ -98,11 +101,16 @@ def why_no_questions(episodes: Iterable[Episode]) -> str:
 
 
 def verdict_questions(
-    judged: Sequence[Judged], prompter: Prompter, budget: int, cost: Cost, rng: random.Random
+    judged: Sequence[Judged],
+    prompter: Prompter,
+    budget: int,
+    cost: Cost,
+    rng: random.Random,
+    contrast: Contrast = "random",
 ) -> list[Question]:
-    """Whether actions are good: as many good ones as flawed ones, drawn at random, until `budget`
-    tokens are used. Returns [] when one class is empty."""
-    drawn = balanced(judged, rng)
+    """Whether actions are good: as many good ones as flawed ones, paired as `contrast` says, until
+    `budget` tokens are used. Returns [] when one class is empty."""
+    drawn = balanced(judged, rng, contrast)
     pairs = ([_asked(j, prompter) for j in (good, flawed)] for good, flawed in drawn)
     return within(budget, pairs, cost)
 
@@ -137,14 +145,41 @@ def pair_questions(
     return within(budget, questions(), cost)
 
 
-def balanced(judged: Sequence[Judged], rng: random.Random) -> list[tuple[Judged, Judged]]:
-    """(good, flawed) steps paired at random, as many as the rarer class has."""
+def balanced(
+    judged: Sequence[Judged], rng: random.Random, contrast: Contrast = "random"
+) -> list[tuple[Judged, Judged]]:
+    """(good, flawed) steps, as many pairs as the rarer class has steps.
+
+    random   paired at random
+    similar  the same command in two states first, then those with the largest share of words in
+             common (of all words of the two, each counted once); ties at random
+    """
     classes: dict[Verdict, list[Judged]] = {"good": [], "flawed": []}
     for j in judged:
         classes[j.verdict].append(j)
     for steps in classes.values():
         rng.shuffle(steps)
-    return list(zip(classes["good"], classes["flawed"], strict=False))
+    if contrast == "random":
+        return list(zip(classes["good"], classes["flawed"], strict=False))
+    good, flawed = (_by_words(classes[verdict]) for verdict in ("good", "flawed"))
+    nearest_first = sorted(
+        ((one, other) for one in good for other in flawed),
+        key=lambda pair: len(pair[0] & pair[1]) / max(1, len(pair[0] | pair[1])),
+        reverse=True,
+    )
+    pairs: list[tuple[Judged, Judged]] = []
+    for one, other in nearest_first:
+        while good[one] and flawed[other]:
+            pairs.append((good[one].pop(), flawed[other].pop()))
+    return pairs
+
+
+def _by_words(steps: Iterable[Judged]) -> dict[frozenset[str], list[Judged]]:
+    """The steps by the words of their actions."""
+    found: dict[frozenset[str], list[Judged]] = defaultdict(list)
+    for j in steps:
+        found[frozenset(_action(j).lower().split())].append(j)
+    return found
 
 
 def within(budget: float, parts: Iterable[list[Question]], cost: Cost) -> list[Question]:
@@ -205,6 +240,7 @@ class Quiz:
 
 
 VERDICTS = Quiz(verdict_questions, VERDICT_WORDS, at_once=2)
+SIMILAR = Quiz(partial(verdict_questions, contrast="similar"), VERDICT_WORDS, at_once=2)
 PAIRS = Quiz(pair_questions, PAIR_WORDS)
 
 

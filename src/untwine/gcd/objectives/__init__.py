@@ -11,7 +11,7 @@ from untwine.gcd.objectives.cross_entropy import CrossEntropy
 from untwine.gcd.objectives.head import VerdictHead
 from untwine.gcd.objectives.protocol import Exercise, Means, Objective, ObjectiveMaker
 from untwine.gcd.objectives.reinforced import Reinforced
-from untwine.gcd.questions import PAIRS, VERDICTS
+from untwine.gcd.questions import PAIRS, SIMILAR, VERDICTS, Quiz
 
 __all__ = [
     "Exercise", "Means", "Objective", "check_objective", "make_objective", "objective_names",
@@ -19,12 +19,16 @@ __all__ = [
 ]  # fmt: skip
 
 _MAKERS: dict[str, ObjectiveMaker] = {
-    "generative/ce": lambda means: CrossEntropy(means, VERDICTS),
-    "generative/rl": lambda means: Reinforced(means, VERDICTS),
+    "generative/ce": lambda means: CrossEntropy(means, _verdicts(means)),
+    "generative/rl": lambda means: Reinforced(means, _verdicts(means)),
     "pairwise": lambda means: CrossEntropy(means, PAIRS),
     "pairwise/rl": lambda means: Reinforced(means, PAIRS),
     "head": VerdictHead,
 }
+
+
+def _verdicts(means: Means) -> Quiz:
+    return SIMILAR if means.config.contrast == "similar" else VERDICTS
 
 
 def register_objective(name: str, maker: ObjectiveMaker) -> None:

@@ -40,7 +40,7 @@ class VerdictHead:
     ) -> Exercise | None:
         rows: list[Row] = []
         used = 0
-        for pair in balanced(judged_steps(episodes), rng):
+        for pair in balanced(judged_steps(episodes), rng, self._means.config.contrast):
             new = [_row(judged) for judged in pair]
             used += sum(row.length for row in new)
             if used > self._means.config.token_budget:
