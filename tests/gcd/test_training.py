@@ -150,6 +150,7 @@ def test_labels_of_one_class_are_said_once(
         ({"objective": "head", "labels": ["rulez"]}, "Did you mean 'rule'"),
         ({"objective": "head", "labels": []}, "needs labels"),
         ({"objective": "head", "labels": ["rule", "rule"]}, "names a source twice"),
+        ({"norms_every": 3}, "set norms_every: 1 or weight_of: gradient"),
         ({"weight": float("inf")}, "finite number"),
         ({"weight": float("nan")}, "gcd.weight"),
         ({"objective": "head", "labels": ["judge"]}, "there is none; set gcd.judge.url"),

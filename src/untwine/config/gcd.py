@@ -119,6 +119,11 @@ class GCDConfig(Section):
             raise ValueError(
                 f"taught names {', '.join(sorted(unknown))}, which labels does not; add it there"
             )
+        if self.norms_every > 1 and self.weight_of == "loss":
+            raise ValueError(
+                f"norms_every: {self.norms_every} is for norms that are measured; set "
+                "norms_every: 1 or weight_of: gradient"
+            )
         if self.step == "own" and self.weight_of == "gradient":
             raise ValueError(
                 "an own step has nothing to hold a ratio to; set step: joint or weight_of: loss"
