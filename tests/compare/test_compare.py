@@ -65,6 +65,18 @@ def test_a_model_of_another_run_stands_for_its_recipe(tmp_path: Path) -> None:
     assert [len(own) for own in find_runs(runs).arms.values()] == [2, 1]
 
 
+def test_models_of_other_runs_are_told_apart_in_few_words(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "plain", [row({"a": 0.5})])]
+    for steps in (50, 90):
+        cold = tmp_path / f"cold-{steps}"
+        write_run(cold, [row({"a": 0.5})], iterations=0, cold_start={"steps": steps})
+        policy = {"model": str(cold / "model")}
+        runs.append(write_run(tmp_path / f"from-{steps}", [row({"a": 0.5})], policy=policy))
+    assert list(find_runs(runs[:2]).arms) == ["policy.model=tiny", "policy.model=another run's"]
+    made = "policy.model=another run's, policy.model.cold_start.steps="
+    assert list(find_runs(runs).arms) == ["policy.model=tiny", f"{made}50", f"{made}90"]
+
+
 def test_numbers_worked_by_hand(two_arms: list[Path]) -> None:
     numbers = compare_runs(two_arms)
     (entry,) = numbers["sets"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from untwine.config import Recipe
@@ -21,6 +21,10 @@ _NEUTRAL = {
 }
 """Keys that do not make an arm: seed, names, and how and where the work is done."""
 
+_MODEL = "policy.model"
+_MADE = "another run's"
+"""What a model is called that a run made."""
+
 
 def arm_labels(recipes: Mapping[Path, tuple[Recipe, str]]) -> dict[str, str]:
     """A name for each arm, by its key: the name its runs share, or else the keys that differ.
@@ -31,18 +35,27 @@ def arm_labels(recipes: Mapping[Path, tuple[Recipe, str]]) -> dict[str, str]:
     trees: dict[str, dict[str, str]] = {}
     for recipe, key in recipes.values():
         names.setdefault(key, set()).add(recipe.name)
-        trees[key] = {leaf: str(value) for leaf, value in leaves(json.loads(key))}
+        tree = {leaf: str(value) for leaf, value in leaves(json.loads(key))}
+        trees[key] = tree if _MODEL in tree else tree | {_MODEL: _MADE}
     shared = [next(iter(own)) for own in names.values() if len(own) == 1]
     if len(shared) == len(names) == len(set(shared)):
         return dict(zip(names, shared, strict=True))
     if len(names) == 1:
         return {key: sorted(own)[0] for key, own in names.items()}
     everything = sorted({leaf for tree in trees.values() for leaf in tree})
-    differing = [k for k in everything if len({tree.get(k) for tree in trees.values()}) > 1]
+    differing = [k for k in everything if _differs(k, list(trees.values()))]
     return {
         key: ", ".join(f"{k}={tree[k]}" for k in differing if k in tree)
         for key, tree in trees.items()
     }
+
+
+def _differs(key: str, trees: Sequence[Mapping[str, str]]) -> bool:
+    """Whether arms have different values. A key of the run that made a model is one of the arms
+    that have such a model."""
+    if key.startswith(f"{_MODEL}."):
+        trees = [tree for tree in trees if tree[_MODEL] == _MADE]
+    return len({tree.get(key) for tree in trees}) > 1
 
 
 def arm_key(recipe: Recipe, later: tuple[Path, ...] = ()) -> str:
