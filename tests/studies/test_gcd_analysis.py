@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from tests.builders import REF, make_episode, make_step
 from tests.compare.finished_runs import row, write_run
 from untwine.compare.runs import find_runs
 from untwine.errors import UntwineError
 from untwine.evaluate.identity import model_digest
+from untwine.records import Group, Label, Step
 
 FOLDER = Path(__file__).parents[2] / "studies" / "gcd"
 NOISE = [-0.01, 0.01, 0.0, -0.005, 0.005, 0.0]
@@ -402,3 +406,42 @@ def test_every_arm_is_compared_with_the_plain_one_of_its_cold_start(
     assert "| wrong.gcd-ce | grpo | 6 | +0.100 [+0.093, +0.107] |" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "out" / "secondary.json").read_text())) == 3
     assert (tmp_path / "out" / "secondary.svg").read_text().count("<path") > 5
+
+
+def test_kinds_of_steps_counted_by_hand(tmp_path: Path) -> None:
+    """Two runs of two iterations: at first 2 of 4 steps are not understood, at the end 1 of 4."""
+    kinds = script("kinds")
+    bad = (Label("rule", "flawed", "invalid"), Label("group", "good", "return"))
+
+    def step(command: str, invalid: bool, probability: float) -> Step:
+        labels = bad if invalid else ()
+        made = make_step(0, command=command, action=(7, 8), labels=labels)
+        return dataclasses.replace(
+            made,
+            invalid="unknown_command" if invalid else None,
+            logprobs=(math.log(probability), 0.0),
+            advantage=-1.0 if invalid else 0.5,
+        )
+
+    first = [step("go in", False, 0.5), step("go up", True, 0.2), step("badbad", True, 0.1)]
+    last = [step("go in", False, 0.5), step("go up", True, 0.4), step("go on", False, 0.5)]
+    ends = []
+    for extra in (first[0], first[1]):
+        ends.append(
+            tuple(
+                kinds.count([Group(REF, (make_episode(0.0, steps), make_episode(1.0, [extra], id="e1")))])
+                for steps in (first, last)
+            )
+        )
+    found = kinds.differences(ends)
+    assert set(found["share"]) == {"invalid", "invalid: go", "invalid: other", "other"}
+    share = found["share"]["invalid: go"]
+    assert share["values"] == [(0.25, 0.25), (0.5, 0.5)]
+    assert found["share"]["invalid"]["values"] == [(0.5, 0.25), (0.75, 0.5)]
+    assert found["share"]["invalid"]["difference"] == pytest.approx(-0.25)
+    assert found["per_episode"]["invalid: other"]["values"] == [(0.5, 0.0), (0.5, 0.0)]
+    chance = found["probability"]["invalid: go"]
+    assert chance["values"][0] == pytest.approx((0.2, 0.4))
+    assert chance["values"][1] == pytest.approx((0.2, 0.3))
+    assert "invalid: other" not in found["probability"]
+    assert found["advantage"]["invalid"]["first"] == pytest.approx(-1.0)

@@ -1,0 +1,155 @@
+"""Which kinds of steps become rarer in training, and which do not (docs/study.md, ScienceWorld).
+
+    S=runs/gcd-scienceworld-second
+    python studies/gcd/kinds.py $S --arm wrong.grpo --out $S/kinds
+
+Counts the steps that were sampled in the first and in the last iterations (--iterations of each)
+of every run, by the kind that the rules give them and, where a command was not understood, by its
+first word: share of the steps, number per episode, mean probability of the command where it was
+given, mean advantage. Means over runs at either end, and of the difference with Student's 95 %
+interval, each run counting once; runs without such steps at either end are left out of the last
+two. Writes kinds.json, with the values of each run. No claim rests on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+from analysis import check_sweep, with_interval
+
+from untwine.cli import run_guarded
+from untwine.compare.runs import find_runs
+from untwine.episodes import read_groups
+from untwine.errors import CheckpointError, ConfigError
+from untwine.evaluate.statistics import mean, student_interval
+from untwine.records import Group, Step
+
+Numbers = dict[str, dict[str, float]]
+MEASURES = {
+    "share": "of the steps",
+    "per_episode": "per episode",
+    "probability": "probability",
+    "advantage": "advantage",
+}
+
+
+def kinds_of(step: Step, words: Collection[str]) -> list[str]:
+    """The rule's kind of a step, and for an invalid one that with its first word, if it is one of
+    `words`."""
+    (kind,) = [label.kind for label in step.labels if label.source == "rule"] or ["other"]
+    if kind != "invalid":
+        return [kind]
+    return [kind, f"{kind}: {word if (word := _first_word(step)) in words else 'other'}"]
+
+
+def count(groups: Iterable[Group]) -> Numbers:
+    """By measure and kind, over all steps of the groups."""
+    episodes = [episode for group in groups for episode in group.episodes]
+    steps = [step for episode in episodes for step in episode.steps]
+    words = {_first_word(step) for step in steps if not step.invalid}
+    found: dict[str, list[Step]] = defaultdict(list)
+    for step in steps:
+        for kind in kinds_of(step, words):
+            found[kind].append(step)
+    advantages = {
+        kind: [step.advantage for step in own if step.advantage is not None]
+        for kind, own in found.items()
+    }
+    return {
+        "share": {kind: len(own) / len(steps) for kind, own in found.items()},
+        "per_episode": {kind: len(own) / len(episodes) for kind, own in found.items()},
+        "probability": {
+            kind: mean([math.exp(sum(step.logprobs)) for step in own])
+            for kind, own in found.items()
+        },
+        "advantage": {kind: mean(own) for kind, own in advantages.items() if own},
+    }
+
+
+def ends(run: Path, iterations: int) -> tuple[Numbers, Numbers]:
+    """The first and the last iterations of a run. CheckpointError when there are too few."""
+    files = sorted((run / "episodes").glob("iter-*.jsonl.gz"))
+    if len(files) < 2 * iterations:
+        raise CheckpointError(
+            f"{run} holds the episodes of {len(files)} iterations, and {2 * iterations} are "
+            "needed; choose fewer with --iterations"
+        )
+    first, last = (
+        count(group for file in part for group in read_groups(file))
+        for part in (files[:iterations], files[-iterations:])
+    )
+    return first, last
+
+
+def differences(
+    pairs: Iterable[tuple[Numbers, Numbers]],
+) -> dict[str, dict[str, dict[str, object]]]:
+    """By measure and kind: `values` (first, last) of the runs, their means, and the mean and
+    interval of last - first. Shares are 0 where a run has no such step."""
+    runs = list(pairs)
+    kinds = sorted({kind for run in runs for end in run for kind in end["share"]})
+    found: dict[str, dict[str, dict[str, object]]] = {name: {} for name in MEASURES}
+    for name in MEASURES:
+        for kind in kinds:
+            known = [tuple(_value(end, name, kind) for end in run) for run in runs]
+            values = [(a, b) for a, b in known if a is not None and b is not None]
+            if len(values) > 1:
+                change = [b - a for a, b in values]
+                found[name][kind] = {
+                    "values": values,
+                    "first": mean([a for a, _ in values]),
+                    "last": mean([b for _, b in values]),
+                    "difference": mean(change),
+                    "interval": student_interval(change),
+                }
+    return found
+
+
+def _first_word(step: Step) -> str:
+    return " ".join((step.command or step.text).split()[:1])
+
+
+def _value(end: Mapping[str, Mapping[str, float]], name: str, kind: str) -> float | None:
+    absent = 0.0 if name in ("share", "per_episode") else None
+    return end[name].get(kind, absent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("sweep", type=Path)
+    parser.add_argument("--arm", required=True)
+    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    if given.iterations < 1:
+        raise ConfigError("--iterations must be 1 or more")
+    check_sweep(given.sweep)
+    runs = find_runs([given.sweep]).arms.get(given.arm, [])
+    if len(runs) < 2:
+        raise CheckpointError(
+            f"{given.sweep} holds {len(runs)} runs of {given.arm}; name another arm"
+        )
+    found = differences(ends(run.path, given.iterations) for run in runs)
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "kinds.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(runs)} runs of {given.arm}, first and last {given.iterations} iterations\n")
+    print("| Steps | " + " | ".join(MEASURES.values()) + " |\n|---|" + "---|" * len(MEASURES))
+    for kind in found["share"]:
+        cells = [_cell(found[name].get(kind)) for name in MEASURES]
+        print(f"| {kind} | " + " | ".join(cells) + " |")
+
+
+def _cell(numbers: Mapping[str, object] | None) -> str:
+    if numbers is None:
+        return "–"
+    change = with_interval(numbers["difference"], numbers["interval"])  # type: ignore[arg-type]
+    return f"{numbers['first']:.3f} → {numbers['last']:.3f}, {change}"
+
+
+if __name__ == "__main__":
+    run_guarded(main)
