@@ -8,7 +8,10 @@ of every run, by the kind that the rules give them and, where a command was not 
 first word: share of the steps, number per episode, mean probability of the command where it was
 given, mean advantage. Means over runs at either end, and of the difference with Student's 95 %
 interval, each run counting once; runs without such steps at either end are left out of the last
-two. Writes kinds.json, with the values of each run. No claim rests on it.
+two. Where the look `coupling-before` was taken (the Gram of the first iteration, before training):
+how many of the flawed steps with an advantage below 0 that first batch makes more likely, beside
+how many it would with permuted weights. Writes kinds.json, with the values of each run, and
+kinds.svg. No claim rests on it.
 """
 
 from __future__ import annotations
@@ -17,13 +20,15 @@ import argparse
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from analysis import check_sweep, with_interval
+from analysis import check_sweep, read_numbers, with_interval
 
 from untwine.cli import run_guarded
 from untwine.compare.runs import find_runs
+from untwine.drawing import COLOURS, drawing
 from untwine.episodes import read_groups
 from untwine.errors import CheckpointError, ConfigError
 from untwine.evaluate.statistics import mean, student_interval
@@ -36,6 +41,9 @@ MEASURES = {
     "probability": "probability",
     "advantage": "advantage",
 }
+LIFTED = "lifted"
+PUNISHED = "labelled flawed, advantage below 0"
+Found = dict[str, dict[str, dict[str, Any]]]
 
 
 def kinds_of(step: Step, words: Collection[str]) -> list[str]:
@@ -86,28 +94,60 @@ def ends(run: Path, iterations: int) -> tuple[Numbers, Numbers]:
     return first, last
 
 
-def differences(
-    pairs: Iterable[tuple[Numbers, Numbers]],
-) -> dict[str, dict[str, dict[str, object]]]:
+def differences(pairs: Iterable[tuple[Numbers, Numbers]]) -> Found:
     """By measure and kind: `values` (first, last) of the runs, their means, and the mean and
     interval of last - first. Shares are 0 where a run has no such step."""
     runs = list(pairs)
     kinds = sorted({kind for run in runs for end in run for kind in end["share"]})
-    found: dict[str, dict[str, dict[str, object]]] = {name: {} for name in MEASURES}
+    found: Found = {name: {} for name in MEASURES}
     for name in MEASURES:
         for kind in kinds:
             known = [tuple(_value(end, name, kind) for end in run) for run in runs]
             values = [(a, b) for a, b in known if a is not None and b is not None]
             if len(values) > 1:
-                change = [b - a for a, b in values]
-                found[name][kind] = {
-                    "values": values,
-                    "first": mean([a for a, _ in values]),
-                    "last": mean([b for _, b in values]),
-                    "difference": mean(change),
-                    "interval": student_interval(change),
-                }
+                found[name][kind] = _change(values)
     return found
+
+
+def lifted(looks: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By kind, the same of (share lifted with permuted weights, share lifted), over the looks with
+    punished steps of the kind."""
+    values: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for look in looks:
+        for kind, rate in look.get("reinforced", {}).get(PUNISHED, {}).items():
+            if rate and rate["flawed"]:
+                values[kind].append((rate["null"], rate["share"]))
+    return {kind: _change(own) for kind, own in values.items() if len(own) > 1}
+
+
+def draw(found: Found, path: Path) -> None:
+    """The flawed kinds in the looks: what the first batch does to them, and what training did."""
+    kinds = [k for k in found["share"] if k in found[LIFTED] and found["advantage"][k]["first"] < 0]
+    panels = {
+        LIFTED: "lifted by the first batch, minus chance",
+        "per_episode": "change per episode",
+    }
+    with drawing(path, (8.0, 0.9 + 0.3 * len(kinds))) as figure:
+        for axes, (name, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+            for y, kind in enumerate(reversed(kinds)):
+                low, high = found[name][kind]["interval"]
+                axes.plot([low, high], [y, y], color=COLOURS[0])
+                axes.plot([found[name][kind]["difference"]], [y], "o", color=COLOURS[0])
+            axes.axvline(0.0, color="grey", linewidth=0.8)
+            axes.set_yticks(range(len(kinds)), reversed(kinds))
+            axes.set_ylim(-0.5, len(kinds) - 0.5)
+            axes.set_title(title)
+
+
+def _change(values: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    change = [b - a for a, b in values]
+    return {
+        "values": values,
+        "first": mean([a for a, _ in values]),
+        "last": mean([b for _, b in values]),
+        "difference": mean(change),
+        "interval": student_interval(change),
+    }
 
 
 def _first_word(step: Step) -> str:
@@ -135,19 +175,25 @@ def main() -> None:
             f"{given.sweep} holds {len(runs)} runs of {given.arm}; name another arm"
         )
     found = differences(ends(run.path, given.iterations) for run in runs)
+    again = "have the sweep take the look again"
+    looks = (read_numbers(run.path / "looks" / "coupling-before.json", again) for run in runs)
+    found[LIFTED] = lifted(looks)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "kinds.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{len(runs)} runs of {given.arm}, first and last {given.iterations} iterations\n")
-    print("| Steps | " + " | ".join(MEASURES.values()) + " |\n|---|" + "---|" * len(MEASURES))
+    if found[LIFTED]:
+        draw(found, given.out / "kinds.svg")
+    columns = {**MEASURES, LIFTED: "lifted at first: by chance → here"}
+    print("| Steps | " + " | ".join(columns.values()) + " |\n|---|" + "---|" * len(columns))
     for kind in found["share"]:
-        cells = [_cell(found[name].get(kind)) for name in MEASURES]
+        cells = [_cell(found[name].get(kind)) for name in columns]
         print(f"| {kind} | " + " | ".join(cells) + " |")
 
 
-def _cell(numbers: Mapping[str, object] | None) -> str:
+def _cell(numbers: Mapping[str, Any] | None) -> str:
     if numbers is None:
         return "–"
-    change = with_interval(numbers["difference"], numbers["interval"])  # type: ignore[arg-type]
+    change = with_interval(numbers["difference"], numbers["interval"])
     return f"{numbers['first']:.3f} → {numbers['last']:.3f}, {change}"
 
 

@@ -429,7 +429,9 @@ def test_kinds_of_steps_counted_by_hand(tmp_path: Path) -> None:
     for extra in (first[0], first[1]):
         ends.append(
             tuple(
-                kinds.count([Group(REF, (make_episode(0.0, steps), make_episode(1.0, [extra], id="e1")))])
+                kinds.count(
+                    [Group(REF, (make_episode(0.0, steps), make_episode(1.0, [extra], id="e1")))]
+                )
                 for steps in (first, last)
             )
         )
@@ -445,3 +447,16 @@ def test_kinds_of_steps_counted_by_hand(tmp_path: Path) -> None:
     assert chance["values"][1] == pytest.approx((0.2, 0.3))
     assert "invalid: other" not in found["probability"]
     assert found["advantage"]["invalid"]["first"] == pytest.approx(-1.0)
+
+
+def test_what_the_first_batch_lifts_is_read_from_looks() -> None:
+    kinds = script("kinds")
+
+    def seen(share: float, null: float, flawed: int = 4) -> dict[str, Any]:
+        rate = {"flawed": flawed, "reinforced": 0, "share": share, "null": null}
+        return {"reinforced": {"labelled flawed, advantage below 0": {"repeat": rate}}}
+
+    found = kinds.lifted([seen(0.2, 0.5), {}, seen(0.3, 0.4), seen(0.9, 0.9, flawed=0)])
+    assert found["repeat"]["values"] == [(0.5, 0.2), (0.4, 0.3)]
+    assert found["repeat"]["difference"] == pytest.approx(-0.2)
+    assert kinds.lifted([seen(0.2, 0.5)]) == {}
