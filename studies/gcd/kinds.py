@@ -123,18 +123,20 @@ def lifted(looks: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 def draw(found: Found, path: Path) -> None:
     """The flawed kinds in the looks: what the first batch does to them, and what training did."""
     kinds = [k for k in found["share"] if k in found[LIFTED] and found["advantage"][k]["first"] < 0]
-    panels = {
-        LIFTED: "lifted by the first batch, minus chance",
-        "per_episode": "change per episode",
-    }
+    kinds.sort(key=lambda kind: found[LIFTED][kind]["difference"])
+    titles = (
+        "lifted by the first batch, minus chance",
+        "number per episode, last to first, minus 1",
+    )
     with drawing(path, (8.0, 0.9 + 0.3 * len(kinds))) as figure:
-        for axes, (name, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-            for y, kind in enumerate(reversed(kinds)):
-                low, high = found[name][kind]["interval"]
-                axes.plot([low, high], [y, y], color=COLOURS[0])
-                axes.plot([found[name][kind]["difference"]], [y], "o", color=COLOURS[0])
+        for axes, title in zip(figure.subplots(1, 2), titles, strict=True):
+            for y, kind in enumerate(kinds):
+                own = found[LIFTED if title == titles[0] else "per_episode"][kind]
+                unit = 1.0 if title == titles[0] else own["first"]
+                axes.plot([end / unit for end in own["interval"]], [y, y], color=COLOURS[0])
+                axes.plot([own["difference"] / unit], [y], "o", color=COLOURS[0])
             axes.axvline(0.0, color="grey", linewidth=0.8)
-            axes.set_yticks(range(len(kinds)), reversed(kinds))
+            axes.set_yticks(range(len(kinds)), kinds)
             axes.set_ylim(-0.5, len(kinds) - 0.5)
             axes.set_title(title)
 
