@@ -151,8 +151,8 @@ def balanced(
     """(good, flawed) steps, as many pairs as the rarer class has steps.
 
     random   paired at random
-    similar  the same command in two states first, then those with the largest share of words in
-             common (of all words of the two, each counted once); ties at random
+    similar  commands of the same words, in two states, first; then those with the largest share of
+             words in common (of all words of the two, each counted once); ties at random
     """
     classes: dict[Verdict, list[Judged]] = {"good": [], "flawed": []}
     for j in judged:
