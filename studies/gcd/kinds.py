@@ -29,9 +29,11 @@ from analysis import check_sweep, read_numbers, with_interval
 from untwine.cli import run_guarded
 from untwine.compare.runs import find_runs
 from untwine.drawing import COLOURS, drawing
+from untwine.envs.wandering import first_word
 from untwine.episodes import read_groups
 from untwine.errors import CheckpointError, ConfigError
 from untwine.evaluate.statistics import mean, student_interval
+from untwine.prompting.prompter import action_as_shown
 from untwine.records import Group, Step
 
 Numbers = dict[str, dict[str, float]]
@@ -124,15 +126,15 @@ def draw(found: Found, path: Path) -> None:
     """The flawed kinds in the looks: what the first batch does to them, and what training did."""
     kinds = [k for k in found["share"] if k in found[LIFTED] and found["advantage"][k]["first"] < 0]
     kinds.sort(key=lambda kind: found[LIFTED][kind]["difference"])
-    titles = (
-        "lifted by the first batch, minus chance",
-        "number per episode, last to first, minus 1",
+    panels = (
+        (LIFTED, "lifted by the first batch, minus chance", False),
+        ("per_episode", "number per episode, last to first, minus 1", True),
     )
     with drawing(path, (8.0, 0.9 + 0.3 * len(kinds))) as figure:
-        for axes, title in zip(figure.subplots(1, 2), titles, strict=True):
+        for axes, (name, title, relative) in zip(figure.subplots(1, 2), panels, strict=True):
             for y, kind in enumerate(kinds):
-                own = found[LIFTED if title == titles[0] else "per_episode"][kind]
-                unit = 1.0 if title == titles[0] else own["first"]
+                own = found[name][kind]
+                unit = own["first"] if relative else 1.0
                 axes.plot([end / unit for end in own["interval"]], [y, y], color=COLOURS[0])
                 axes.plot([own["difference"] / unit], [y], "o", color=COLOURS[0])
             axes.axvline(0.0, color="grey", linewidth=0.8)
@@ -153,7 +155,7 @@ def _change(values: Sequence[tuple[float, float]]) -> dict[str, Any]:
 
 
 def _first_word(step: Step) -> str:
-    return " ".join((step.command or step.text).split()[:1])
+    return first_word(action_as_shown(step.command, step.text))
 
 
 def _value(end: Mapping[str, Mapping[str, float]], name: str, kind: str) -> float | None:

@@ -408,8 +408,8 @@ def test_every_arm_is_compared_with_the_plain_one_of_its_cold_start(
     assert (tmp_path / "out" / "secondary.svg").read_text().count("<path") > 5
 
 
-def test_kinds_of_steps_counted_by_hand(tmp_path: Path) -> None:
-    """Two runs of two iterations: at first 2 of 4 steps are not understood, at the end 1 of 4."""
+def test_kinds_of_steps_counted_by_hand() -> None:
+    """Two runs: at first 2 (3) of 4 steps are not understood, at the end 1 (2) of 4."""
     kinds = script("kinds")
     bad = (Label("rule", "flawed", "invalid"), Label("group", "good", "return"))
 

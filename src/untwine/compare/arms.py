@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from untwine.config import Recipe
@@ -43,14 +43,14 @@ def arm_labels(recipes: Mapping[Path, tuple[Recipe, str]]) -> dict[str, str]:
     if len(names) == 1:
         return {key: sorted(own)[0] for key, own in names.items()}
     everything = sorted({leaf for tree in trees.values() for leaf in tree})
-    differing = [k for k in everything if _differs(k, list(trees.values()))]
+    differing = [k for k in everything if _differs(k, trees.values())]
     return {
         key: ", ".join(f"{k}={tree[k]}" for k in differing if k in tree)
         for key, tree in trees.items()
     }
 
 
-def _differs(key: str, trees: Sequence[Mapping[str, str]]) -> bool:
+def _differs(key: str, trees: Iterable[Mapping[str, str]]) -> bool:
     """Whether arms have different values. A key of the run that made a model is one of the arms
     that have such a model."""
     if key.startswith(f"{_MODEL}."):

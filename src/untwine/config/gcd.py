@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from untwine.config.base import Fraction, Natural, Positive, Rate, Section
 
+Contrast = Literal["random", "similar"]
+
 
 class ScheduleConfig(Section):
     """Weight over training: constant, or linear from `start` to `end` over all iterations."""
@@ -89,7 +91,7 @@ class GCDConfig(Section):
         "empty: all. The others are recorded only",
     )
     min_confidence: Fraction = 0.5
-    contrast: Literal["random", "similar"] = Field(
+    contrast: Contrast = Field(
         "random",
         description="which good action is asked about beside which flawed one (generative "
         "objectives and head): any, or the one most like it, so that the words of a command do not "

@@ -11,12 +11,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
 
 from untwine.batch import Row, completion_row
+from untwine.config.gcd import Contrast
 from untwine.errors import ModelError
 from untwine.gcd.labels import action_key, agreed_verdict
 from untwine.prompting.prompter import PAIR_WORDS, VERDICT_WORDS, Prompter, action_as_shown
@@ -46,7 +46,6 @@ class Question:
         return len(self.prompt_ids) - self.shared
 
 
-Contrast = Literal["random", "similar"]
 Cost = Callable[[Question], int]  # tokens that are computed for a question
 
 
