@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +81,34 @@ def test_values_of_options_are_checked_before_there_is_a_group(
     with pytest.raises(ConfigError, match=rf"^credit\.options\.{words}") as caught:
         credit_method(method, options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_method_is_found_by_its_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "credit_of_mine.py").write_text(
+        "def twice(group, scale: float = 2.0):\n"
+        "    return [[scale * r] * e.length for r, e in zip(group.returns_G, group.episodes)]\n"
+        "number = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "credit_unfinished.py").write_text("def twice(group:\n")
+    group = make_group([1.0, 0.5])
+    found = credit_method("credit_of_mine:twice", {"scale": 3})(group)
+    assert [e.steps[0].advantage for e in found.episodes] == [3.0, 1.5]
+    for name, words in {
+        "credit_of_mine:thrice": "has no attribute 'thrice'",
+        "credit_of_theirs:twice": "No module named 'credit_of_theirs'",
+        "credit_unfinished:twice": "cannot be imported",
+        ":twice": "cannot be imported",
+        "credit_of_mine:": "cannot be imported",
+        "credit_of_mine:number": "is not a function but 3",
+    }.items():
+        with pytest.raises(ConfigError, match=words) as caught:
+            credit_method(name, {})
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"options\.scale: .*number"):
+        credit_method("credit_of_mine:twice", {"scale": "much"})
+    with pytest.raises(ConfigError, match="has no option 'scales'"):
+        credit_method("credit_of_mine:twice", {"scales": 1})
 
 
 def test_options_are_numbers_however_yaml_wrote_them() -> None:

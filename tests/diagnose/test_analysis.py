@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
+from collections import defaultdict
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from untwine.diagnose.analysis import (
     cosine_histograms,
     decompose,
     kind_strata,
+    lifts_by_source,
     merge_duplicates,
     probability_strata,
     push_from_other_states,
@@ -19,6 +22,7 @@ from untwine.diagnose.analysis import (
     reinforced_rates,
     worst_offenders,
 )
+from untwine.errors import UntwineError
 from untwine.theory.regions import TwoStates
 
 # Gradients in the plane: 0 and 1 alike, 2 against them, 3 across.
@@ -65,6 +69,62 @@ def test_offenders_and_who_pushed_them() -> None:
     assert (worst.own, worst.coupled, worst.delta) == (-1.0, 2.5, 1.5)
     assert worst_offenders(K, W, flawed, pushers=1)[0].pushers == ((1, 2.0),)
     assert worst_offenders(K, -W, torch.tensor([False, True, False, False])) == []
+
+
+def test_who_lifts_by_hand() -> None:
+    """Target 0 (w -1): itself -1; 1 is rewarded, in another state, the same command; 2 is punished
+    and shares the first word; 3 across it."""
+    found = lifts_by_source(
+        K,
+        W,
+        torch.tensor([True, False, False, False]),
+        ["s", "t", "t", "s"],
+        ["open door", "open door", "open box", ""],
+        ["flawed", "good", None, "flawed"],
+    )
+    assert (found.targets, found.own) == (1, -1.0)
+    assert [(s.relation, s.credit, s.verdict, s.mean) for s in found.sources] == [
+        ("same state", "punished", "flawed", 0.0),
+        ("same command", "rewarded", "good", 2.0),
+        ("same first word", "punished", None, 0.5),
+    ]
+    assert found.delta == 1.5
+    with pytest.raises(UntwineError, match="no sample is a target"):
+        lifts_by_source(K, W, torch.zeros(4, dtype=torch.bool), "abcd", list("abcd"), [None] * 4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_who_lifts_against_a_loop(seed: int) -> None:
+    rng = random.Random(seed)
+    count = 30
+    k, weights = random_gram(count, seed)
+    weights[rng.randrange(count)] = 0.0
+    states = [rng.randrange(5) for _ in range(count)]
+    commands = [f"{rng.choice('ab')} {rng.choice('xyz')}" for _ in range(count)]
+    verdicts = [rng.choice(["good", "flawed", None]) for _ in range(count)]
+    targets = [i for i in range(count) if rng.random() < 0.3]
+    mask = torch.tensor([i in targets for i in range(count)])
+    sums: dict[tuple[str, str, str | None], float] = defaultdict(float)
+    for i in targets:
+        for j in set(range(count)) - {i}:
+            if states[i] == states[j]:
+                relation = "same state"
+            elif commands[i] == commands[j]:
+                relation = "same command"
+            elif commands[i][0] == commands[j][0]:
+                relation = "same first word"
+            else:
+                relation = "other"
+            if weights[j] != 0:
+                credit = "rewarded" if weights[j] > 0 else "punished"
+                push = 0.3 * float(weights[j] * k[i, j]) / len(targets)
+                sums[relation, credit, verdicts[j]] += push
+    found = lifts_by_source(k, weights, mask, states, commands, verdicts, rate=0.3)
+    ours = {(s.relation, s.credit, s.verdict): s.mean for s in found.sources}
+    assert ours == pytest.approx(sums)
+    parts = decompose(k, weights, rate=0.3)
+    assert found.own == pytest.approx(float(parts.own[mask].mean()))
+    assert found.delta == pytest.approx(float(parts.delta[mask].mean()))
 
 
 def test_rate_and_its_null_against_all_permutations() -> None:

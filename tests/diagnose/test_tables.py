@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from untwine.diagnose.lift_table import lift_rows
 from untwine.diagnose.tables import print_coupling
 
 RATE = {"flawed": 1, "reinforced": 1, "share": 1.0, "null": None, "interval": None, "p_value": None}
@@ -25,17 +26,22 @@ def pusher(text: str, prompt: str, weight: float = 1.0) -> dict[str, Any]:
     return shown_step(text, prompt, weight=weight, push=0.004, cosine=0.5)
 
 
+NUMBERS = {
+    "iteration": 0, "samples": 2, "distinct": 2, "steps": 2, "metric": "sgd", "policy": "model",
+    "drift": {"mean": 0.0, "largest": 0.0}, "honesty": None, "head_correlation": None,
+    "reinforced": {"labelled flawed": {"all": RATE}}, "mean_push": None, "lifts": {},
+    "cosines": [], "offenders": [],
+}  # fmt: skip
+
+
 def lines_of(
-    capsys: pytest.CaptureFixture[str], *offenders: dict[str, Any], diffs: int = 3
+    capsys: pytest.CaptureFixture[str],
+    *offenders: dict[str, Any],
+    diffs: int = 3,
+    lifts: dict[str, Any] | None = None,
 ) -> list[str]:
     """What is printed after the table of offenders."""
-    numbers = {
-        "iteration": 0, "samples": 2, "distinct": 2, "steps": 2, "metric": "sgd", "policy": "model",
-        "drift": {"mean": 0.0, "largest": 0.0}, "honesty": None, "head_correlation": None,
-        "reinforced": {"labelled flawed": {"all": RATE}}, "mean_push": None, "cosines": [],
-        "offenders": list(offenders),
-    }  # fmt: skip
-    print_coupling(numbers, diffs)
+    print_coupling({**NUMBERS, "offenders": list(offenders), "lifts": lifts or {}}, diffs)
     out = capsys.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in out)
     lines = out.split("\n")
@@ -83,6 +89,50 @@ def test_long_prompts_are_cut(capsys: pytest.CaptureFixture[str]) -> None:
     assert "equal characters … " in shown
     other = "".join(f"word {i * i}\n" for i in range(5000))
     assert len("\n".join(lines_of(capsys, offender("a", same, pusher("b", other))))) < 2500
+
+
+LIFTS = {
+    "all": {
+        "targets": 4,
+        "own": -0.002,
+        "delta": 0.0005,
+        "sources": [
+            {"relation": "same command", "credit": "rewarded", "verdict": "good", "mean": 0.003},
+            {"relation": "other", "credit": "punished", "verdict": None, "mean": -0.0005},
+            {"relation": "other", "credit": "rewarded", "verdict": None, "mean": 0.00001},
+        ],
+    },
+    "undo": {
+        "targets": 1,
+        "own": -0.001,
+        "delta": -0.003,
+        "sources": [
+            {"relation": "other", "credit": "punished", "verdict": None, "mean": -0.002},
+        ],
+    },
+    "forced": {"targets": 1, "own": 0.0, "delta": 0.0, "sources": []},
+}
+
+
+def test_who_lifts_in_units_of_the_self_term() -> None:
+    rows = [(row.name, dict(row.values)) for row in lift_rows(LIFTS)]
+    assert rows == [
+        ("self", {"all": -1.0, "undo": -1.0}),
+        ("same command, rewarded, good", {"all": 1.5, "undo": None}),
+        ("other, punished, no label", {"all": -0.25, "undo": -2.0}),
+        ("sum", {"all": 0.25, "undo": -3.0}),
+    ]
+    assert lift_rows({"forced": LIFTS["forced"]}) == []
+
+
+def test_who_lifts_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    lines_of(capsys, lifts=LIFTS)
+    lines_of(capsys, lifts={})
+    lines_of(capsys, lifts={"forced": LIFTS["forced"]})
+    print_coupling({**NUMBERS, "lifts": LIFTS})
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.split("\n") if "same command, rewarded, good" in line]
+    assert line.split()[-4:-1] == ["+1.50", "│", "–"]
 
 
 def test_nothing_hostile_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

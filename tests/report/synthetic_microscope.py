@@ -180,6 +180,17 @@ def write_coupling(run: Path, text: str = "", samples: int = 24, seed: int = 0) 
         "distinct": n, "samples": n, "drift": {"mean": 1e-6, "largest": 1e-5},
         "head_correlation": 0.4, "largest_change": 0.01,
         "reinforced": {"labelled flawed": rates, "advantage below 0": rates},
+        "lifts": {
+            kind: {
+                "targets": 5, "own": -0.002, "delta": -0.0005 + 0.0001 * k,
+                "sources": [
+                    {"relation": "same command", "credit": "rewarded", "verdict": "good",
+                     "mean": 0.001 + 0.0001 * k},
+                    {"relation": "other", "credit": "punished", "verdict": None, "mean": 0.0005},
+                ],
+            }
+            for k, kind in enumerate(("all", f"repeat{text}"))
+        },
         "honesty": {
             "correlation": 0.999, "slope": 1.01, "rate": 1e-4, "predicted": delta.tolist(),
             "measured": (1.01 * delta).tolist(),

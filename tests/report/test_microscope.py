@@ -61,7 +61,7 @@ def test_json_gives_what_the_files_hold(measured: Path) -> None:
         assert ours == {
             key: theirs[key] for key in ("coverage", "accuracy", "flawed", "good", "worth")
         }
-    for key in ("offenders", "cosines", "sample_list", "reinforced", "head_correlation"):
+    for key in ("offenders", "cosines", "sample_list", "reinforced", "lifts", "head_correlation"):
         assert found["coupling"][key] == files["coupling"][key]
     assert found["separation"]["layers"] == files["separation"]["layers"]
     lines = (measured / "diagnose" / "truth-iter-000020.jsonl").read_text().splitlines()

@@ -62,6 +62,26 @@ def test_the_penalty_is_on_record_at_flawed_steps(tmp_path: Path) -> None:
         assert b.advantage == a.advantage - (0.5 if taken else 0.0)
 
 
+def test_no_recorded_advantage_contradicts_its_labels(tmp_path: Path) -> None:
+    plain, vetoed = tmp_path / "plain", tmp_path / "vetoed"
+    none = {"objective": "none", "labels": ["expert"], "min_confidence": 0.0}
+    train(recipe(1, gcd=none), plain, QUIET)
+    train(recipe(1, gcd=none, credit={"veto": ["flawed", "good"]}), vetoed, QUIET)
+    without, with_it = (
+        [s for g in read_groups(episode_files(r)[0]) for e in g.episodes for s in e.steps]
+        for r in (plain, vetoed)
+    )
+    changed = {"flawed": 0, "good": 0}
+    for a, b in zip(without, with_it, strict=True):
+        verdict = agreed_verdict(b)
+        if a.advantage is None or verdict is None:
+            assert a.advantage == b.advantage
+            continue
+        assert b.advantage == (min if verdict == "flawed" else max)(a.advantage, 0.0)
+        changed[verdict] += b.advantage != a.advantage
+    assert min(changed.values()) > 0
+
+
 def test_shuffled_labels_change_the_questions_only(tmp_path: Path) -> None:
     whole, parts, honest = (tmp_path / name for name in ("whole", "parts", "honest"))
     wrong = {**GCD, "shuffle_labels": True}

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from untwine.config.base import Fraction, Natural, Positive, Rate, Section
 from untwine.envs.protocol import ExpertKind
+from untwine.records import Verdict
 
 
 class OptimizerConfig(Section):
@@ -90,6 +91,11 @@ class CreditConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     penalty: Rate = Field(
         0.0, description="taken from the advantage of steps that all their labels call flawed"
+    )
+    veto: list[Verdict] = Field(
+        default_factory=list,
+        description="labels that no advantage may contradict: flawed steps get at most 0, good "
+        "ones at least 0",
     )
 
 

@@ -1,11 +1,12 @@
 """Credit: from a group of episodes to one advantage per step. One file per method.
 
 A method is a function `Group -> rows of advantages (G rows, one value per step)`, registered by
-name. `None` means that the step is not trained on.
+name, or named as `module:function`. `None` means that the step is not trained on.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -42,11 +43,10 @@ def credit_names() -> tuple[str, ...]:
 def credit_method(name: str, options: Mapping[str, Any]) -> Callable[[Group], Group]:
     """The method `name` with its options bound: a function that fills in the advantages.
 
+    name  a registered one, or `module:function`
     ConfigError when there is no such method, or an option is not what its signature says.
     """
-    if name not in _METHODS:
-        raise ConfigError(f"unknown credit method {name!r}.{nearest(name, _METHODS)}")
-    method = _METHODS[name]
+    method = _find(name)
     known = _option_types(method)
     bound = {}
     for key, value in options.items():
@@ -58,6 +58,33 @@ def credit_method(name: str, options: Mapping[str, Any]) -> Callable[[Group], Gr
         return group.with_advantages(method(group, **bound))
 
     return apply
+
+
+def _find(name: str) -> CreditMethod:
+    if ":" in name:
+        return _imported(name)
+    if name not in _METHODS:
+        raise ConfigError(
+            f"unknown credit method {name!r}.{nearest(name, _METHODS)} A method of your own is "
+            "named as module:function"
+        )
+    return _METHODS[name]
+
+
+def _imported(name: str) -> CreditMethod:
+    """The function `module:function`, from a module that Python finds."""
+    module, _, function = name.partition(":")
+    try:
+        method = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever a module of somebody else's does
+        raise ConfigError(
+            f"credit method {name!r} cannot be imported ({error}); a module beside your recipe is "
+            "found when its folder is in PYTHONPATH"
+        ) from error
+    if not callable(method):
+        raise ConfigError(f"credit method {name!r} is not a function but {method!r}")
+    found: CreditMethod = method
+    return found
 
 
 def _option_types(method: CreditMethod) -> dict[str, Any]:

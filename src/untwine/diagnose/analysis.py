@@ -12,9 +12,10 @@ so every rate comes with the rate under permuted weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -259,6 +260,79 @@ def worst_offenders(
             )
         )
     return found
+
+
+Credit = Literal["rewarded", "punished"]
+LIFT_RELATIONS = ("same state", "same command", "same first word", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class Lift:
+    """What samples of one sort add to the change of log pi of a set of targets.
+
+    relation  of a sample to its target: the first of LIFT_RELATIONS that holds
+    credit    rewarded (w > 0) or punished (w < 0)
+    verdict   what the labels say of them: good, flawed, or None
+    mean      their summed push w_j K_ij times the rate, mean over the targets
+    """
+
+    relation: str
+    credit: Credit
+    verdict: str | None
+    mean: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lifted:
+    """`own` + the means of all `sources` = mean change of log pi of `targets` samples."""
+
+    targets: int
+    own: float
+    sources: tuple[Lift, ...]
+
+    @property
+    def delta(self) -> float:
+        return self.own + math.fsum(source.mean for source in self.sources)
+
+
+def lifts_by_source(
+    K_NN: torch.Tensor,
+    weights_N: torch.Tensor,
+    target_N: torch.Tensor,
+    states: Sequence[Hashable],
+    commands: Sequence[str],
+    verdicts: Sequence[str | None],
+    *,
+    rate: float = 1.0,
+) -> Lifted:
+    """Who lifts the targets, and who holds them down: the coupled term of `decompose`, split by
+    what other samples have to do with a target, how they were credited, and what labels say.
+
+    target_N  mask (N,), at least one of them set
+    states    equal for samples of one state of one task instance
+    """
+    if not bool(target_N.any()):
+        raise UntwineError("no sample is a target; ask for those that there are")
+    weights_N = weights_N.to(K_NN)
+    pushes_TN = rate * (K_NN * weights_N)[target_N]
+    own_TN = torch.eye(len(weights_N), dtype=torch.bool, device=K_NN.device)[target_N]
+    own = float(pushes_TN[own_TN].mean())
+    pushes_TN = pushes_TN.masked_fill(own_TN, 0.0)
+    words = [command.split()[0] if command.split() else "" for command in commands]
+    credits: dict[Credit, torch.Tensor] = {"rewarded": weights_N > 0, "punished": weights_N < 0}
+    left_TN = torch.ones_like(own_TN)
+    sources = []
+    for relation, keys in zip(LIFT_RELATIONS, (states, commands, words, None), strict=True):
+        related_TN = left_TN if keys is None else left_TN & _same(keys).to(K_NN.device)[target_N]
+        left_TN = left_TN & ~related_TN
+        for credit, credited_N in credits.items():
+            for verdict in ("good", "flawed", None):
+                of_N = torch.tensor([v == verdict for v in verdicts], device=K_NN.device)
+                mask_TN = related_TN & credited_N & of_N & ~own_TN
+                if mask_TN.any():
+                    mean = float((pushes_TN * mask_TN).sum() / len(pushes_TN))
+                    sources.append(Lift(relation, credit, verdict, mean))
+    return Lifted(len(pushes_TN), own, tuple(sources))
 
 
 PAIR_KINDS = ("good-good", "good-flawed", "flawed-flawed")

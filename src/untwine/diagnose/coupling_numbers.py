@@ -16,6 +16,8 @@ from untwine.diagnose.analysis import (
     Decomposition,
     Rate,
     cosine_histograms,
+    kind_strata,
+    lifts_by_source,
     push_from_other_states,
     reinforced_rates,
 )
@@ -49,13 +51,39 @@ def reinforced_numbers(
     }
 
 
+def lift_numbers(
+    whole_NN: torch.Tensor,
+    weights_N: torch.Tensor,
+    chosen: Sequence[RunSample],
+    rate: float,
+) -> dict[str, Any]:
+    """Who lifts the punished flawed samples (`Lifted`): all of them, and those of each kind."""
+    punished_N = weights_N < 0
+    punished_N &= torch.tensor([s.verdict == "flawed" for s in chosen])
+    strata = {"all": torch.ones_like(punished_N), **kind_strata([s.kind for s in chosen])}
+    found = {}
+    for name, mask in strata.items():
+        if bool((punished_N & mask).any()):
+            lifted = lifts_by_source(
+                whole_NN,
+                weights_N,
+                punished_N & mask,
+                [s.state for s in chosen],
+                [_command(s) for s in chosen],
+                [s.verdict for s in chosen],
+                rate=rate,
+            )
+            found[name] = {**dataclasses.asdict(lifted), "delta": lifted.delta}
+    return found
+
+
 def cosine_numbers(found: Gram, chosen: Sequence[RunSample]) -> list[dict[str, Any]]:
     """Histograms of cosine coupling by pair kind and relation, as `CosineHistogram`."""
     histograms = cosine_histograms(
         found.K_NN,
         [s.verdict for s in chosen],
         [s.step.state_key for s in chosen],
-        [s.step.command or s.step.text for s in chosen],
+        [_command(s) for s in chosen],
         [s.task for s in chosen],
     )
     return [dataclasses.asdict(h) for h in histograms]
@@ -96,6 +124,11 @@ def _pushes(
         [s.state for s in chosen],
         torch.tensor([visits[s.state] for s in chosen], dtype=torch.float64),
     )
+
+
+def _command(sample: RunSample) -> str:
+    """What was said, as far as it could be read."""
+    return sample.step.command or sample.step.text
 
 
 def rate_numbers(rates: Mapping[str, Rate]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from untwine.diagnose.lift_table import LiftRow, lift_rows
 from untwine.diagnose.population import in_order
 from untwine.diagnose.truth_file import Truth, TruthRow
 from untwine.prompt_diff import prompt_diff
@@ -292,6 +293,8 @@ def print_coupling(numbers: Mapping[str, Any], diffs: int = 3) -> None:
         share = _number(push["signal_share"], 3)
         title = f"pushed up by the mean of {push['batches']} batches (signal share {share})"
         console.print(_rate_table(title, push["rates"]))
+    if rows := lift_rows(numbers["lifts"]):
+        console.print(_lift_table(rows, numbers["lifts"]))
     console.print(_cosine_table(numbers["cosines"]))
     console.print(_offender_table(numbers["offenders"]))
     for place, offender in enumerate(numbers["offenders"][:diffs], start=1):
@@ -316,6 +319,23 @@ def _rate_table(title: str, rates: Mapping[str, Any]) -> Table:
         share = "–" if rate["share"] is None else f"{100 * rate['share']:.0f} %"
         counts = [str(rate["flawed"]), str(rate["reinforced"])]
         table.add_row(escape(name), *counts, share, null, _number(rate["p_value"], 3))
+    return table
+
+
+def _lift_table(rows: Sequence[LiftRow], lifts: Mapping[str, Any]) -> Table:
+    table = Table(
+        title="who lifts punished flawed steps (in units of what they do to themselves)",
+        caption="mean over the steps of a kind; sources below .05 everywhere are left out of the "
+        "rows, not of the sum",
+    )
+    table.add_column("samples that push")
+    for kind in rows[0].values:
+        table.add_column(escape(f"{kind} ({lifts[kind]['targets']})"), justify="right")
+    for row in rows:
+        if row.name == "sum":
+            table.add_section()
+        cells = ["–" if value is None else f"{value:+.2f}" for value in row.values.values()]
+        table.add_row(row.name, *cells)
     return table
 
 

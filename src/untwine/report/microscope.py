@@ -98,6 +98,7 @@ _RATES = each(
         "p_value": maybe(float),
     }
 )
+_LIFT = {"relation": str, "credit": str, "verdict": maybe(str), "mean": float}
 _PROMPTED = {**_STEP, "sample": int, "probability": float, "prompt": str}
 _COUPLING = {
     "iteration": int,
@@ -110,6 +111,7 @@ _COUPLING = {
     "head_correlation": maybe(float),
     "largest_change": float,
     "reinforced": each(_RATES),
+    "lifts": maybe(each({"targets": int, "own": float, "delta": float, "sources": [_LIFT]})),
     "honesty": maybe(
         {
             "correlation": maybe(float),

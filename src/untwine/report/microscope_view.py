@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from untwine.diagnose.lift_table import lift_rows
 from untwine.prompt_diff import prompt_diff
 from untwine.records import Episode, Group, Step
 from untwine.report.run_data import Row
@@ -146,6 +147,15 @@ def compared_offenders(coupling: Row | None, limits: Limits) -> list[dict[str, A
         }
         for offender in offenders[: limits.offenders]
     ]
+
+
+def lift_table(coupling: Row | None) -> dict[str, Any] | None:
+    """`rows` of who lifts flawed steps, and `reach`, the largest size in them; None without any."""
+    rows = lift_rows(coupling["lifts"] or {}) if coupling else []
+    if not rows:
+        return None
+    reach = max(abs(v) for row in rows for v in row.values.values() if v is not None)
+    return {"rows": rows, "reach": reach}
 
 
 @dataclass

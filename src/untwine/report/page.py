@@ -29,6 +29,7 @@ from untwine.report.microscope_view import (
     Limits,
     compared_offenders,
     evenly,
+    lift_table,
     marks_of,
     plot_data,
 )
@@ -110,6 +111,7 @@ def render(runs: Sequence[RunData], limits: Limits = LIMITS) -> str:
         numbers=numbers,
         runs=numbers["runs"],
         offenders=[compared_offenders(m["coupling"], limits) for m in found],
+        lifts=[lift_table(m["coupling"]) for m in found],
         recipes=[_cut(run.recipe, limits.text) for run in runs],
         trimmed=limits != LIMITS,
         data=embed_json(data),

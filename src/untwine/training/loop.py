@@ -22,7 +22,7 @@ import torch
 from untwine.batch import policy_rows
 from untwine.config import GCDConfig, OptimizerConfig, Recipe
 from untwine.credit import credit_method
-from untwine.credit.penalty import penalise
+from untwine.credit.by_label import penalise, veto
 from untwine.diagnose.online import Findings, OnlineDiagnosis
 from untwine.errors import Interrupted, UntwineError
 from untwine.gcd.entering import closed_parameters
@@ -151,7 +151,7 @@ class _Training:
         objective = make_objective(gcd.objective, means)
         if objective is not None:  # said before the cold start, not after it
             closed_parameters(self.policy, gcd.gradient, gcd.from_layer)
-        used = objective is not None or recipe.credit.penalty > 0
+        used = objective is not None or recipe.credit.penalty > 0 or bool(recipe.credit.veto)
         names = [name for name in gcd.labels if used or not costly(name)]
         bench = Bench(
             recipe, self.workshop.pool, self.collector, self.path, self.display, self.stop.check
@@ -327,8 +327,10 @@ class _Training:
         if self.recipe.rl.drop_constant_groups and len(set(group.returns_G)) == 1:
             return group.with_advantages([[None] * e.length for e in group.episodes])
         group = self.credit(group)
-        penalty = self.recipe.credit.penalty
-        return penalise(group, penalty, self.recipe.gcd.taught) if penalty else group
+        config, taught = self.recipe.credit, self.recipe.gcd.taught
+        if config.penalty:
+            group = penalise(group, config.penalty, taught)
+        return veto(group, config.veto, taught) if config.veto else group
 
     def _update(
         self, updater: Updater, groups: Sequence[Group], iteration: int

@@ -1,10 +1,10 @@
-"""The penalty on flawed steps, by hand."""
+"""The penalty on flawed steps and the veto of labels, by hand."""
 
 from __future__ import annotations
 
 from tests.builders import REF, make_episode, make_step
 from untwine.credit import credit_method
-from untwine.credit.penalty import penalise
+from untwine.credit.by_label import penalise, veto
 from untwine.records import Group, Label
 
 FLAWED, GOOD = Label("rule", "flawed", "undo"), Label("rule", "good", "progress")
@@ -31,3 +31,28 @@ def test_it_does_not_enter_the_statistics_of_the_method() -> None:
     punished = penalise(credit_method("grpo", {})(group), 0.3)
     rows = [[round(s.advantage or 0, 4) for s in e.steps] for e in punished.episodes]
     assert rows == [[0.4071, 0.7071], [-0.7071]]
+
+
+def test_no_advantage_contradicts_the_labels() -> None:
+    good_of_group = Label("group", "good", "return")
+    steps = [
+        make_step(0, advantage=0.5, labels=(FLAWED,)),
+        make_step(1, advantage=-0.5, labels=(FLAWED,)),
+        make_step(2, advantage=0.5, labels=(GOOD,)),
+        make_step(3, advantage=-0.5, labels=(GOOD,)),
+        make_step(4, advantage=0.5, labels=(FLAWED, good_of_group)),
+        make_step(5, advantage=-0.5),
+        make_step(6, advantage=None, labels=(FLAWED,)),
+    ]
+    group = Group(REF, (make_episode(1.0, steps),))
+
+    def advantages(*arguments: object) -> list[float | None]:
+        (episode,) = veto(group, *arguments).episodes  # type: ignore[arg-type]
+        assert [s.labels for s in episode.steps] == [s.labels for s in steps]
+        return [s.advantage for s in episode.steps]
+
+    assert advantages(["flawed"]) == [0.0, -0.5, 0.5, -0.5, 0.5, -0.5, None]
+    assert advantages(["good"]) == [0.5, -0.5, 0.5, 0.0, 0.5, -0.5, None]
+    assert advantages(["flawed", "good"]) == [0.0, -0.5, 0.5, 0.0, 0.5, -0.5, None]
+    assert advantages(["flawed", "good"], ["rule"])[4] == 0.0
+    assert advantages(["flawed", "good"], ["group"])[:4] == [0.5, -0.5, 0.5, -0.5]
