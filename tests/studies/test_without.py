@@ -45,7 +45,7 @@ def test_one_push_is_taken_out(options: dict[str, Any], rows: list[list[int]]) -
     lost = [
         make_step(0, command="focus on cat", labels=(FLAWED,)),
         make_step(1, command="go to hall"),
-        make_step(2, command=None),
+        make_step(2, command=None, invalid="unfinished"),
     ]
     group = Group(REF, (make_episode(1.0, won, id="a"), make_episode(0.0, lost, id="b")))
     found = credit_method("without:without", options)(group)
