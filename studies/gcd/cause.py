@@ -2,7 +2,7 @@
 is taken out has the effect that the Gram of the first batch says.
 
     S=runs/gcd-scienceworld-second
-    PYTHONPATH=studies/gcd python studies/gcd/cause.py $S --out $S/cause
+    python studies/gcd/cause.py $S --out $S/cause
 
 Probes are the punished steps of the first batch of a run of `grpo` that the rules call invalid and
 that begin with --word. For every arm with credit taken out, and every seed that it has in common
@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 from analysis import check_sweep, with_interval
-from scipy.stats import spearmanr
 from without import begins_with, taken_out
 
 from untwine.batch import LossMean
@@ -38,6 +37,7 @@ from untwine.cli import run_guarded
 from untwine.compare.runs import Run, find_runs, paired
 from untwine.config import Recipe
 from untwine.credit.by_label import veto
+from untwine.diagnose.calibration import rank_correlation
 from untwine.diagnose.coupling import gram
 from untwine.diagnose.recorded import load_recorded_policy, read_recorded
 from untwine.diagnose.run_samples import RunSample, distinct_samples
@@ -56,7 +56,7 @@ Credit = Callable[[Group], Group]
 def credit_of(recipe: Recipe) -> Credit | None:
     """What an arm makes of the advantages of `grpo`; None where it takes nothing out."""
     credit = recipe.credit
-    if credit.name == "without:without":
+    if credit.name == "studies.gcd.without:without":
         return lambda group: group.with_advantages(taken_out(group, **credit.options))
     if credit.veto:
         return lambda group: veto(group, credit.veto, recipe.gcd.taught)
@@ -163,10 +163,10 @@ def _arm(name: str, values: list[tuple[int, float, float]]) -> Arm:
     return Arm(name, values, difference, float(predicted.mean()))
 
 
-def agreement(arms: Sequence[Arm]) -> float:
+def agreement(arms: Sequence[Arm]) -> float | None:
     """Spearman's rank correlation of predicted and measured over all pairs of all arms."""
-    found = np.array([(p, m) for arm in arms for _, p, m in arm.values])
-    return float(spearmanr(found[:, 0], found[:, 1]).statistic)
+    predicted, measured = np.array([(p, m) for arm in arms for _, p, m in arm.values]).T
+    return rank_correlation(predicted, measured, np.ones(len(predicted)))
 
 
 def draw(arms: Sequence[Arm], path: Path) -> None:
@@ -221,7 +221,7 @@ def main() -> None:
     (given.out / "cause.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     draw(arms, given.out / "cause.svg")
     print(table(arms))
-    print(f"\nRank correlation over all pairs: {rank:+.2f}")
+    print("" if rank is None else f"\nRank correlation over all pairs: {rank:+.2f}")
 
 
 if __name__ == "__main__":

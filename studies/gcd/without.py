@@ -1,7 +1,6 @@
 """GRPO with some of its credit taken out, to find out what that credit does (scienceworld.md).
 
-A credit method for the arms of scienceworld-cause.yaml, named there as `without:without`; Python
-finds it when studies/gcd is in PYTHONPATH.
+A credit method for the arms of scienceworld-cause.yaml, named there by its place.
 """
 
 from __future__ import annotations

@@ -95,12 +95,12 @@ def test_a_method_is_found_by_its_module(monkeypatch: pytest.MonkeyPatch, tmp_pa
     found = credit_method("credit_of_mine:twice", {"scale": 3})(group)
     assert [e.steps[0].advantage for e in found.episodes] == [3.0, 1.5]
     for name, words in {
-        "credit_of_mine:thrice": "has no attribute 'thrice'",
-        "credit_of_theirs:twice": "No module named 'credit_of_theirs'",
-        "credit_unfinished:twice": "cannot be imported",
-        ":twice": "cannot be imported",
-        "credit_of_mine:": "cannot be imported",
-        "credit_of_mine:number": "is not a function but 3",
+        "credit_of_mine:thrice": "has no function 'thrice'",
+        "credit_of_theirs:twice": "there is no module 'credit_of_theirs'.*PYTHONPATH",
+        "credit_unfinished:twice": "failed with SyntaxError",
+        ":twice": "not of the form module:attribute",
+        "credit_of_mine:": "not of the form module:attribute",
+        "credit_of_mine:number": "has no function 'number'",
     }.items():
         with pytest.raises(ConfigError, match=words) as caught:
             credit_method(name, {})

@@ -103,14 +103,15 @@ LIFTS = {
         ],
     },
     "undo": {
-        "targets": 1,
+        "targets": 5,
         "own": -0.001,
         "delta": -0.003,
         "sources": [
             {"relation": "other", "credit": "punished", "verdict": None, "mean": -0.002},
         ],
     },
-    "forced": {"targets": 1, "own": 0.0, "delta": 0.0, "sources": []},
+    "forced": {"targets": 9, "own": 0.0, "delta": 0.0, "sources": []},
+    "rare": {"targets": 4, "own": -0.001, "delta": -0.001, "sources": []},
 }
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +11,8 @@ from untwine.credit import credit_method
 from untwine.errors import ConfigError
 from untwine.records import Group, Label
 
+METHOD = "studies.gcd.without:without"
 FLAWED, GOOD = Label("rule", "flawed", "invalid"), Label("rule", "good", "progress")
-
-
-@pytest.fixture(autouse=True)
-def _studies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "studies" / "gcd")
-    yield
-    sys.modules.pop("without", None)
 
 
 @pytest.mark.parametrize(
@@ -48,11 +39,11 @@ def test_one_push_is_taken_out(options: dict[str, Any], rows: list[list[int]]) -
         make_step(2, command=None, invalid="unfinished"),
     ]
     group = Group(REF, (make_episode(1.0, won, id="a"), make_episode(0.0, lost, id="b")))
-    found = credit_method("without:without", options)(group)
+    found = credit_method(METHOD, options)(group)
     signs = [[round((s.advantage or 0) * 2**0.5, 3) for s in e.steps] for e in found.episodes]
     assert signs == rows
 
 
 def test_what_is_taken_out_is_checked() -> None:
     with pytest.raises(ConfigError, match=r"options\.credit: .*'rewarded' or 'punished'"):
-        credit_method("without:without", {"credit": "blamed", "word": "go"})
+        credit_method(METHOD, {"credit": "blamed", "word": "go"})

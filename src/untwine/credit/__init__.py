@@ -6,7 +6,6 @@ name, or named as `module:function`. `None` means that the step is not trained o
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from untwine.config import PromptConfig
 from untwine.credit.grpo import grpo
 from untwine.credit.rlvmr import rlvmr
 from untwine.errors import ConfigError, nearest
+from untwine.own_code import own_module, place_of
 from untwine.records import Group
 
 CreditMethod = Callable[..., Sequence[Sequence[float | None]]]
@@ -61,28 +61,18 @@ def credit_method(name: str, options: Mapping[str, Any]) -> Callable[[Group], Gr
 
 
 def _find(name: str) -> CreditMethod:
-    if ":" in name:
-        return _imported(name)
-    if name not in _METHODS:
+    if name in _METHODS:
+        return _METHODS[name]
+    what = f"credit method {name!r}"
+    if ":" not in name:
         raise ConfigError(
-            f"unknown credit method {name!r}.{nearest(name, _METHODS)} A method of your own is "
-            "named as module:function"
+            f"unknown {what}; known are {', '.join(credit_names())}, and one of your own is named "
+            f"module:function, such as my_module:method.{nearest(name, _METHODS)}"
         )
-    return _METHODS[name]
-
-
-def _imported(name: str) -> CreditMethod:
-    """The function `module:function`, from a module that Python finds."""
-    module, _, function = name.partition(":")
-    try:
-        method = getattr(importlib.import_module(module), function)
-    except Exception as error:  # whatever a module of somebody else's does
-        raise ConfigError(
-            f"credit method {name!r} cannot be imported ({error}); a module beside your recipe is "
-            "found when its folder is in PYTHONPATH"
-        ) from error
+    module, attribute = own_module(what, name, "method", ConfigError)
+    method = getattr(module, attribute, None)
     if not callable(method):
-        raise ConfigError(f"credit method {name!r} is not a function but {method!r}")
+        raise ConfigError(f"{what}: {place_of(module)} has no function {attribute!r}")
     found: CreditMethod = method
     return found
 

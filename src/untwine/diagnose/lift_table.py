@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-LEAST = 0.05
-"""Rows that are smaller everywhere, in units of the self term, are left out."""
+LEAST = 0.1
+"""Sources that are smaller for every kind, in units of the self term, are left out."""
+FEWEST = 5
+"""Kinds with fewer steps are left out; key `all` stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +22,22 @@ class LiftRow:
 
 
 def lift_rows(lifts: Mapping[str, Mapping[str, Any]]) -> list[LiftRow]:
-    """Rows self, the sources by size, sum; columns are the keys of `lifts` (coupling.json). Kinds
-    whose self term is 0, as where all actions were forced, are left out."""
-    scales = {kind: abs(found["own"]) for kind, found in lifts.items() if found["own"]}
-    if not scales:
-        return []
-    names: dict[str, dict[str, float]] = {}
+    """Rows self, the sources, sum; columns are keys of `lifts` (coupling.json). Sources are ordered
+    by the first column, what lifts before what holds down. Empty where nothing has a self term, as
+    where all actions were forced."""
+    shown = {k: own for k, own in lifts.items() if k == "all" or own["targets"] >= FEWEST}
+    scales = {kind: abs(own["own"]) for kind, own in shown.items() if own["own"]}
+    sources: dict[str, dict[str, float]] = {}
     for kind, scale in scales.items():
         for source in lifts[kind]["sources"]:
             name = f"{source['relation']}, {source['credit']}, {source['verdict'] or 'no label'}"
-            names.setdefault(name, {})[kind] = source["mean"] / scale
-    shown = [name for name, row in names.items() if max(map(abs, row.values())) >= LEAST]
-    shown.sort(key=lambda name: -max(names[name].values(), key=abs))
-    return [
-        LiftRow("self", {kind: lifts[kind]["own"] / scale for kind, scale in scales.items()}),
-        *(LiftRow(name, {kind: names[name].get(kind) for kind in scales}) for name in shown),
-        LiftRow("sum", {kind: lifts[kind]["delta"] / scale for kind, scale in scales.items()}),
-    ]
+            sources.setdefault(name, {})[kind] = source["mean"] / scale
+    large = {name: row for name, row in sources.items() if max(map(abs, row.values())) >= LEAST}
+    order = sorted(large, key=lambda name: -next(iter(large[name].values())))
+    ends = (
+        LiftRow(name, {kind: lifts[kind][key] / scale for kind, scale in scales.items()})
+        for name, key in (("self", "own"), ("sum", "delta"))
+    )
+    first, last = ends
+    middle = (LiftRow(name, {kind: large[name].get(kind) for kind in scales}) for name in order)
+    return [first, *middle, last] if scales else []

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from untwine.diagnose.lift_table import LiftRow, lift_rows
+from untwine.diagnose.lift_table import LEAST, LiftRow, lift_rows
 from untwine.diagnose.population import in_order
 from untwine.diagnose.truth_file import Truth, TruthRow
 from untwine.prompt_diff import prompt_diff
@@ -325,8 +325,8 @@ def _rate_table(title: str, rates: Mapping[str, Any]) -> Table:
 def _lift_table(rows: Sequence[LiftRow], lifts: Mapping[str, Any]) -> Table:
     table = Table(
         title="who lifts punished flawed steps (in units of what they do to themselves)",
-        caption="mean over the steps of a kind; sources below .05 everywhere are left out of the "
-        "rows, not of the sum",
+        caption=f"mean over the steps of a kind; sources below {LEAST:g} everywhere are left out "
+        "of the rows, not of the sum",
     )
     table.add_column("samples that push")
     for kind in rows[0].values:

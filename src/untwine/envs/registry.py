@@ -6,18 +6,14 @@ one's own, whose module is looked for in the current folder as well.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib
-import sys
-import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from untwine.envs.protocol import Catalogue, Env, EnvFamily, Planner, Reset, Searcher
 from untwine.errors import EnvError, nearest
+from untwine.own_code import own_module, place_of
 from untwine.records import Observation
 
 # name -> "module:attribute" of an EnvFamily
@@ -54,64 +50,17 @@ def get_family(name: str) -> EnvFamily:
             f"unknown environment {name!r}; known are {known}, and one of your own is named "
             f"module:attribute, such as my_module:FAMILY.{hint}"
         )
-    module_name, _, attribute = target.partition(":")
-    parts = module_name.split(".")
-    if not all(part.isidentifier() for part in [*parts, attribute]) or parts[-1] == "py":
-        raise EnvError(
-            f"environment {name!r}: {target!r} is not of the form module:attribute; write the "
-            "module with dots and without .py, such as my_folder.my_module:FAMILY"
-        )
-    module = _imported(name, module_name, here=target == name)
+    what = f"environment {name!r}"
+    module, attribute = own_module(what, target, "FAMILY", EnvError, here=target == name)
     family = getattr(module, attribute, None)
     if not isinstance(family, EnvFamily):
-        raise EnvError(f"environment {name!r}: {_no_family(module, attribute)}")
+        raise EnvError(f"{what}: {_no_family(module, attribute)}")
     return family
-
-
-def _imported(name: str, module: str, here: bool) -> ModuleType:
-    """The module of the family `name`; with `here` it may lie in the current folder."""
-    if here:
-        with contextlib.suppress(OSError):  # the current folder may be gone
-            folder = str(Path.cwd())
-            if folder not in sys.path:
-                sys.path.insert(0, folder)  # before all others, where `python -m` has it
-    try:
-        return importlib.import_module(module)
-    except (Exception, SystemExit) as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing and f"{module}.".startswith(f"{missing}."):
-            top = missing.partition(".")[0]
-            raise EnvError(
-                f"environment {name!r}: there is no module {missing!r} "
-                + ("in the current folder or on Python's path; " if here else "on Python's path; ")
-                + (f"start untwine in the folder that holds {top!r}, or " if here else "")
-                + f"name the folder that holds {top!r} in PYTHONPATH"
-            ) from error
-        raise EnvError(
-            f"environment {name!r}: importing module {module!r} failed with {_cause(error)}; mend "
-            "the module and try again"
-        ) from error
-
-
-def _cause(error: BaseException) -> str:
-    """What was raised, and where: `ZeroDivisionError: division by zero (mine.py, line 3)`."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename not in (__file__, importlib.__file__)
-        and not frame.filename.startswith("<frozen")
-    ]
-    if not frames or isinstance(error, SyntaxError):  # the latter says it itself
-        return text
-    return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
 def _no_family(module: ModuleType, attribute: str) -> str:
     """That the attribute is no family, and what to do about it."""
-    where = f"module {module.__name__!r}"
-    if file := getattr(module, "__file__", None):
-        where += f" ({file})"
+    where = place_of(module)
     if hasattr(module, attribute):
         kind = type(getattr(module, attribute)).__name__
         wrong = f"{attribute!r} of {where} is of type {kind}, not EnvFamily"
