@@ -302,6 +302,21 @@ def test_the_page_shows_what_labels_are_worth(tmp_path: Path, measured: Path) ->
     assert f"mine25 % [12, 38] of 30––{part}––{worth}" in text
 
 
+def test_the_page_shows_who_lifts(tmp_path: Path, measured: Path) -> None:
+    """Columns all and repeat, in units of the self term of .002."""
+    text = " ".join(page_of(tmp_path, measured).text.split())
+    lines = "self−1.00 −1.00 ", "same command, rewarded, good+0.50 +0.55 "
+    lines += "other, punished, no label+0.25 +0.25 ", "sum−0.25 −0.20 "
+    assert text.index("Who lifts") < min(map(text.index, lines))
+    file = measured / "diagnose" / "coupling.json"
+    numbers = json.loads(file.read_text())
+    del numbers["lifts"]  # measured before it was told
+    file.write_text(json.dumps(numbers))
+    text = page_of(tmp_path, measured).text
+    assert "Who lifts" not in text
+    assert "coupling.json was left out" not in text
+
+
 def test_labels_measured_before_their_worth_was_are_shown(tmp_path: Path, measured: Path) -> None:
     file = measured / "diagnose" / "labels.json"
     numbers = json.loads(file.read_text())
