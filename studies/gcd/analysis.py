@@ -239,12 +239,13 @@ def _gain(pairs: Sequence[tuple[Run, Run]], level: str, gcd: str, can_judge: boo
     return _judge(name, level, gains, 0.03, can_judge, lacking)
 
 
-def tokens_of(found: Found, level: str) -> dict[str, float]:
-    """Mean tokens of updates of each arm of a level."""
+def tokens_of(found: Found, level: str, gcd: str = GCD) -> dict[str, float]:
+    """Mean tokens of updates of the arms that claim 4 compares."""
+    compared = {f"{level}.{name}": _arm(found, level, name) for name in (GRPO, gcd)}
     return {
         arm: float(np.mean([run.total(*UPDATE_TOKENS) for run in runs]))
-        for arm, runs in found.arms.items()
-        if arm.startswith(f"{level}.")
+        for arm, runs in compared.items()
+        if runs
     }
 
 
@@ -254,14 +255,16 @@ def token_spread(tokens: Mapping[str, float]) -> float | None:
     return max(tokens.values()) / least - 1 if least > 0 else None
 
 
-def remarks(found: Found, level: str, claims: Sequence[Claim]) -> list[str]:
+def remarks(found: Found, level: str, claims: Sequence[Claim], gcd: str = GCD) -> list[str]:
     """What the registration says of the claims of a level beside their intervals, and why runs are
     missing."""
     said = [f"Claim 4 at {level}: {claim_4(claims)}. It is reproduced when both of its parts are."]
-    tokens = tokens_of(found, level)
+    tokens = tokens_of(found, level, gcd)
     spread = token_spread(tokens)
     if spread is not None:
-        said.append(f"Tokens of updates differ by {100 * spread:.1f} % between arms at {level}.")
+        said.append(
+            f"Tokens of updates differ by {100 * spread:.1f} % between {GRPO} and {gcd} at {level}."
+        )
         if spread > MOST_SPREAD:
             least, most = (f(tokens, key=tokens.__getitem__) for f in (min, max))
             said[-1] += (
@@ -329,12 +332,14 @@ def main() -> None:
     found = find_runs([given.sweep])
     claims = {level: claims_of(found, level, given.gcd) for level in levels}
     every = [claim for own in claims.values() for claim in own]
-    said = [line for level, own in claims.items() for line in remarks(found, level, own)]
+    said = [line for level, own in claims.items() for line in remarks(found, level, own, given.gcd)]
     given.out.mkdir(parents=True, exist_ok=True)
     record = {
         "claims": [asdict(claim) for claim in every],
         "claim_4": {level: claim_4(own) for level, own in claims.items()},
-        "token_spread": {level: token_spread(tokens_of(found, level)) for level in levels},
+        "token_spread": {
+            level: token_spread(tokens_of(found, level, given.gcd)) for level in levels
+        },
         "remarks": said,
     }
     (given.out / "claims.json").write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -229,12 +229,13 @@ def test_unequal_tokens_make_a_comparison_explored_only(
     join(made, "short.gcd-ce", evaluated(0.5, 0.2), tokens=2, name="b")
     join(made, "full.grpo", evaluated(0.5, 0.2), tokens=0, name="c")
     join(made, "full.gcd-ce", evaluated(0.5, 0.2), tokens=4, name="d")
+    join(made, "short.other", evaluated(0.5, 0.2), tokens=9, name="e")
     found = find_runs([made])
     spread = {level: analysis.token_spread(analysis.tokens_of(found, level))
               for level in ("wrong", "short", "full")}  # fmt: skip
     assert spread == pytest.approx({"wrong": 0.0, "short": 2 / 30, "full": 4 / 30})
     said = {level: " ".join(analysis.remarks(found, level, [])) for level in spread}
-    assert "differ by 13.3 % between arms at full" in said["full"]
+    assert "differ by 13.3 % between grpo and gcd-ce at full" in said["full"]
     assert "(full.grpo used fewest, full.gcd-ce most)" in said["full"]
     assert ["explored only" in said[level] for level in spread] == [False, False, True]
 
@@ -271,7 +272,7 @@ def test_the_command_writes_table_and_figure(
     printed = capsys.readouterr().out
     assert "| 4b GCD raises held-out success | wrong | 6 | +0.100 [" in printed
     assert "Claim 4 at wrong: reproduced. It is reproduced when both of its parts are." in printed
-    assert "Tokens of updates differ by 0.0 % between arms at wrong." in printed
+    assert "Tokens of updates differ by 0.0 % between grpo and gcd-ce at wrong." in printed
     assert written["claim_4"] == {"wrong": "reproduced"}
     assert written["token_spread"] == {"wrong": 0.0}
 
