@@ -10,8 +10,9 @@ given, mean advantage. Means over runs at either end, and of the difference with
 interval, each run counting once; runs without such steps at either end are left out of the last
 two. Where the look `coupling-before` was taken (the Gram of the first iteration, before training):
 how many of the flawed steps with an advantage below 0 that first batch makes more likely, beside
-how many it would with permuted weights. Writes kinds.json, with the values of each run, and
-kinds.svg. No claim rests on it.
+how many it would with permuted weights; and who lifts these steps (`lifts` of the look), in units
+of what they do to themselves. Writes kinds.json, with the values of each run, kinds.svg and
+lifters.svg. No claim rests on it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from analysis import check_sweep, read_numbers, with_interval
 
 from untwine.cli import run_guarded
 from untwine.compare.runs import find_runs
+from untwine.diagnose.lift_table import LEAST, lift_rows
 from untwine.drawing import COLOURS, drawing
 from untwine.envs.wandering import first_word
 from untwine.episodes import read_groups
@@ -44,8 +46,11 @@ MEASURES = {
     "advantage": "advantage",
 }
 LIFTED = "lifted"
+LIFTERS = "lifters"
 PUNISHED = "labelled flawed, advantage below 0"
 Found = dict[str, dict[str, dict[str, Any]]]
+_ENDS = ("self", "sum")
+_NOTHING = {"mean": 0.0}
 
 
 def kinds_of(step: Step, words: Collection[str]) -> list[str]:
@@ -122,6 +127,52 @@ def lifted(looks: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return {kind: _change(own) for kind, own in values.items() if len(own) > 1}
 
 
+def lifters(looks: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By kind and by who lifts it (`self`, the sources, `sum`): the values of the looks that have
+    the kind, their mean and Student's interval."""
+    tables = [
+        {row.name: row.values for row in lift_rows(look["lifts"], least=0.0)}
+        for look in looks
+        if look.get("lifts")
+    ]
+    found: dict[str, dict[str, Any]] = {}
+    for kind in sorted({kind for table in tables for kind in table["self"]}):
+        own = [table for table in tables if kind in table["self"]]
+        if len(own) < 2:
+            continue
+        names = dict.fromkeys(name for table in own for name in table)
+        values = {name: [table.get(name, {}).get(kind) or 0.0 for table in own] for name in names}
+        found[kind] = {
+            name: {"values": v, "mean": mean(v), "interval": student_interval(v)}
+            for name, v in values.items()
+        }
+    return found
+
+
+def draw_lifters(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Who lifts and who holds down, for each kind; the largest first."""
+    kinds = [kind for kind in found if kind != "all"]
+    sizes = {
+        name: max(abs(found[kind].get(name, _NOTHING)["mean"]) for kind in kinds)
+        for kind in kinds
+        for name in found[kind]
+    }
+    names = [name for name in sizes if sizes[name] >= LEAST]
+    names.sort(key=lambda name: (name in _ENDS, found[kinds[0]].get(name, _NOTHING)["mean"]))
+    with drawing(path, (3.2 + 2.2 * len(kinds), 1.0 + 0.25 * len(names))) as figure:
+        panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+        for axes, kind in zip(panels, kinds, strict=True):
+            for y, name in enumerate(names):
+                one = found[kind].get(name)
+                if one is not None:
+                    colour = COLOURS[1 if one["mean"] > 0 else 0]
+                    axes.plot(one["interval"], [y, y], color=colour)
+                    axes.plot([one["mean"]], [y], "o", ms=4, color=colour)
+            axes.axvline(0.0, color="grey", linewidth=0.8)
+            axes.set_title(kind)
+            axes.set_yticks(range(len(names)), names, fontsize=8)
+
+
 def draw(found: Found, path: Path) -> None:
     """The flawed kinds in the looks: what the first batch does to them, and what training did."""
     kinds = [k for k in found["share"] if k in found[LIFTED] and found["advantage"][k]["first"] < 0]
@@ -181,17 +232,25 @@ def main() -> None:
     found = differences(ends(run.path, given.iterations) for run in runs)
     again = "have the sweep take the look again"
     looks = (read_numbers(run.path / "looks" / "coupling-before.json", again) for run in runs)
-    found[LIFTED] = lifted(looks)
+    taken = list(looks)
+    found[LIFTED], found[LIFTERS] = lifted(taken), lifters(taken)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "kinds.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{len(runs)} runs of {given.arm}, first and last {given.iterations} iterations\n")
     if found[LIFTED]:
         draw(found, given.out / "kinds.svg")
+    if found[LIFTERS]:
+        draw_lifters(found[LIFTERS], given.out / "lifters.svg")
     columns = {**MEASURES, LIFTED: "lifted at first: by chance → here"}
     print("| Steps | " + " | ".join(columns.values()) + " |\n|---|" + "---|" * len(columns))
     for kind in found["share"]:
         cells = [_cell(found[name].get(kind)) for name in columns]
         print(f"| {kind} | " + " | ".join(cells) + " |")
+    for kind, sources in found[LIFTERS].items():
+        print(f"\n| Who lifts {kind} | mean, 95 % |\n|---|---|")
+        for name, one in sources.items():
+            if abs(one["mean"]) >= LEAST:
+                print(f"| {name} | {with_interval(one['mean'], one['interval'])} |")
 
 
 def _cell(numbers: Mapping[str, Any] | None) -> str:

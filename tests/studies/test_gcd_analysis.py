@@ -461,3 +461,34 @@ def test_what_the_first_batch_lifts_is_read_from_looks() -> None:
     assert found["repeat"]["values"] == [(0.5, 0.2), (0.4, 0.3)]
     assert found["repeat"]["difference"] == pytest.approx(-0.2)
     assert kinds.lifted([seen(0.2, 0.5)]) == {}
+
+
+def test_who_lifts_is_averaged_over_runs(tmp_path: Path) -> None:
+    """In units of each run's own self term; a source that a run does not have counts 0 there."""
+    kinds = script("kinds")
+
+    def seen(own: float, **sources: float) -> dict[str, Any]:
+        pushed = [
+            {"relation": relation, "credit": "rewarded", "verdict": "good", "mean": value}
+            for relation, value in sources.items()
+        ]
+        lifted = {"targets": 5, "own": own, "delta": own + sum(sources.values())}
+        rare = {"targets": 4, "own": own, "delta": own, "sources": []}
+        return {"lifts": {"repeat": {**lifted, "sources": pushed}, "undo": rare}}
+
+    looks = [seen(-0.5, other=0.25), seen(-0.25, other=0.25, command=0.005), {}]
+    found = kinds.lifters(looks)
+    assert list(found) == ["repeat"]
+    values = {name: one["values"] for name, one in found["repeat"].items()}
+    assert values == {
+        "self": [-1.0, -1.0],
+        "other, rewarded, good": [0.5, 1.0],
+        "command, rewarded, good": [0.0, pytest.approx(0.02)],
+        "sum": [-0.5, pytest.approx(0.02)],
+    }
+    assert found["repeat"]["sum"]["mean"] == pytest.approx(-0.24)
+    assert kinds.lifters(looks[:1]) == {}
+    kinds.draw_lifters(found, tmp_path / "l.svg")
+    drawn = (tmp_path / "l.svg").read_text()
+    assert "other, rewarded, good" in drawn
+    assert "command, rewarded" not in drawn
