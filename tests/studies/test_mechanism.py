@@ -1,0 +1,170 @@
+"""Scripts that ask what judging and credit do to acting: against real steps, by hand."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tests.builders import REF, make_episode, make_step
+from tests.gcd.test_training import recipe
+from untwine.config import CreditConfig
+from untwine.diagnose.recorded import load_recorded_policy, read_recorded
+from untwine.diagnose.run_samples import distinct_samples
+from untwine.diagnose.scoring import log_probabilities, weighted_gradient
+from untwine.errors import CheckpointError
+from untwine.gcd.labels import only_from
+from untwine.progress import Display
+from untwine.records import Group, Label
+from untwine.training.loop import train
+from untwine.training.run_dir import episode_files, run_recipe
+
+FOLDER = Path(__file__).parents[2] / "studies" / "gcd"
+GCD = {"objective": "generative/ce", "labels": ["rule"], "taught": ["rule"], "token_budget": 512}
+
+
+def script(name: str) -> ModuleType:
+    if str(FOLDER) not in sys.path:
+        sys.path.insert(0, str(FOLDER))
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("mechanism") / "run"
+    train(recipe(4, gcd=GCD), run, Display(quiet=True))
+    return run
+
+
+def test_pushes_are_those_of_small_real_steps(trained: Path) -> None:
+    """A step along each direction, all of the policy gradient's length, and log pi before and
+    after it; in units of the root mean square of what the policy's does."""
+    verdict_push = script("verdict_push")
+    config = run_recipe(trained)
+    groups = read_recorded(episode_files(trained)[0], config)
+    groups = [only_from(group, ["rule"]) for group in groups]
+    chosen = distinct_samples(groups, config.loss.mean)
+    samples = [s.sample for s in chosen]
+
+    def policy():  # type: ignore[no-untyped-def]
+        return load_recorded_policy(trained, config, 0).policy
+
+    fresh = policy()
+    acting = weighted_gradient(fresh.model, samples, [s.weight for s in chosen])
+    verdict = verdict_push.verdict_direction(fresh, config, groups)
+    length = torch.cat([g.flatten() for g in acting.values()]).norm()
+    moved = []
+    for direction in (acting, verdict):
+        size = torch.cat([g.flatten() for g in direction.values()]).norm()
+        stepped = policy()
+        before = log_probabilities(stepped.model, samples)
+        with torch.no_grad():
+            for name, p in stepped.model.named_parameters():
+                if name in direction:
+                    p += 1e-3 * length / size * direction[name]
+        moved.append(log_probabilities(stepped.model, samples) - before)
+    unit = moved[0].square().mean().sqrt()
+    flawed = torch.tensor([s.verdict == "flawed" for s in chosen])
+    good = torch.tensor([s.verdict == "good" for s in chosen])
+    found = verdict_push.changes(trained, draws=2)
+    for name, change in zip(("policy", "verdict"), moved, strict=True):
+        expected = float(((change[good].mean() - change[flawed].mean()) / unit).item())
+        assert found[name]["difference"] == pytest.approx(expected, abs=0.02)
+        assert found[name]["flawed"] == pytest.approx(float(change[flawed].mean() / unit), abs=0.02)
+    assert found["permuted"] != found["verdict"]
+
+
+def test_the_verdict_direction_is_downhill(trained: Path) -> None:
+    verdict_push = script("verdict_push")
+    config = run_recipe(trained)
+    groups = [only_from(g, ["rule"]) for g in read_recorded(episode_files(trained)[0], config)]
+    policy = load_recorded_policy(trained, config, 0).policy
+    direction = verdict_push.verdict_direction(policy, config, groups)
+    judge_only = script("judge_only")
+    lesson = judge_only.Lesson(trained, config, [groups], [])
+
+    def loss() -> float:
+        (exercise,) = lesson.exercises(policy, slice(None))
+        return float(exercise.loss(exercise.rows)[0].detach())
+
+    before = loss()
+    with torch.no_grad():
+        for name, p in policy.model.named_parameters():
+            p += 0.01 * direction.get(name, torch.zeros(()))
+    assert loss() < before
+
+
+def test_a_policy_that_only_judges(trained: Path) -> None:
+    judge_only = script("judge_only")
+    lesson = judge_only.Lesson.of(trained, 40)
+    course = judge_only.course(lesson, [1, 5])
+    assert len(course) == 3
+    assert course[0] == judge_only.measure(lesson, lesson.policy())
+    assert course[1] != course[0]
+    policy = lesson.policy()
+    found = judge_only.over_runs([course, course])
+    change = found["log pi good"]["changes"][1]["mean"]
+    assert change == pytest.approx(course[2]["log pi good"] - course[0]["log pi good"])
+    logprobs = log_probabilities(policy.model, [s.sample for s in lesson.samples])
+    good = [
+        float(lp) for lp, s in zip(logprobs, lesson.samples, strict=True) if s.verdict == "good"
+    ]
+    assert course[0]["log pi good"] == pytest.approx(sum(good) / len(good), abs=1e-4)
+    assert "after 5 steps" in judge_only.table(found, [1, 5])
+    json.dumps(found)
+
+
+def test_a_run_without_questions_is_refused(tmp_path: Path) -> None:
+    train(recipe(4, gcd={"objective": "none"}), tmp_path / "run", Display(quiet=True))
+    judge_only = script("judge_only")
+    lesson = judge_only.Lesson.of(tmp_path / "run", 10)
+    with pytest.raises(CheckpointError, match="has no GCD; choose another arm"):
+        next(lesson.exercises(lesson.policy(), slice(None)))
+
+
+def test_what_taking_credit_out_is_predicted_to_do() -> None:
+    """Two flawed steps are punished, a good one is rewarded, with weight 1/2 per step: without the
+    reward, the probe loses what the good step gave it, in units of its own 1/2 K_00."""
+    cause = script("cause")
+    invalid, good = Label("rule", "flawed", "invalid"), Label("rule", "good", "progress")
+    lost = make_step(0, command="focus on a", action=(4,), labels=(invalid,), advantage=-1.0)
+    won = make_step(0, command="focus on b", action=(5,), labels=(good,), advantage=1.0)
+    group = Group(REF, (make_episode(0.0, [lost], id="x"), make_episode(1.0, [won], id="y")))
+    samples = distinct_samples([group], "step")
+    assert [cause.is_probe(s, "focus") for s in samples] == [True, False]
+    assert not cause.is_probe(samples[0], "go")
+    K_NN = torch.tensor([[2.0, 0.5], [0.5, 3.0]], dtype=torch.float64)
+    batch = cause.Batch([group], "step", samples, K_NN, torch.tensor([True, False]))
+    config = recipe(1).model_copy(
+        update={
+            "credit": CreditConfig(
+                name="studies.gcd.without:without",
+                options={"credit": "rewarded", "word": "focus", "verdict": "good"},
+            )
+        }
+    )
+    credit = cause.credit_of(config)
+    assert batch.change(credit) == pytest.approx(-0.5 * 0.5 / (0.5 * 2.0))
+    vetoed = config.model_copy(update={"credit": CreditConfig(veto=["flawed"])})
+    assert batch.change(cause.credit_of(vetoed)) == 0.0
+    assert cause.credit_of(recipe(1)) is None
+
+
+def test_arms_are_confirmed_by_their_intervals(tmp_path: Path) -> None:
+    cause = script("cause")
+    arm = cause._arm("wrong.a", [(0, -1.0, -0.5), (1, -2.0, -0.7), (2, -1.5, -0.6)])
+    assert (arm.predicted, arm.verdict) == (-1.5, "confirmed")
+    other = cause._arm("wrong.b", [(0, -1.0, 0.5), (1, -2.0, 0.7), (2, -1.5, 0.6)])
+    assert other.verdict == "refuted"
+    unclear = cause._arm("wrong.c", [(0, 1.0, -0.5), (1, 2.0, 0.7), (2, 1.5, 0.6)])
+    assert unclear.verdict == "undecided"
+    assert cause.agreement([arm]) == pytest.approx(1.0)
+    assert cause.agreement([arm, other]) == pytest.approx(0.0)
+    cause.draw([arm, other], tmp_path / "c.svg")
+    assert "measured after training" in (tmp_path / "c.svg").read_text()
+    assert "| wrong.a | 3 | -1.50 | -0.600 [" in cause.table([arm])
