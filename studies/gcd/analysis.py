@@ -36,6 +36,7 @@ from untwine.compare.runs import (
 from untwine.drawing import drawing
 from untwine.errors import CheckpointError, ConfigError, nearest
 from untwine.evaluate.aggregate import paired_difference
+from untwine.evaluate.statistics import mean, student_interval
 
 GRPO, GCD = "grpo", "gcd-ce"
 LEAST_ACCURACY = 0.85
@@ -305,6 +306,21 @@ def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
     """A value and the ends of its interval, as far as they are known."""
     shown = "–" if value is None else f"{value:+.3f}"
     return shown + (f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "")
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """`values` of runs with their mean and Student's 95 % interval, None for a single one."""
+    interval = student_interval(values) if len(values) > 1 else None
+    return {"values": list(values), "mean": mean(values), "interval": interval}
+
+
+def runs_of(sweep: Path, arm: str) -> list[Run]:
+    """The finished runs of an arm, in the order of the sweep. CheckpointError below two."""
+    check_sweep(sweep)
+    found = find_runs([sweep]).arms.get(arm, [])
+    if len(found) < 2:
+        raise CheckpointError(f"{sweep} holds {len(found)} runs of {arm}; name another arm")
+    return found
 
 
 def check_sweep(folder: Path) -> None:

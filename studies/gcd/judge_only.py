@@ -24,16 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from analysis import check_sweep, with_interval
+from analysis import runs_of, summary, with_interval
 
 from untwine.cli import run_guarded
-from untwine.compare.runs import find_runs
 from untwine.config import Recipe
 from untwine.diagnose.coupling import cosines, gram
 from untwine.diagnose.recorded import load_recorded_policy, read_recorded
 from untwine.diagnose.run_samples import RunSample, distinct_samples, draw_samples
 from untwine.errors import CheckpointError
-from untwine.evaluate.statistics import mean, student_interval
+from untwine.evaluate.statistics import mean
 from untwine.gcd.labels import only_from
 from untwine.gcd.objectives import Exercise, Means, make_objective
 from untwine.policy.loading import Policy
@@ -153,7 +152,7 @@ def over_runs(values: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, Any]
         found[name] = {
             "values": own,
             "means": [mean(column) for column in zip(*own, strict=True)],
-            "changes": [{"mean": mean(c), "interval": student_interval(c)} for c in changes],
+            "changes": [summary(change) for change in changes],
         }
     return found
 
@@ -177,12 +176,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     stages = sorted({int(step) for step in given.steps.split(",")})
-    check_sweep(given.sweep)
-    runs = find_runs([given.sweep]).arms.get(given.arm, [])[: given.runs]
-    if len(runs) < 2:
-        raise CheckpointError(
-            f"{given.sweep} holds {len(runs)} runs of {given.arm}; name another arm"
-        )
+    runs = runs_of(given.sweep, given.arm)[: given.runs]
     values = []
     with Display() as display, display.bar("runs", len(runs), "run") as bar:
         for done, run in enumerate(runs):

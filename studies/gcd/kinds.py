@@ -25,10 +25,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis import check_sweep, read_numbers, with_interval
+from analysis import read_numbers, runs_of, summary, with_interval
 
 from untwine.cli import run_guarded
-from untwine.compare.runs import find_runs
 from untwine.diagnose.lift_table import LEAST, lift_rows
 from untwine.drawing import COLOURS, drawing
 from untwine.envs.wandering import first_word
@@ -142,10 +141,7 @@ def lifters(looks: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             continue
         names = dict.fromkeys(name for table in own for name in table)
         values = {name: [table.get(name, {}).get(kind) or 0.0 for table in own] for name in names}
-        found[kind] = {
-            name: {"values": v, "mean": mean(v), "interval": student_interval(v)}
-            for name, v in values.items()
-        }
+        found[kind] = {name: summary(own) for name, own in values.items()}
     return found
 
 
@@ -223,12 +219,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.iterations < 1:
         raise ConfigError("--iterations must be 1 or more")
-    check_sweep(given.sweep)
-    runs = find_runs([given.sweep]).arms.get(given.arm, [])
-    if len(runs) < 2:
-        raise CheckpointError(
-            f"{given.sweep} holds {len(runs)} runs of {given.arm}; name another arm"
-        )
+    runs = runs_of(given.sweep, given.arm)
     found = differences(ends(run.path, given.iterations) for run in runs)
     again = "have the sweep take the look again"
     looks = (read_numbers(run.path / "looks" / "coupling-before.json", again) for run in runs)

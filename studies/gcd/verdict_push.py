@@ -23,17 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from analysis import check_sweep, with_interval
+from analysis import runs_of, summary, with_interval
 
 from untwine.cli import run_guarded
-from untwine.compare.runs import find_runs
 from untwine.config import Recipe
 from untwine.diagnose.coupling import push
 from untwine.diagnose.recorded import load_recorded_policy, read_recorded
 from untwine.diagnose.run_samples import distinct_samples
 from untwine.diagnose.scoring import weighted_gradient
 from untwine.errors import CheckpointError
-from untwine.evaluate.statistics import mean, student_interval
+from untwine.evaluate.statistics import mean
 from untwine.gcd.labels import only_from
 from untwine.gcd.objectives import Means, make_objective
 from untwine.gcd.shuffling import shuffle_labels
@@ -104,14 +103,7 @@ def _norm(direction: Mapping[str, torch.Tensor]) -> float:
 def over_runs(values: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
     """By direction and set: values of the runs, their mean, and its interval."""
     return {
-        name: {
-            part: {
-                "values": (own := [run[name][part] for run in values]),
-                "mean": mean(own),
-                "interval": student_interval(own),
-            }
-            for part in SETS
-        }
+        name: {part: summary([run[name][part] for run in values]) for part in SETS}
         for name in values[0]
     }
 
@@ -131,12 +123,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8, help="permutations of the labels")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    check_sweep(given.sweep)
-    runs = find_runs([given.sweep]).arms.get(given.arm, [])
-    if len(runs) < 2:
-        raise CheckpointError(
-            f"{given.sweep} holds {len(runs)} runs of {given.arm}; name another arm"
-        )
+    runs = runs_of(given.sweep, given.arm)
     values = []
     with Display() as display, display.bar("runs", len(runs), "run") as bar:
         for done, run in enumerate(runs):

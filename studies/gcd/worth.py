@@ -18,12 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis import check_sweep, read_numbers, with_interval
+from analysis import check_sweep, read_numbers, summary, with_interval
 
 from untwine.cli import run_guarded
 from untwine.compare.runs import find_runs
 from untwine.errors import CheckpointError
-from untwine.evaluate.statistics import mean, student_interval
 
 MEANS = {"flawed_mean": "flawed", "good_mean": "good", "difference": "good minus flawed"}
 
@@ -40,11 +39,7 @@ def worth_of(files: Sequence[Path]) -> dict[str, dict[str, dict[str, Any]]]:
             known = [each.get(source, {}).get("worth", {}).get(key) for each in sources]
             values = [one["value"] for one in known if one]
             if values:
-                found[source][key] = {
-                    "values": values,
-                    "mean": mean(values),
-                    "interval": student_interval(values) if len(values) > 1 else None,
-                }
+                found[source][key] = summary(values)
     return found
 
 
