@@ -9,7 +9,7 @@ the questions of one of its iterations but the last three, in turn. Before it an
 --steps: share of right verdicts on the questions of the last three iterations; over the distinct
 steps of the first batch the mean cosine of the gradients of good and flawed steps in different
 states (claim 4a of registration.md), of two good and of two flawed ones; mean log pi of good and of
-flawed steps. Means over runs with Student's 95 % interval; writes judge_only.json, with the values
+flawed steps; and how the two kinds differ in these. Means over runs with Student's 95 % interval; writes judge_only.json, with the values
 of each run.
 """
 
@@ -48,6 +48,13 @@ PAIRS = {
     "cosine good-flawed": ("good", "flawed"),
     "cosine good-good": ("good", "good"),
     "cosine flawed-flawed": ("flawed", "flawed"),
+}
+
+
+CONTRASTS = {
+    "cosine good-flawed minus good-good": ("cosine good-flawed", "cosine good-good"),
+    "cosine good-flawed minus flawed-flawed": ("cosine good-flawed", "cosine flawed-flawed"),
+    "log pi good minus flawed": ("log pi good", "log pi flawed"),
 }
 
 
@@ -120,7 +127,11 @@ def measure(lesson: Lesson, policy: Policy) -> dict[str, float]:
     for verdict in ("good", "flawed"):
         own = [float(lp) for lp, v in zip(found.logprobs_N, verdicts, strict=True) if v == verdict]
         numbers[f"log pi {verdict}"] = mean(own)
-    return numbers
+    return with_contrasts(numbers)
+
+
+def with_contrasts(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {**numbers, **{name: numbers[a] - numbers[b] for name, (a, b) in CONTRASTS.items()}}
 
 
 def course(lesson: Lesson, stages: Sequence[int]) -> list[dict[str, float]]:
