@@ -9,8 +9,8 @@ the questions of one of its iterations but the last three, in turn. Before it an
 --steps: share of right verdicts on the questions of the last three iterations; over the distinct
 steps of the first batch the mean cosine of the gradients of good and flawed steps in different
 states (claim 4a of registration.md), of two good and of two flawed ones; mean log pi of good and of
-flawed steps; and how the two kinds differ in these. Means over runs with Student's 95 % interval; writes judge_only.json, with the values
-of each run.
+flawed steps; and how the kinds differ in these. Means over runs with Student's 95 % interval;
+writes judge_only.json, with the values of each run.
 """
 
 from __future__ import annotations
