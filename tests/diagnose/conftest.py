@@ -1,12 +1,15 @@
-"""The walk on a line, played by a really tiny policy."""
+"""The walk on a line, played by a really tiny policy; the diagnose commands, called."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
 
 from tests.diagnose.untwine_chain_env import ChainEnv
+from tests.test_cli import Result
+from untwine.cli import main
 from untwine.config import PromptConfig, SamplingConfig
 from untwine.envs import registry
 from untwine.envs.pool import EnvPool
@@ -35,3 +38,17 @@ def make_chain(chain_family: None, policy: Policy) -> MakeCollector:
         return Collector(policy, pool, 3, PromptConfig(), sampling)
 
     return make
+
+
+@pytest.fixture
+def untwine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["untwine", "diagnose", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "160")
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        captured = capsys.readouterr()
+        code = exit_info.value.code
+        return Result(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return call

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.diagnose.reference import gradients, gram_of, relative_error
-from tests.test_cli import TINY, Result, assert_refused
+from tests.test_cli import TINY, assert_refused
 from untwine.cli import main
 from untwine.config import load_recipe
 from untwine.diagnose.run_samples import distinct_samples, draw_samples
@@ -49,20 +49,6 @@ def trained_run(folder: Path, **changes: Any) -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained_run(tmp_path_factory.mktemp("finished"))
-
-
-@pytest.fixture
-def untwine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["untwine", "diagnose", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "160")
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        captured = capsys.readouterr()
-        code = exit_info.value.code
-        return Result(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return call
 
 
 def test_coupling_of_the_last_iteration(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]

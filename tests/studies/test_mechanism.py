@@ -14,15 +14,12 @@ import torch
 from tests.builders import REF, make_episode, make_step
 from tests.gcd.test_training import recipe
 from untwine.config import CreditConfig
-from untwine.diagnose.recorded import load_recorded_policy, read_recorded
 from untwine.diagnose.run_samples import distinct_samples
-from untwine.diagnose.scoring import log_probabilities, weighted_gradient
+from untwine.diagnose.scoring import log_probabilities
 from untwine.errors import CheckpointError
-from untwine.gcd.labels import only_from
 from untwine.progress import Display
 from untwine.records import Group, Label
 from untwine.training.loop import train
-from untwine.training.run_dir import episode_files, run_recipe
 
 FOLDER = Path(__file__).parents[2] / "studies" / "gcd"
 GCD = {"objective": "generative/ce", "labels": ["rule"], "taught": ["rule"], "token_budget": 512}
@@ -39,64 +36,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("mechanism") / "run"
     train(recipe(4, gcd=GCD), run, Display(quiet=True))
     return run
-
-
-def test_pushes_are_those_of_small_real_steps(trained: Path) -> None:
-    """A step along each direction, all of the policy gradient's length, and log pi before and
-    after it; in units of the root mean square of what the policy's does."""
-    verdict_push = script("verdict_push")
-    config = run_recipe(trained)
-    groups = read_recorded(episode_files(trained)[0], config)
-    groups = [only_from(group, ["rule"]) for group in groups]
-    chosen = distinct_samples(groups, config.loss.mean)
-    samples = [s.sample for s in chosen]
-
-    def policy():  # type: ignore[no-untyped-def]
-        return load_recorded_policy(trained, config, 0).policy
-
-    fresh = policy()
-    acting = weighted_gradient(fresh.model, samples, [s.weight for s in chosen])
-    verdict = verdict_push.verdict_direction(fresh, config, groups)
-    length = torch.cat([g.flatten() for g in acting.values()]).norm()
-    moved = []
-    for direction in (acting, verdict):
-        size = torch.cat([g.flatten() for g in direction.values()]).norm()
-        stepped = policy()
-        before = log_probabilities(stepped.model, samples)
-        with torch.no_grad():
-            for name, p in stepped.model.named_parameters():
-                if name in direction:
-                    p += 1e-3 * length / size * direction[name]
-        moved.append(log_probabilities(stepped.model, samples) - before)
-    unit = moved[0].square().mean().sqrt()
-    flawed = torch.tensor([s.verdict == "flawed" for s in chosen])
-    good = torch.tensor([s.verdict == "good" for s in chosen])
-    found = verdict_push.changes(trained, draws=2)
-    for name, change in zip(("policy", "verdict"), moved, strict=True):
-        expected = float(((change[good].mean() - change[flawed].mean()) / unit).item())
-        assert found[name]["difference"] == pytest.approx(expected, abs=0.02)
-        assert found[name]["flawed"] == pytest.approx(float(change[flawed].mean() / unit), abs=0.02)
-    assert found["permuted"] != found["verdict"]
-
-
-def test_the_verdict_direction_is_downhill(trained: Path) -> None:
-    verdict_push = script("verdict_push")
-    config = run_recipe(trained)
-    groups = [only_from(g, ["rule"]) for g in read_recorded(episode_files(trained)[0], config)]
-    policy = load_recorded_policy(trained, config, 0).policy
-    direction = verdict_push.verdict_direction(policy, config, groups)
-    judge_only = script("judge_only")
-    lesson = judge_only.Lesson(trained, config, [groups], [])
-
-    def loss() -> float:
-        (exercise,) = lesson.exercises(policy, slice(None))
-        return float(exercise.loss(exercise.rows)[0].detach())
-
-    before = loss()
-    with torch.no_grad():
-        for name, p in policy.model.named_parameters():
-            p += 0.01 * direction.get(name, torch.zeros(()))
-    assert loss() < before
 
 
 def test_a_policy_that_only_judges(trained: Path) -> None:

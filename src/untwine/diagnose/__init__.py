@@ -5,8 +5,8 @@ Everything here takes plain lists, tensors and token ids, and knows no run, reci
 
     truth        true_advantages (settings: BranchSettings)
     calibration  Judged, calibrate, lemma_advantage
-    coupling     StepSample, gram, head_gram, merge_duplicates, decompose, reinforced_rates,
-                 worst_offenders, cosine_histograms, check_prediction, mean_push, push,
+    coupling     StepSample, gram, head_gram, merge_duplicates, decompose, lifts_by_source,
+                 reinforced_rates, worst_offenders, cosine_histograms, check_prediction, mean_push, push,
                  adam_preconditioner, off_diagonal_correlation, log_probabilities
     separation   action_states, separations, plane
 """
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from untwine.diagnose.analysis import (
         cosine_histograms,
         decompose,
+        lifts_by_source,
         merge_duplicates,
         reinforced_rates,
         worst_offenders,
@@ -50,6 +51,7 @@ __all__ = [
     "gram",
     "head_gram",
     "lemma_advantage",
+    "lifts_by_source",
     "log_probabilities",
     "mean_push",
     "merge_duplicates",
@@ -63,7 +65,8 @@ __all__ = [
 ]
 
 _PLACES = {
-    "analysis": "cosine_histograms decompose merge_duplicates reinforced_rates worst_offenders",
+    "analysis": "cosine_histograms decompose lifts_by_source merge_duplicates reinforced_rates "
+    "worst_offenders",
     "branching": "BranchSettings Estimate",
     "calibration": "Judged calibrate lemma_advantage",
     "coupling": "Gram gram head_gram off_diagonal_correlation push",

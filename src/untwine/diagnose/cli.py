@@ -270,6 +270,40 @@ def separation(
     _show(run, "separation", numbers, print_separation, as_json)
 
 
+@app.command()
+def judging(
+    run: RunArgument,
+    overrides: Overrides = None,
+    iteration: Iteration = None,
+    samples: Annotated[int, typer.Option(min=2, help="Distinct steps, drawn evenly.")] = 256,
+    draws: Annotated[int, typer.Option(min=0, help="Permutations of the labels.")] = 8,
+    checkpoint: Checkpoint = "",
+    seed: Seed = 0,
+    chunk: Chunk = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Whether learning to judge moves acting: what a step of GCD does to good and flawed steps.
+
+    untwine diagnose judging runs/smoke
+
+    untwine diagnose judging runs/smoke --iteration 0 gcd.objective=pairwise
+
+    Prints a table, and writes RUN/diagnose/judging.json.
+    """
+    from untwine.diagnose.judging import JudgingOptions, find_judging
+    from untwine.diagnose.tables import print_judging
+    from untwine.progress import Display
+    from untwine.training.run_dir import run_recipe
+
+    recipe = run_recipe(run, list(overrides or []))
+    options = JudgingOptions(samples, draws, seed, chunk)
+    with Display() as display:
+        numbers = find_judging(
+            run, recipe, options, display, iteration=iteration, checkpoint=checkpoint
+        )
+    _show(run, "judging", numbers, print_judging, as_json)
+
+
 def _show(
     run: Path,
     name: str,

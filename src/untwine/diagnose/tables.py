@@ -424,6 +424,39 @@ def print_separation(numbers: Mapping[str, Any]) -> None:
     console.print(table)
 
 
+def print_judging(numbers: Mapping[str, Any]) -> None:
+    """What a step along each gradient changes, and how far permuted labels go."""
+    console = Console()
+    right = numbers["right_verdicts"]
+    lines = [
+        f"iteration {numbers['iteration']}, {numbers['samples']} of {numbers['distinct']} distinct "
+        f"trained steps ({numbers['good']} good, {numbers['flawed']} flawed), policy "
+        f"{numbers['source']}",
+        f"{numbers['questions']} questions ({numbers['objective']})"
+        + ("" if right is None else f", {100 * right:.0f} % answered right")
+        + f"; their gradient is {numbers['norm_ratio']:.2g} times as long as the policy's, cosine "
+        + _number(numbers["cosine"], 3),
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    table = Table(
+        title="what one step changes in log pi of commands",
+        caption="steps of equal length, in units of what the policy's changes (root mean square)",
+    )
+    table.add_column("step down the loss of")
+    for column in ("good steps", "flawed steps", "good minus flawed"):
+        table.add_column(column, justify="right")
+    for name, row in (("policy", numbers["policy"]), ("verdicts", numbers["verdict"])):
+        table.add_row(name, *(f"{row[key]:+.3f}" for key in ("good", "flawed", "difference")))
+    if numbers["permuted"]:
+        cells = []
+        for key in ("good", "flawed", "difference"):
+            values = [row[key] for row in numbers["permuted"]]
+            cells.append(f"{min(values):+.3f} to {max(values):+.3f}")
+        table.add_row(f"verdicts, labels permuted ({len(numbers['permuted'])} times)", *cells)
+    console.print(table)
+
+
 def _short(text: str, most: int = 40) -> str:
     line = _visible(" ".join(text.split())) or "(empty)"
     return line if len(line) <= most else line[: most - 1] + "…"
