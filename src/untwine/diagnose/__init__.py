@@ -6,8 +6,9 @@ Everything here takes plain lists, tensors and token ids, and knows no run, reci
     truth        true_advantages (settings: BranchSettings)
     calibration  Judged, calibrate, lemma_advantage
     coupling     StepSample, gram, head_gram, merge_duplicates, decompose, lifts_by_source,
-                 reinforced_rates, worst_offenders, cosine_histograms, check_prediction, mean_push, push,
-                 adam_preconditioner, off_diagonal_correlation, log_probabilities
+                 reinforced_rates, worst_offenders, cosine_histograms, check_prediction,
+                 mean_push, push, adam_preconditioner, off_diagonal_correlation,
+                 log_probabilities
     separation   action_states, separations, plane
 """
 
