@@ -146,8 +146,9 @@ def lifters(looks: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def draw_lifters(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Who lifts and who holds down, for each kind; the largest first."""
-    kinds = [kind for kind in found if kind != "all"]
+    """Who lifts and who holds down, for each kind that half of the runs or more have."""
+    runs = {kind: len(own["self"]["values"]) for kind, own in found.items() if kind != "all"}
+    kinds = [kind for kind in runs if 2 * runs[kind] >= max(runs.values())]
     sizes = {
         name: max(abs(found[kind].get(name, _NOTHING)["mean"]) for kind in kinds)
         for kind in kinds
