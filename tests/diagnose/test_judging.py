@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,11 @@ def test_the_command(untwine, trained: Path) -> None:  # type: ignore[no-untyped
     result = untwine("judging", trained, "gcd.objective=pairs")
     assert result.code == 2
     assert "unknown gcd.objective 'pairs'" in result.err
+
+
+def test_a_run_of_another_program_is_refused(untwine, trained: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    shutil.copytree(trained / "episodes", tmp_path / "episodes")
+    result = untwine("judging", tmp_path)
+    assert result.code == 2
+    assert "was recorded by another program" in result.err
+    assert "Traceback" not in result.err

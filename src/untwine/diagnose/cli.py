@@ -291,11 +291,11 @@ def judging(
     Prints a table, and writes RUN/diagnose/judging.json.
     """
     from untwine.diagnose.judging import JudgingOptions, find_judging
+    from untwine.diagnose.recorded import recorded_recipe
     from untwine.diagnose.tables import print_judging
     from untwine.progress import Display
-    from untwine.training.run_dir import run_recipe
 
-    recipe = run_recipe(run, list(overrides or []))
+    recipe = recorded_recipe(run, list(overrides or []))
     options = JudgingOptions(samples, draws, seed, chunk)
     with Display() as display:
         numbers = find_judging(
