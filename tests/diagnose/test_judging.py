@@ -158,6 +158,6 @@ def test_the_command(untwine, trained: Path) -> None:  # type: ignore[no-untyped
 def test_a_run_of_another_program_is_refused(untwine, trained: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     shutil.copytree(trained / "episodes", tmp_path / "episodes")
     result = untwine("judging", tmp_path)
-    assert result.code == 2
+    assert result.code == 5
     assert "was recorded by another program" in result.err
     assert "Traceback" not in result.err
