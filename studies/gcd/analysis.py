@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,9 @@ from untwine.drawing import drawing
 from untwine.errors import CheckpointError, ConfigError, nearest
 from untwine.evaluate.aggregate import paired_difference
 from untwine.evaluate.statistics import mean, student_interval
+from untwine.progress import Display
+
+Measured = TypeVar("Measured")
 
 GRPO, GCD = "grpo", "gcd-ce"
 LEAST_ACCURACY = 0.85
@@ -320,6 +323,16 @@ def runs_of(sweep: Path, arm: str) -> list[Run]:
     found = find_runs([sweep]).arms.get(arm, [])
     if len(found) < 2:
         raise CheckpointError(f"{sweep} holds {len(found)} runs of {arm}; name another arm")
+    return found
+
+
+def each_run(runs: Sequence[Run], measure: Callable[[Path], Measured]) -> list[Measured]:
+    """What is measured of every run, one after the other, with a bar."""
+    found = []
+    with Display() as display, display.bar("runs", len(runs), "run") as bar:
+        for done, run in enumerate(runs):
+            found.append(measure(run.path))
+            bar.update(done + 1)
     return found
 
 

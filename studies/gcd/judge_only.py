@@ -24,23 +24,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from analysis import runs_of, summary, with_interval
+from analysis import each_run, runs_of, summary, with_interval
 
 from untwine.cli import run_guarded
 from untwine.config import Recipe
 from untwine.diagnose.coupling import cosines, gram
+from untwine.diagnose.judging import recorded_objective
 from untwine.diagnose.recorded import load_recorded_policy, read_recorded
 from untwine.diagnose.run_samples import RunSample, distinct_samples, draw_samples
 from untwine.errors import CheckpointError
 from untwine.evaluate.statistics import mean
 from untwine.gcd.labels import only_from
-from untwine.gcd.objectives import Exercise, Means, make_objective
+from untwine.gcd.objectives import Exercise
 from untwine.policy.loading import Policy
-from untwine.progress import Display
-from untwine.prompting.prompter import Prompter
 from untwine.records import Group
-from untwine.training.optimizers import make_optimizer
 from untwine.training.run_dir import episode_files, run_recipe
+from untwine.training.update import Updater
 
 KEPT = 3
 """Iterations whose questions are asked and not taught."""
@@ -88,9 +87,7 @@ class Lesson:
 
     def exercises(self, policy: Policy, part: slice) -> Iterator[Exercise]:
         """The questions of some iterations; iterations that allow none are left out."""
-        prompter = Prompter(policy.chat, self.recipe.prompt)
-        means = Means(policy, prompter, self.recipe.gcd, self.recipe.sampling.temperature)
-        objective = make_objective(self.recipe.gcd.objective, means)
+        objective = recorded_objective(policy, self.recipe)
         if objective is None:
             raise CheckpointError(f"{self.run} has no GCD; choose another arm")
         rng, generator = random.Random(self.recipe.seed), torch.Generator()
@@ -138,16 +135,17 @@ def course(lesson: Lesson, stages: Sequence[int]) -> list[dict[str, float]]:
     """The measures before learning, and after each number of steps."""
     policy = lesson.policy()
     exercises = list(lesson.exercises(policy, slice(None, -KEPT)))
-    parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    config = lesson.recipe.rl.optimizer
-    optimizer = make_optimizer(config, policy, parameters)
+    recipe = lesson.recipe
+    updater = Updater(
+        policy,
+        recipe.rl.optimizer,
+        recipe.loss,
+        temperature=recipe.sampling.temperature,
+        microbatch_tokens=recipe.rl.microbatch_tokens,
+    )
     found = [measure(lesson, policy)]
     for step in range(max(stages)):
-        exercise = exercises[step % len(exercises)]
-        optimizer.zero_grad()
-        exercise.loss(exercise.rows)[0].backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-        optimizer.step()
+        updater.step([], exercises[step % len(exercises)], 1.0)
         if step + 1 in stages:
             found.append(measure(lesson, policy))
     return found
@@ -188,12 +186,7 @@ def main() -> None:
     given = parser.parse_args()
     stages = sorted({int(step) for step in given.steps.split(",")})
     runs = runs_of(given.sweep, given.arm)[: given.runs]
-    values = []
-    with Display() as display, display.bar("runs", len(runs), "run") as bar:
-        for done, run in enumerate(runs):
-            values.append(course(Lesson.of(run.path, given.samples), stages))
-            bar.update(done + 1)
-    found = over_runs(values)
+    found = over_runs(each_run(runs, lambda path: course(Lesson.of(path, given.samples), stages)))
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "judge_only.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(f"{len(runs)} runs of {given.arm}\n\n{table(found, stages)}")

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis import runs_of, summary, with_interval
+from analysis import each_run, runs_of, summary, with_interval
 
 from untwine.cli import run_guarded
 from untwine.diagnose.judging import JudgingOptions, measure_judging
@@ -71,12 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     runs = runs_of(given.sweep, given.arm)
-    values = []
-    with Display() as display, display.bar("runs", len(runs), "run") as bar:
-        for done, run in enumerate(runs):
-            values.append(changes(run.path, given.draws))
-            bar.update(done + 1)
-    found = over_runs(values)
+    found = over_runs(each_run(runs, lambda path: changes(path, given.draws)))
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "verdict_push.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(f"{len(runs)} runs of {given.arm}, first batch\n\n{table(found)}")

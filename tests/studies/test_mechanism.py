@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from tests.builders import REF, make_episode, make_step
 from tests.gcd.test_training import recipe
+from tests.studies.test_gcd_analysis import script
 from untwine.config import CreditConfig
 from untwine.diagnose.run_samples import distinct_samples
 from untwine.diagnose.scoring import log_probabilities
@@ -21,14 +19,7 @@ from untwine.progress import Display
 from untwine.records import Group, Label
 from untwine.training.loop import train
 
-FOLDER = Path(__file__).parents[2] / "studies" / "gcd"
 GCD = {"objective": "generative/ce", "labels": ["rule"], "taught": ["rule"], "token_budget": 512}
-
-
-def script(name: str) -> ModuleType:
-    if str(FOLDER) not in sys.path:
-        sys.path.insert(0, str(FOLDER))
-    return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")

@@ -44,10 +44,8 @@ def _changed(
     return group.with_advantages(
         [
             [
-                step.advantage if step.advantage is None else change(step.advantage, known)
-                for step, known in zip(
-                    episode.steps, (agreed_verdict(s) for s in labelled.steps), strict=True
-                )
+                None if step.advantage is None else change(step.advantage, agreed_verdict(known))
+                for step, known in zip(episode.steps, labelled.steps, strict=True)
             ]
             for episode, labelled in zip(group.episodes, judged.episodes, strict=True)
         ]

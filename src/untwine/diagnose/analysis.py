@@ -318,17 +318,20 @@ def lifts_by_source(
     own_TN = torch.eye(len(weights_N), dtype=torch.bool, device=K_NN.device)[target_N]
     own = float(pushes_TN[own_TN].mean())
     pushes_TN = pushes_TN.masked_fill(own_TN, 0.0)
-    words = [command.split()[0] if command.split() else "" for command in commands]
+    words = [(command.split() or [""])[0] for command in commands]
+    labelled: dict[str | None, torch.Tensor] = {
+        verdict: torch.tensor([v == verdict for v in verdicts], device=K_NN.device)
+        for verdict in ("good", "flawed", None)
+    }
     credits: dict[Credit, torch.Tensor] = {"rewarded": weights_N > 0, "punished": weights_N < 0}
-    left_TN = torch.ones_like(own_TN)
+    left_TN = ~own_TN
     sources = []
     for relation, keys in zip(LIFT_RELATIONS, (states, commands, words, None), strict=True):
         related_TN = left_TN if keys is None else left_TN & _same(keys).to(K_NN.device)[target_N]
         left_TN = left_TN & ~related_TN
         for credit, credited_N in credits.items():
-            for verdict in ("good", "flawed", None):
-                of_N = torch.tensor([v == verdict for v in verdicts], device=K_NN.device)
-                mask_TN = related_TN & credited_N & of_N & ~own_TN
+            for verdict, of_N in labelled.items():
+                mask_TN = related_TN & credited_N & of_N
                 if mask_TN.any():
                     mean = float((pushes_TN * mask_TN).sum() / len(pushes_TN))
                     sources.append(Lift(relation, credit, verdict, mean))

@@ -33,7 +33,7 @@ from untwine.diagnose.scoring import weighted_gradient
 from untwine.errors import CheckpointError, UntwineError
 from untwine.gcd.entering import closed_parameters
 from untwine.gcd.labels import only_from
-from untwine.gcd.objectives import Means, make_objective
+from untwine.gcd.objectives import Means, Objective, make_objective
 from untwine.gcd.shuffling import shuffle_labels
 from untwine.policy.loading import Policy
 from untwine.progress import Display
@@ -127,7 +127,6 @@ def measure_judging(
             chunk=options.chunk,
             context=context,
         )
-        acting = {name: value.clone() for name, value in acting.items()}
         bar.update(1)
         lesson = verdict_lesson(policy, recipe, judged)
         bar.update(2)
@@ -167,13 +166,17 @@ def measure_judging(
     }
 
 
+def recorded_objective(policy: Policy, recipe: Recipe) -> Objective | None:
+    """The objective of a recipe, for episodes on record: without an environment."""
+    prompter = Prompter(policy.chat, recipe.prompt)
+    means = Means(policy, prompter, recipe.gcd, recipe.sampling.temperature)
+    return make_objective(recipe.gcd.objective, means)
+
+
 def verdict_lesson(policy: Policy, recipe: Recipe, groups: Sequence[Group]) -> Lesson:
     """What the objective of a recipe teaches with the labels of these groups. UntwineError when
     they allow no questions. Gradients of the policy are 0 afterwards."""
-    means = Means(
-        policy, Prompter(policy.chat, recipe.prompt), recipe.gcd, recipe.sampling.temperature
-    )
-    objective = make_objective(recipe.gcd.objective, means)
+    objective = recorded_objective(policy, recipe)
     episodes = [episode for group in groups for episode in group.episodes]
     generator = torch.Generator().manual_seed(recipe.seed)
     exercise = objective and objective.exercise(episodes, random.Random(recipe.seed), generator)
