@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -171,6 +172,53 @@ def test_every_task_starts_at_its_first_and_last_variation(env: ScienceWorldEnv)
             assert (first.score, first.outcome, first.done) == (0.0, 0.0, False)
             keys.add(first.state_key)
     assert len(keys) == 60
+
+
+@java
+@pytest.mark.parametrize(
+    "task",
+    [
+        "chemistry-mix",
+        "grow-plant",
+        "identify-life-stages-1",
+        "inclined-plane-determine-angle",
+        "inclined-plane-friction-unnamed-surfaces",
+        "lifespan-longest-lived",
+        "lifespan-shortest-lived",
+        "test-conductivity",
+    ],
+)
+def test_quick_loads_begin_the_episodes_of_the_server(cache: Path, task: str) -> None:
+    machine = jvm.get_jvm(cache=cache)
+    ordinary, quick = machine.new_server(), machine.new_server()
+    for variation in (1, CATALOGUE.variations(task)[-1]):
+        assert ordinary.load(task, variation, "easy", True) == ""
+        commands = list(ordinary.getGoldActionSequence())
+        assert ordinary.load(task, variation, "easy", False) == ""
+        assert machine.load_quickly(quick, task, variation, "easy")
+        assert told(quick, commands) == told(ordinary, commands)
+        assert quick.getCompleted()
+
+
+def told(server: Any, commands: list[str]) -> list[tuple[str, str, str, float]]:
+    """The goal, and what a server tells of every step."""
+    found = [(server.getTaskDescription(), canonical(server.freeActionLook()), "", 0.0)]
+    for command in commands:
+        feedback = canonical(server.step(command))
+        room, inventory = server.freeActionLook(), server.freeActionInventory()
+        found.append((feedback, canonical(room), canonical(inventory), server.getScore()))
+    return found
+
+
+@java
+def test_tasks_made_with_random_numbers_are_not_loaded_quickly(cache: Path) -> None:
+    machine = jvm.get_jvm(cache=cache)
+    server = machine.new_server()
+    for task in ("boil", "find-animal", "measure-melting-point-unknown-substance"):
+        assert not machine.load_quickly(server, task, 0, "")
+    assert not machine.load_quickly(server, "no-such-task", 0, "")
+    assert not machine.load_quickly(server, "grow-plant", 10_000, "")
+    assert machine.load_quickly(server, "grow-plant", 0, "")
 
 
 @java

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from untwine.envs.cache import default_cache
+from untwine.envs.scienceworld.loading import QuickLoader
 from untwine.errors import EnvError, install
 
 MEND = install("scienceworld")
@@ -121,6 +122,28 @@ class Jvm:
         self._silence()
         self._ids = self.gateway.jvm.util.UniqueIdentifier
         self._highest_id = FIRST_FREE_ID
+        self._quick: QuickLoader | None = self._make_quick()
+
+    def _make_quick(self) -> QuickLoader | None:
+        """None when the server is built differently inside."""
+        from py4j.protocol import Py4JError
+
+        try:
+            return QuickLoader(self.gateway)
+        except Py4JError:
+            return None
+
+    def load_quickly(self, server: Any, task: str, variation: int, simplifications: str) -> bool:
+        """Begin an episode by what it needs only (loading.py); False when it has to be loaded."""
+        from py4j.protocol import Py4JError
+
+        if self._quick is None:
+            return False
+        try:
+            return self._quick.load(server, task, variation, simplifications)
+        except Py4JError:
+            self._quick = None
+            return False
 
     def _silence(self) -> None:
         """The server prints every step at length; drop that inside the JVM."""
@@ -213,7 +236,10 @@ class Session:
         """Begin an episode. EnvError when the server refuses the instance."""
         self._choices = []
         self._call(self.jvm.keep_ids_apart)
-        problem = self._ask("load", task, variation, simplifications, gold)
+        quick = not gold and self._call(
+            lambda: self.jvm.load_quickly(self._server, task, variation, simplifications)
+        )
+        problem = "" if quick else self._ask("load", task, variation, simplifications, gold)
         self._call(self.jvm.keep_ids_apart)
         if problem:
             raise EnvError(f"ScienceWorld refuses {task}/{variation}: {problem}")
