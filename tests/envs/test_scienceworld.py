@@ -17,6 +17,7 @@ from untwine.envs.registry import get_family, make_env
 from untwine.envs.scienceworld import experts, jvm
 from untwine.envs.scienceworld.catalogue import CATALOGUE_FILE, ask_server
 from untwine.envs.scienceworld.env import ScienceWorldEnv, is_blocked
+from untwine.envs.scienceworld.loading import QuickLoader
 from untwine.envs.scienceworld.state import canonical
 from untwine.errors import EnvError
 from untwine.records import Observation
@@ -174,51 +175,58 @@ def test_every_task_starts_at_its_first_and_last_variation(env: ScienceWorldEnv)
     assert len(keys) == 60
 
 
+NEVER_TWICE = {
+    "grow-fruit", "mendelian-genetics-known-plant", "mendelian-genetics-unknown-plant",
+    "use-thermometer",
+}  # bees, seeds and temperatures take another course each time  # fmt: skip
+
+
 @java
-@pytest.mark.parametrize(
-    "task",
-    [
-        "chemistry-mix",
-        "grow-plant",
-        "identify-life-stages-1",
-        "inclined-plane-determine-angle",
-        "inclined-plane-friction-unnamed-surfaces",
-        "lifespan-longest-lived",
-        "lifespan-shortest-lived",
-        "test-conductivity",
-    ],
-)
+@pytest.mark.parametrize("task", CATALOGUE.tasks())
 def test_quick_loads_begin_the_episodes_of_the_server(cache: Path, task: str) -> None:
     machine = jvm.get_jvm(cache=cache)
     ordinary, quick = machine.new_server(), machine.new_server()
-    for variation in (1, CATALOGUE.variations(task)[-1]):
-        assert ordinary.load(task, variation, "easy", True) == ""
-        commands = list(ordinary.getGoldActionSequence())
+    variation = CATALOGUE.variations(task)[-2]
+    assert ordinary.load(task, variation, "easy", True) == ""
+    commands = list(ordinary.getGoldActionSequence())
+    told: dict[bool, set[tuple[str, ...]]] = {True: set(), False: set()}
+    for _ in range(1 if task in NEVER_TWICE else 4):
         assert ordinary.load(task, variation, "easy", False) == ""
         assert machine.load_quickly(quick, task, variation, "easy")
-        assert told(quick, commands) == told(ordinary, commands)
-        assert quick.getCompleted()
+        assert beginning(quick) == beginning(ordinary)
+        if task not in NEVER_TWICE and not told[True] & told[False]:
+            told[True].add(course(quick, commands))
+            told[False].add(course(ordinary, commands))
+    assert task in NEVER_TWICE or told[True] & told[False]
 
 
-def told(server: Any, commands: list[str]) -> list[tuple[str, str, str, float]]:
-    """The goal, and what a server tells of every step."""
-    found = [(server.getTaskDescription(), canonical(server.freeActionLook()), "", 0.0)]
+def beginning(server: Any) -> tuple[str, ...]:
+    room, inventory = server.freeActionLook(), server.freeActionInventory()
+    return server.getTaskDescription(), canonical(room), canonical(inventory)
+
+
+def course(server: Any, commands: list[str]) -> tuple[str, ...]:
+    """What a server tells of every step. The same commands may have several courses."""
+    found = []
     for command in commands:
-        feedback = canonical(server.step(command))
-        room, inventory = server.freeActionLook(), server.freeActionInventory()
-        found.append((feedback, canonical(room), canonical(inventory), server.getScore()))
-    return found
+        found += [server.step(command), server.freeActionLook(), server.freeActionInventory()]
+        found += [str(server.getScore()), str(server.getCompleted())]
+    return tuple(map(canonical, found))
 
 
 @java
-def test_tasks_made_with_random_numbers_are_not_loaded_quickly(cache: Path) -> None:
+def test_quick_loads_are_left_where_the_server_is_another(cache: Path) -> None:
     machine = jvm.get_jvm(cache=cache)
     server = machine.new_server()
-    for task in ("boil", "find-animal", "measure-melting-point-unknown-substance"):
-        assert not machine.load_quickly(server, task, 0, "")
     assert not machine.load_quickly(server, "no-such-task", 0, "")
     assert not machine.load_quickly(server, "grow-plant", 10_000, "")
     assert machine.load_quickly(server, "grow-plant", 0, "")
+    loader = QuickLoader(machine.gateway)
+    loader._order_is_right = False  # as if the families drew otherwise
+    assert not loader.load(machine.new_server(), "boil", 0, "")
+    loader = QuickLoader(machine.gateway)
+    loader._draws = lambda families: len(families)  # type: ignore[method-assign]
+    assert not loader.load(machine.new_server(), "grow-plant", 0, "")
 
 
 @java
