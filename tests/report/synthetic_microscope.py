@@ -27,11 +27,12 @@ def last_file(run: Path) -> tuple[int, Path]:
 
 
 def write_microscope(run: Path, text: str = "", samples: int = 24, seed: int = 0) -> Path:
-    """All five measurements of the last recorded iteration."""
+    """All six measurements of the last recorded iteration."""
     write_truth_of(run, text, seed)
     write_json(run, "labels", label_quality(text))
     write_json(run, "calibration", calibration(text))
     write_coupling(run, text, samples, seed)
+    write_json(run, "judging", judging(text))
     write_separation(run, text, samples, seed)
     return run
 
@@ -211,6 +212,19 @@ def write_coupling(run: Path, text: str = "", samples: int = 24, seed: int = 0) 
     }  # fmt: skip
     write_json(run, "coupling", numbers)
     save_file({"K_NN": gram_NN}, run / "diagnose" / "coupling.safetensors")
+
+
+def judging(text: str = "") -> dict[str, Any]:
+    def change(good: float, flawed: float) -> dict[str, float]:
+        return {"good": good, "flawed": flawed, "difference": good - flawed}
+
+    return {
+        "iteration": 20, "source": "model", "objective": f"generative/ce{text}", "distinct": 40,
+        "samples": 24, "good": 6, "flawed": 10, "questions": 12, "right_verdicts": 0.75,
+        "norm_ratio": 4.5, "cosine": -0.02, "policy": change(0.25, -0.25),
+        "verdict": change(0.125, -0.0625),
+        "permuted": [change(0.0, 0.03125), change(0.0625, 0.0), change(-0.0625, 0.03125)],
+    }  # fmt: skip
 
 
 def write_separation(run: Path, text: str = "", samples: int = 24, seed: int = 0) -> None:

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from synthetic_microscope import (
     calibration,
+    judging,
     last_file,
     steps_of,
     write_coupling,
@@ -50,7 +51,7 @@ def test_json_gives_what_the_files_hold(measured: Path) -> None:
     assert (found["missing"], found["problems"]) == ([], [])
     files = {
         name: json.loads((measured / "diagnose" / f"{name}.json").read_text())
-        for name in ("labels", "calibration", "coupling", "separation")
+        for name in ("labels", "calibration", "coupling", "judging", "separation")
     }
     ours = found["calibration"]["methods"]["grpo"]
     theirs = files["calibration"]["methods"]["grpo"]
@@ -63,6 +64,8 @@ def test_json_gives_what_the_files_hold(measured: Path) -> None:
         }
     for key in ("offenders", "cosines", "sample_list", "reinforced", "lifts", "head_correlation"):
         assert found["coupling"][key] == files["coupling"][key]
+    for key in ("policy", "verdict", "permuted", "questions", "right_verdicts"):
+        assert found["judging"][key] == files["judging"][key]
     assert found["separation"]["layers"] == files["separation"]["layers"]
     lines = (measured / "diagnose" / "truth-iter-000020.jsonl").read_text().splitlines()
     assert [row["advantage"] for row in found["truth"][0]["rows"]] == [
@@ -94,6 +97,7 @@ def test_key_numbers_stand_for_the_rest(measured: Path) -> None:
     assert key["reinforced"]["meaning"] == "labelled flawed"
     assert key["reinforced"]["share"] == 0.625
     assert (key["mean_push"]["batches"], key["honesty"]["slope"]) == (3, 1.01)
+    assert key["judging"] == {"verdict": 0.1875, "permuted": [-0.09375, 0.0625], "policy": 0.5}
     assert (key["probe"]["layer"], key["probe"]["balanced"]) == (2, pytest.approx(0.7))
 
 
@@ -101,13 +105,13 @@ def test_what_is_missing_names_its_command(tmp_path: Path, make_run: MakeRun) ->
     bare, partly = make_run("bare run", iterations=3), make_run("partly", iterations=3)
     write_truth_of(partly)
     assert [gap["topic"] for gap in microscope(bare)["missing"]] == [
-        "truth", "labels", "calibration", "coupling", "separation",
+        "truth", "labels", "calibration", "coupling", "judging", "separation",
     ]  # fmt: skip
     page = page_of(tmp_path, bare).text
     assert f"untwine diagnose coupling '{bare}'" in page
     assert "Nothing was measured yet" in page
     page = page_of(tmp_path, partly).text
-    for topic in ("labels", "calibration", "coupling", "separation"):
+    for topic in ("labels", "calibration", "coupling", "judging", "separation"):
         assert f"not measured: untwine diagnose {topic} {partly}" in page
     assert f"untwine diagnose truth {partly}" not in page
 
@@ -300,6 +304,26 @@ def test_the_page_shows_what_labels_are_worth(tmp_path: Path, measured: Path) ->
     worth = "−0.25 [−0.50, 0.00] –"
     assert f"rule50 % [38, 62] of 30{sure}{sure}{part}{sure}–{worth}" in text
     assert f"mine25 % [12, 38] of 30––{part}––{worth}" in text
+
+
+def test_the_page_shows_what_judging_moves(tmp_path: Path, measured: Path) -> None:
+    text = page_of(tmp_path, measured).text
+    rows = ("policy loss", "verdict loss", "verdict loss, labels permuted (3 times)")
+    table = text[text.index("A step down the") :]
+    assert sorted(map(table.index, rows)) == [table.index(row) for row in rows]
+    assert "+0.19" in table  # .125 + .0625
+    assert "0.00 [−0.06, 0.06]" in table  # good steps with permuted labels: mean, range
+    assert "12 questions of generative/ce, 75 % answered right" in text
+    (measured / "diagnose" / "coupling.json").unlink()  # which has something more alarming to say
+    look = report_numbers([measured])["runs"][0]["first_look"]
+    assert "learning to judge helps acting (good minus flawed +0.19" in look[2]
+    write_json(measured, "judging", {**judging(), "verdict": judging()["permuted"][1]})
+    look = report_numbers([measured])["runs"][0]["first_look"]
+    assert "learning to judge does not move acting (good minus flawed +0.06" in look[2]
+    wrong = {"good": -0.1, "flawed": 0.1, "difference": -0.2}
+    write_json(measured, "judging", {**judging(), "verdict": wrong})
+    look = report_numbers([measured])["runs"][0]["first_look"]
+    assert "learning to judge hurts acting (good minus flawed −0.20" in look[2]
 
 
 def test_the_page_shows_who_lifts(tmp_path: Path, measured: Path) -> None:

@@ -6,6 +6,7 @@ a claim of change is only made where the intervals support it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -271,11 +272,20 @@ def _measured_warnings(key: Numbers) -> list[str]:
 def _calm(key: Numbers) -> list[str]:
     """What the microscope found where nothing in it is alarming."""
     found = []
-    reinforced, probe = key["reinforced"], key["probe"]
+    reinforced, judging, probe = key["reinforced"], key["judging"], key["probe"]
     if reinforced and reinforced["share"] is not None and reinforced["null"] is not None:
         found.append(
             f"one step pushes up {percent(reinforced['share'])} of the flawed samples "
             f"(permuted weights: {percent(reinforced['null'])})"
+        )
+    if judging:
+        low, high = judging["permuted"] or (-math.inf, math.inf)
+        helps = judging["verdict"] > max(high, 0.0)
+        hurts = judging["verdict"] < min(low, 0.0)
+        does = "helps" if helps else "hurts" if hurts else "does not move"
+        found.append(
+            f"learning to judge {does} acting (good minus flawed {signed(judging['verdict'])}, by "
+            f"the policy's own step {signed(judging['policy'])})"
         )
     if probe:
         found.append(

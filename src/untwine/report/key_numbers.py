@@ -20,6 +20,8 @@ def key_numbers(found: Numbers, method: str) -> dict[str, Any]:
     mean_push   the same for the mean over batches
     honesty     correlation and slope of measured against predicted change
     drift       mean |log pi - recorded log pi| of the policy that coupling was measured with, nats
+    judging     good minus flawed: change by a step down the verdict loss, range with permuted
+                labels, and change by the policy's own step
     probe       layer whose probe is best, with its balanced accuracy
     """
     coupling = found["coupling"] or {}
@@ -31,6 +33,7 @@ def key_numbers(found: Numbers, method: str) -> dict[str, Any]:
         "honesty": coupling.get("honesty")
         and {key: coupling["honesty"][key] for key in ("correlation", "slope")},
         "drift": coupling["drift"]["mean"] if coupling else None,
+        "judging": _judging(found["judging"]),
         "probe": _probe(found["separation"]),
     }
 
@@ -78,6 +81,17 @@ def _mean_push(coupling: Numbers) -> dict[str, Any] | None:
     push = coupling.get("mean_push")
     rate = push["rates"].get("all") if push else None
     return {"batches": push["batches"], **rate} if push and rate and rate["flawed"] else None
+
+
+def _judging(judging: Numbers | None) -> dict[str, Any] | None:
+    if not judging:
+        return None
+    permuted = [change["difference"] for change in judging["permuted"]]
+    return {
+        "verdict": judging["verdict"]["difference"],
+        "permuted": [min(permuted), max(permuted)] if permuted else None,
+        "policy": judging["policy"]["difference"],
+    }
 
 
 def _probe(separation: Numbers | None) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from untwine.report.key_numbers import key_numbers
 from untwine.report.run_data import Row, RunData
 from untwine.report.shape import each, maybe, shaped
 
-TOPICS = ("truth", "labels", "calibration", "coupling", "separation")
+TOPICS = ("truth", "labels", "calibration", "coupling", "judging", "separation")
 _TRUTH_FILE = re.compile(r"truth-iter-(\d+)\.jsonl")
 _VERDICTS = ("good", "flawed")
 
@@ -135,6 +135,22 @@ _COUPLING = {
     ],
     "sample_list": [{**_STEP, "logprob": float, "own": float, "coupled": float, "delta": float}],
 }
+_CHANGE = {"good": float, "flawed": float, "difference": float}
+_JUDGING = {
+    "iteration": int,
+    "objective": str,
+    "distinct": int,
+    "samples": int,
+    "good": int,
+    "flawed": int,
+    "questions": int,
+    "right_verdicts": maybe(float),
+    "norm_ratio": float,
+    "cosine": maybe(float),
+    "policy": _CHANGE,
+    "verdict": _CHANGE,
+    "permuted": [_CHANGE],
+}
 _SEPARATION = {
     "iteration": int,
     "policy": str,
@@ -185,6 +201,7 @@ def read_microscope(run: RunData, method: str) -> dict[str, Any]:
         "labels": _read(folder, "labels", _labels, problems),
         "calibration": _read(folder, "calibration", _calibration, problems),
         "coupling": _read(folder, "coupling", _coupling, problems),
+        "judging": _read(folder, "judging", _judging, problems),
         "separation": _read(folder, "separation", _separation, problems),
     }
     where = shlex.quote(str(run.path))
@@ -284,6 +301,11 @@ def _coupling(file: Path) -> dict[str, Any]:
         for i in range(n)
     ]
     return {**numbers, "cosine_rows": rows, "order": block_order(numbers["sample_list"])}
+
+
+def _judging(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = shaped(_json(file, "judging"), _JUDGING)
+    return found
 
 
 def block_order(samples: Sequence[Row]) -> list[int]:

@@ -158,6 +158,26 @@ def lift_table(coupling: Row | None) -> dict[str, Any] | None:
     return {"rows": rows, "reach": reach}
 
 
+def judging_rows(judging: Row) -> list[dict[str, Any]]:
+    """A row for each loss: `name`, and under good, flawed and difference the mean change; beside
+    permuted labels with the least and the largest one."""
+
+    def row(name: str, changes: Sequence[Row]) -> dict[str, Any]:
+        columns = {key: [change[key] for change in changes] for key in changes[0]}
+        return {"name": name} | {
+            key: {
+                "value": sum(found) / len(found),
+                "interval": [min(found), max(found)] if len(found) > 1 else None,
+            }
+            for key, found in columns.items()
+        }
+
+    rows = [row("policy loss", [judging["policy"]]), row("verdict loss", [judging["verdict"]])]
+    if permuted := judging["permuted"]:
+        rows.append(row(f"verdict loss, labels permuted ({len(permuted)} times)", permuted))
+    return rows
+
+
 @dataclass
 class Marks:
     """What the microscope says of single steps of one iteration.

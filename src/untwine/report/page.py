@@ -29,6 +29,7 @@ from untwine.report.microscope_view import (
     Limits,
     compared_offenders,
     evenly,
+    judging_rows,
     lift_table,
     marks_of,
     plot_data,
@@ -250,7 +251,11 @@ def _environment() -> jinja2.Environment:
         "digits": _digits,
         "phase": phase_name,
     }
-    environment.globals |= {"evaluation": _evaluation, "reach": _reach}
+    environment.globals |= {
+        "evaluation": _evaluation,
+        "reach": _reach,
+        "judging_rows": judging_rows,
+    }
     return environment
 
 
