@@ -30,13 +30,13 @@ from typing import Any
 import numpy as np
 import torch
 from analysis import check_sweep, with_interval
-from without import begins_with, taken_out
+from without import begins_with, by_rules, taken_out
 
 from untwine.batch import LossMean
 from untwine.cli import run_guarded
 from untwine.compare.runs import Run, find_runs, paired
 from untwine.config import Recipe
-from untwine.credit.by_label import veto
+from untwine.credit.by_label import penalise, veto
 from untwine.diagnose.calibration import rank_correlation
 from untwine.diagnose.coupling import gram
 from untwine.diagnose.recorded import load_recorded_policy, read_recorded
@@ -54,12 +54,15 @@ Credit = Callable[[Group], Group]
 
 
 def credit_of(recipe: Recipe) -> Credit | None:
-    """What an arm makes of the advantages of `grpo`; None where it takes nothing out."""
+    """What an arm makes of the advantages of `grpo`; None where it leaves them."""
     credit = recipe.credit
     if credit.name == "studies.gcd.without:without":
         return lambda group: group.with_advantages(taken_out(group, **credit.options))
+    if credit.name == "studies.gcd.without:rules_only":
+        return by_rules
     if credit.veto:
-        return lambda group: veto(group, credit.veto, recipe.gcd.taught)
+        taught = recipe.gcd.taught
+        return lambda group: veto(penalise(group, credit.penalty, taught), credit.veto, taught)
     return None
 
 
@@ -77,13 +80,14 @@ class Batch:
     def change(self, credit: Credit) -> float:
         """Mean first-order change of the probes with other weights, minus that with their own, in
         units of what they do to themselves."""
-        own_N = self._weights(lambda group: group)
-        other_N = self._weights(credit)
+        own_N = self.weights(lambda group: group)
+        other_N = self.weights(credit)
         change_N = self.K_NN @ (other_N - own_N)
         self_N = (self.K_NN.diagonal() * own_N).abs()
         return float(change_N[self.probe_N].mean() / self_N[self.probe_N].mean())
 
-    def _weights(self, credit: Credit) -> torch.Tensor:
+    def weights(self, credit: Credit) -> torch.Tensor:
+        """A weight for each sample, with the advantages that `credit` makes."""
         samples = distinct_samples([credit(group) for group in self.groups], self.mean)
         return torch.tensor([s.weight for s in samples], dtype=torch.float64)
 

@@ -85,6 +85,50 @@ def test_what_taking_credit_out_is_predicted_to_do() -> None:
     assert cause.credit_of(recipe(1)) is None
 
 
+def test_arms_with_credit_of_labels() -> None:
+    """An untrained step stays one; -.3 before the veto, which then caps at 0 what is left."""
+    cause = script("cause")
+    flawed, good = Label("rule", "flawed", "invalid"), Label("rule", "good", "progress")
+    steps = [
+        make_step(0, labels=(flawed,), advantage=1.0),
+        make_step(1, labels=(flawed,), advantage=-1.0),
+        make_step(2, labels=(good,), advantage=-1.0),
+        make_step(3, labels=(good,), advantage=None),
+    ]
+    group = Group(REF, (make_episode(1.0, steps, id="a"),))
+
+    def credited(**credit: object) -> list[float | None]:
+        config = recipe(1).model_copy(update={"credit": CreditConfig(**credit)})
+        (episode,) = cause.credit_of(config)(group).episodes
+        return [step.advantage for step in episode.steps]
+
+    assert credited(veto=["flawed", "good"], penalty=0.3) == [0.0, -1.3, 0.0, None]
+    assert credited(name="studies.gcd.without:rules_only") == [-1.0, -1.0, 1.0, None]
+
+
+def test_directions_by_hand() -> None:
+    """Two prompts, one command right in the first and wrong in the second."""
+    directions, cause = script("directions"), script("cause")
+    labels = [Label("rule", "good", "progress"), Label("rule", "flawed", "invalid")]
+    steps = [
+        make_step(t, command="focus on ant", labels=(label,), advantage=1.0, prompt=(t, 7))
+        for t, label in enumerate(labels)
+    ]
+    group = Group(REF, (make_episode(1.0, steps, id="a"),))
+    samples = distinct_samples([group], "step")
+    K_NN = torch.tensor([[4.0, 1.0], [1.0, 9.0]], dtype=torch.float64)
+    batch = cause.Batch([group], "step", samples, K_NN, torch.tensor([False, True]))
+    share = 1 / (1 + 2.718281828 ** (samples[0].recorded_logprob - samples[1].recorded_logprob))
+    assert directions.same_command(batch).tolist() == pytest.approx([share, -share])
+    assert directions.same_command(batch, level=True).tolist() == pytest.approx([1 / 2, -1 / 3])
+    weights_N = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    alone_NN = torch.eye(2, dtype=torch.bool)
+    length, unit = (4 + 9 - 2) ** 0.5, 2.5
+    pushed_N = directions.pushes(K_NN, weights_N, alone_NN)
+    assert pushed_N.tolist() == pytest.approx([-1 / (length * unit), 1 / (length * unit)])
+    assert not directions.pushes(K_NN, 0 * weights_N, alone_NN).any()
+
+
 def test_arms_are_confirmed_by_their_intervals(tmp_path: Path) -> None:
     cause = script("cause")
     arm = cause._arm("wrong.a", [(0, -1.0, -0.5), (1, -2.0, -0.7), (2, -1.5, -0.6)])

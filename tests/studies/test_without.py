@@ -44,6 +44,19 @@ def test_one_push_is_taken_out(options: dict[str, Any], rows: list[list[int]]) -
     assert signs == rows
 
 
+def test_rules_alone() -> None:
+    group_says_good = Label("group", "good", "return")
+    steps = [
+        make_step(0, labels=(FLAWED, group_says_good)),
+        make_step(1, labels=(GOOD,)),
+        make_step(2, labels=(group_says_good,)),
+        make_step(3, labels=(GOOD, FLAWED)),
+    ]
+    group = Group(REF, (make_episode(1.0, steps, id="a"), make_episode(0.0, steps, id="b")))
+    found = credit_method("studies.gcd.without:rules_only", {})(group)
+    assert [[s.advantage for s in e.steps] for e in found.episodes] == [[-1, 1, 0, 0]] * 2
+
+
 def test_what_is_taken_out_is_checked() -> None:
     with pytest.raises(ConfigError, match=r"options\.credit: .*'rewarded' or 'punished'"):
         credit_method(METHOD, {"credit": "blamed", "word": "go"})

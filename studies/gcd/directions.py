@@ -1,0 +1,156 @@
+"""Which use of labels would part right from wrong, in first order, before anything is trained
+(docs/study.md, ScienceWorld).
+
+    S=runs/gcd-scienceworld-second
+    python studies/gcd/directions.py $S --arm wrong.grpo --out $S/directions
+
+From the Gram of the first batch of every run: the push, along each direction, on the steps that
+begin with --word, those that the rules call good and those that they call invalid. Only what comes
+from samples with other prompts counts, since what was not sampled is to be learnt, too. Directions
+have equal length, and pushes are in units of what a direction of that length can do to a step,
+the mean over samples of the norm of their gradients.
+
+    grpo       the policy's own gradient
+    penalty    the same, less .3 for steps that the rules call flawed
+    veto       no advantage contradicts the rules (`credit.veto: [flawed, good]`)
+    both       penalty, then veto
+    labels     +1 for good and -1 for flawed steps, 0 for all others
+    same       the same command where it is good and where it is flawed: for each pair (g, f) of one
+               command and two prompts s(f) / n more for g and less for f, with
+               s(f) = pi(f) / (pi(f) + pi(g)), n the number of pairs
+    level      the same pairs, with gradients of equal length and s = 1
+
+Means over runs with Student's 95 % interval. Writes directions.json, with the values of each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from analysis import each_run, runs_of, summary, with_interval
+from cause import Batch, first_batch
+from without import begins_with, by_rules
+
+from untwine.cli import run_guarded
+from untwine.credit.by_label import penalise, veto
+from untwine.errors import CheckpointError
+from untwine.gcd.labels import action_key
+from untwine.records import Group
+
+PENALTY = 0.3
+RULES = ["rule"]
+COLUMNS = ("right", "wrong", "right minus wrong")
+
+
+def vetoed(group: Group) -> Group:
+    return veto(group, ["flawed", "good"], RULES)
+
+
+def penalised(group: Group) -> Group:
+    return penalise(group, PENALTY, RULES)
+
+
+def same_command(batch: Batch, level: bool = False) -> torch.Tensor:
+    """Weights (N,) of the direction `same`, or `level`; 0 where no command is both good and
+    flawed."""
+    samples, length_N = batch.samples, batch.K_NN.diagonal().clamp_min(0).sqrt()
+    weights_N = torch.zeros(len(samples), dtype=torch.float64)
+    sides: dict[str, list[int]] = {
+        verdict: [i for i, s in enumerate(samples) if s.verdict == verdict]
+        for verdict in ("good", "flawed")
+    }
+    pairs = [
+        (g, f)
+        for g, f in product(sides["good"], sides["flawed"])
+        if action_key(samples[g].step) == action_key(samples[f].step)
+        and samples[g].sample.prompt_ids != samples[f].sample.prompt_ids
+    ]
+    for g, f in pairs:
+        logits = torch.tensor([samples[f].recorded_logprob, samples[g].recorded_logprob])
+        share = float(logits.softmax(0)[0])
+        weights_N[g] += 1 / length_N[g] if level else share
+        weights_N[f] -= 1 / length_N[f] if level else share
+    return weights_N / max(1, len(pairs))
+
+
+DIRECTIONS: Mapping[str, Callable[[Batch], torch.Tensor]] = {
+    "grpo": lambda batch: batch.weights(lambda group: group),
+    "penalty": lambda batch: batch.weights(penalised),
+    "veto": lambda batch: batch.weights(vetoed),
+    "both": lambda batch: batch.weights(lambda group: vetoed(penalised(group))),
+    "labels": lambda batch: batch.weights(by_rules),
+    "same": same_command,
+    "level": lambda batch: same_command(batch, level=True),
+}
+
+
+def pushes(K_NN: torch.Tensor, weights_N: torch.Tensor, alike_NN: torch.Tensor) -> torch.Tensor:
+    """What a step of unit length along sum_j w_j g_j does to every sample (N,), without what comes
+    from samples that are `alike` (N, N), in units of the mean norm of the samples' gradients."""
+    length = (weights_N @ K_NN @ weights_N).clamp_min(0).sqrt()
+    if length == 0:
+        return torch.zeros_like(weights_N)
+    unit = K_NN.diagonal().clamp_min(0).sqrt().mean()
+    pushed: torch.Tensor = (K_NN * ~alike_NN) @ weights_N / (length * unit)
+    return pushed
+
+
+def measure(run: Path, word: str) -> dict[str, dict[str, float]]:
+    """By direction, mean pushes on right and on wrong steps. CheckpointError where the first batch
+    lacks either."""
+    batch = first_batch(run, word)
+    steps = [s for s in batch.samples if begins_with(s.step) == word]
+    place = {id(s): i for i, s in enumerate(batch.samples)}
+    right = [place[id(s)] for s in steps if s.verdict == "good"]
+    wrong = [place[id(s)] for s in steps if s.kind == "invalid"]
+    if not right or not wrong:
+        raise CheckpointError(f"the first batch of {run} has no right, or no wrong, step of {word}")
+    prompts = [s.sample.prompt_ids for s in batch.samples]
+    alike_NN = torch.tensor([[a == b for b in prompts] for a in prompts])
+    found = {}
+    for name, direction in DIRECTIONS.items():
+        pushed_N = pushes(batch.K_NN, direction(batch), alike_NN)
+        values = [float(pushed_N[right].mean()), float(pushed_N[wrong].mean())]
+        found[name] = dict(zip(COLUMNS, [*values, values[0] - values[1]], strict=True))
+    return found
+
+
+def over_runs(values: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """By direction and column: values of the runs, their mean, and its interval."""
+    return {
+        name: {column: summary([run[name][column] for run in values]) for column in COLUMNS}
+        for name in DIRECTIONS
+    }
+
+
+def table(found: Mapping[str, Any]) -> str:
+    lines = ["| Direction | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
+    for name, parts in found.items():
+        cells = [with_interval(parts[c]["mean"], parts[c]["interval"]) for c in COLUMNS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("sweep", type=Path)
+    parser.add_argument("--arm", required=True)
+    parser.add_argument("--word", default="focus", help="first word of the steps that are followed")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    runs = runs_of(given.sweep, given.arm)
+    found = over_runs(each_run(runs, partial(measure, word=given.word)))
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "directions.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    print(f"{len(runs)} runs of {given.arm}, first batch, {given.word!r}\n\n{table(found)}")
+
+
+if __name__ == "__main__":
+    run_guarded(main)
