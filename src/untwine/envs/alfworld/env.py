@@ -34,7 +34,7 @@ from untwine.envs.protocol import Due, EnvInfo, Reset, Split
 from untwine.errors import EnvError
 from untwine.records import Observation
 
-KEPT_GAMES = 64  # games a process keeps in memory, about 100 kB each
+KEPT_GAMES = 1024  # games a process keeps in memory, 30 to 100 kB each: whole evaluation sets
 
 INFO = EnvInfo(
     name="alfworld",
