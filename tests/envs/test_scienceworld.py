@@ -187,8 +187,10 @@ def test_quick_loads_begin_the_episodes_of_the_server(cache: Path, task: str) ->
     machine = jvm.get_jvm(cache=cache)
     ordinary, quick = machine.new_server(), machine.new_server()
     variation = CATALOGUE.variations(task)[-2]
-    assert ordinary.load(task, variation, "easy", True) == ""
-    commands = list(ordinary.getGoldActionSequence())
+    commands: list[str] = []
+    if task not in NEVER_TWICE:
+        assert ordinary.load(task, variation, "easy", True) == ""
+        commands = list(ordinary.getGoldActionSequence())
     told: dict[bool, set[tuple[str, ...]]] = {True: set(), False: set()}
     for _ in range(1 if task in NEVER_TWICE else 4):
         assert ordinary.load(task, variation, "easy", False) == ""
