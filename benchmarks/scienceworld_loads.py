@@ -1,6 +1,6 @@
 """Beginning an episode of ScienceWorld: the server's `load` against ours, alternating.
 
-    python benchmarks/scienceworld_loads.py [--repeats 15]
+    python benchmarks/scienceworld_loads.py [--repeats 15] [--tasks melt,grow-plant]
 
 Needs the extra `scienceworld`. Prints a table in Markdown: medians over repetitions, after as many
 that warm the JVM up; in each repetition one comes after the other, on a new variation. Both go
@@ -33,11 +33,13 @@ def timed(load: Callable[[], Any], server: Any) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--tasks", default="", help="separated by commas; all unless given")
     given = parser.parse_args()
     catalogue = get_family("scienceworld").catalogue
     machine = get_jvm()
     plain, quick = machine.new_server(), machine.new_server()
-    times: dict[str, list[tuple[float, float]]] = {task: [] for task in catalogue.tasks()}
+    tasks = given.tasks.split(",") if given.tasks else catalogue.tasks()
+    times: dict[str, list[tuple[float, float]]] = {task: [] for task in tasks}
     for turn in range(2 * given.repeats):
         for task, found in times.items():
             known = catalogue.variations(task)

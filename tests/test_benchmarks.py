@@ -89,6 +89,14 @@ def run_iteration(*arms: str) -> dict[str, list[str]]:
     )  # fmt: skip
 
 
+@pytest.mark.java
+def test_scienceworld_loads_runs() -> None:
+    found = cells(run("scienceworld_loads.py", "--repeats", "1", "--tasks", "melt,grow-plant"))
+    for task in ("melt", "grow-plant"):
+        ordinary, ours, ratio = map(float, found[task])
+        assert ratio == pytest.approx(ordinary / ours, rel=0.1)
+
+
 def test_rollout_runs() -> None:
     # the script itself stops when its arms do not say the same
     size = [
