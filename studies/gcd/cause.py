@@ -30,13 +30,13 @@ from typing import Any
 import numpy as np
 import torch
 from analysis import check_sweep, with_interval
-from without import begins_with, by_rules, taken_out
+from without import begins_with, taken_out
 
 from untwine.batch import LossMean
 from untwine.cli import run_guarded
 from untwine.compare.runs import Run, find_runs, paired
 from untwine.config import Recipe
-from untwine.credit.by_label import penalise, veto
+from untwine.credit.by_label import labels_alone, penalise, veto
 from untwine.diagnose.calibration import rank_correlation
 from untwine.diagnose.coupling import gram
 from untwine.diagnose.recorded import load_recorded_policy, read_recorded
@@ -59,7 +59,7 @@ def credit_of(recipe: Recipe) -> Credit | None:
     if credit.name == "studies.gcd.without:without":
         return lambda group: group.with_advantages(taken_out(group, **credit.options))
     if credit.name == "studies.gcd.without:rules_only":
-        return by_rules
+        return lambda group: labels_alone(group, ["rule"])
     if credit.veto:
         taught = recipe.gcd.taught
         return lambda group: veto(penalise(group, credit.penalty, taught), credit.veto, taught)

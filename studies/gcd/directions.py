@@ -36,10 +36,11 @@ from typing import Any
 import torch
 from analysis import each_run, runs_of, summary, with_interval
 from cause import Batch, first_batch
-from without import begins_with, by_rules
+from without import begins_with
 
 from untwine.cli import run_guarded
-from untwine.credit.by_label import penalise, veto
+from untwine.credit.by_label import labels_alone, penalise, veto
+from untwine.diagnose.analysis import parted
 from untwine.errors import CheckpointError
 from untwine.gcd.labels import action_key
 from untwine.records import Group
@@ -85,40 +86,27 @@ DIRECTIONS: Mapping[str, Callable[[Batch], torch.Tensor]] = {
     "penalty": lambda batch: batch.weights(penalised),
     "veto": lambda batch: batch.weights(vetoed),
     "both": lambda batch: batch.weights(lambda group: vetoed(penalised(group))),
-    "labels": lambda batch: batch.weights(by_rules),
+    "labels": lambda batch: batch.weights(lambda group: labels_alone(group, RULES)),
     "same": same_command,
     "level": lambda batch: same_command(batch, level=True),
 }
-
-
-def pushes(K_NN: torch.Tensor, weights_N: torch.Tensor, alike_NN: torch.Tensor) -> torch.Tensor:
-    """What a step of unit length along sum_j w_j g_j does to every sample (N,), without what comes
-    from samples that are `alike` (N, N), in units of the mean norm of the samples' gradients."""
-    length = (weights_N @ K_NN @ weights_N).clamp_min(0).sqrt()
-    if length == 0:
-        return torch.zeros_like(weights_N)
-    unit = K_NN.diagonal().clamp_min(0).sqrt().mean()
-    pushed: torch.Tensor = (K_NN * ~alike_NN) @ weights_N / (length * unit)
-    return pushed
 
 
 def measure(run: Path, word: str) -> dict[str, dict[str, float]]:
     """By direction, mean pushes on right and on wrong steps. CheckpointError where the first batch
     lacks either."""
     batch = first_batch(run, word)
-    steps = [s for s in batch.samples if begins_with(s.step) == word]
-    place = {id(s): i for i, s in enumerate(batch.samples)}
-    right = [place[id(s)] for s in steps if s.verdict == "good"]
-    wrong = [place[id(s)] for s in steps if s.kind == "invalid"]
-    if not right or not wrong:
+    said_N = torch.tensor([begins_with(s.step) == word for s in batch.samples])
+    right_N = said_N & torch.tensor([s.verdict == "good" for s in batch.samples])
+    wrong_N = said_N & torch.tensor([s.kind == "invalid" for s in batch.samples])
+    if not right_N.any() or not wrong_N.any():
         raise CheckpointError(f"the first batch of {run} has no right, or no wrong, step of {word}")
     prompts = [s.sample.prompt_ids for s in batch.samples]
-    alike_NN = torch.tensor([[a == b for b in prompts] for a in prompts])
     found = {}
     for name, direction in DIRECTIONS.items():
-        pushed_N = pushes(batch.K_NN, direction(batch), alike_NN)
-        values = [float(pushed_N[right].mean()), float(pushed_N[wrong].mean())]
-        found[name] = dict(zip(COLUMNS, [*values, values[0] - values[1]], strict=True))
+        apart = parted(batch.K_NN, direction(batch), right_N, wrong_N, prompts)
+        values = (apart.good, apart.flawed, apart.difference)
+        found[name] = dict(zip(COLUMNS, values, strict=True))
     return found
 
 

@@ -61,16 +61,6 @@ def rules_only(group: Group) -> list[list[float | None]]:
     return [[value[agreed_verdict(step)] for step in e.steps] for e in judged.episodes]
 
 
-def by_rules(group: Group) -> Group:
-    """A copy with these advantages in the place of those that the group has; None stays."""
-    return group.with_advantages(
-        [
-            [None if s.advantage is None else a for s, a in zip(e.steps, row, strict=True)]
-            for e, row in zip(group.episodes, rules_only(group), strict=True)
-        ]
-    )
-
-
 def begins_with(step: Step) -> str:
     """First word of a step's command, or of what was said where it is none."""
     return first_word(action_as_shown(step.command, step.text))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.builders import REF, make_episode, make_step
 from untwine.credit import credit_method
-from untwine.credit.by_label import penalise, veto
+from untwine.credit.by_label import labels_alone, penalise, veto
 from untwine.records import Group, Label
 
 FLAWED, GOOD = Label("rule", "flawed", "undo"), Label("rule", "good", "progress")
@@ -56,3 +56,19 @@ def test_no_advantage_contradicts_the_labels() -> None:
     assert advantages(["flawed", "good"]) == [0.0, -0.5, 0.5, 0.0, 0.5, -0.5, None]
     assert advantages(["flawed", "good"], ["rule"])[4] == 0.0
     assert advantages(["flawed", "good"], ["group"])[:4] == [0.5, -0.5, 0.5, -0.5]
+
+
+def test_labels_alone() -> None:
+    good_of_group = Label("group", "good", "return")
+    steps = [
+        make_step(0, advantage=0.5, labels=(FLAWED,)),
+        make_step(1, advantage=-0.5, labels=(GOOD, good_of_group)),
+        make_step(2, advantage=0.5, labels=(FLAWED, good_of_group)),
+        make_step(3, advantage=0.5),
+        make_step(4, advantage=None, labels=(GOOD,)),
+    ]
+    group = Group(REF, (make_episode(1.0, steps),))
+    (episode,) = labels_alone(group).episodes
+    assert [s.advantage for s in episode.steps] == [-1.0, 1.0, 0.0, 0.0, None]
+    (episode,) = labels_alone(group, ["rule"]).episodes
+    assert [s.advantage for s in episode.steps] == [-1.0, 1.0, -1.0, 0.0, None]

@@ -16,6 +16,7 @@ from untwine.diagnose.analysis import (
     kind_strata,
     lifts_by_source,
     merge_duplicates,
+    parted,
     probability_strata,
     push_from_other_states,
     push_rates,
@@ -125,6 +126,32 @@ def test_who_lifts_against_a_loop(seed: int) -> None:
     parts = decompose(k, weights, rate=0.3)
     assert found.own == pytest.approx(float(parts.own[mask].mean()))
     assert found.delta == pytest.approx(float(parts.delta[mask].mean()))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_parting_is_that_of_a_step_of_length_one(seed: int) -> None:
+    """Against gradients themselves: the step is a sum of vectors, a prompt's own ones left out."""
+    generator = torch.Generator().manual_seed(seed)
+    g_ND = torch.randn(12, 5, dtype=torch.float64, generator=generator)
+    weights_N = torch.randn(12, dtype=torch.float64, generator=generator)
+    prompts = [i // 2 for i in range(12)]
+    good, flawed = [0, 3, 4], [1, 6, 9, 11]
+    length = (weights_N @ g_ND).norm()
+    unit = g_ND.norm(dim=1).mean()
+
+    def change(i: int) -> float:
+        others = [j for j in range(12) if prompts[j] != prompts[i]]
+        return float(g_ND[i] @ (weights_N[others] @ g_ND[others]) / (length * unit))
+
+    masks = [torch.tensor([i in chosen for i in range(12)]) for chosen in (good, flawed)]
+    found = parted(g_ND @ g_ND.T, weights_N, *masks, prompts)
+    means = [sum(map(change, chosen)) / len(chosen) for chosen in (good, flawed)]
+    assert [found.good, found.flawed] == pytest.approx(means)
+    assert found.difference == pytest.approx(means[0] - means[1])
+    still = parted(g_ND @ g_ND.T, 0 * weights_N, *masks, prompts)
+    assert (still.good, still.flawed) == (0.0, 0.0)
+    with pytest.raises(UntwineError, match="both needed"):
+        parted(g_ND @ g_ND.T, weights_N, masks[0], masks[0] & ~masks[0], prompts)
 
 
 def test_rate_and_its_null_against_all_permutations() -> None:

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from tests.diagnose.reference import gradients, gram_of, relative_error
 from tests.test_cli import TINY, assert_refused
 from untwine.cli import main
 from untwine.config import load_recipe
-from untwine.diagnose.run_samples import distinct_samples, draw_samples
+from untwine.diagnose.analysis import parted
+from untwine.diagnose.run_samples import RunSample, distinct_samples, draw_samples
 from untwine.episodes import read_groups
+from untwine.gcd.labels import agreed_verdict
 from untwine.policy.loading import load_policy
 from untwine.progress import Display
 from untwine.report import build_report, report_numbers
@@ -159,6 +162,45 @@ def test_points_for_the_region_plot(  # type: ignore[no-untyped-def]
     assert (tmp_path / "regions.svg").is_file()
 
 
+def test_other_credit_changes_the_same_samples(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]
+    """Of the Gram that was kept, with the weights of the samples by hand."""
+    assert untwine("coupling", finished, "--iteration", 1, "--batches", 0).code == 0
+    numbers = json.loads((finished / "diagnose" / "coupling.json").read_text())
+    samples = read_samples(finished, 1)
+    assert [s.weight for s in samples] == [row["weight"] for row in numbers["sample_list"]]
+    K_NN = load_file(finished / "diagnose" / "coupling.safetensors")["K_NN"]
+    good, flawed = (
+        torch.tensor([s.verdict == verdict for s in samples]) for verdict in ("good", "flawed")
+    )
+    prompts = [s.sample.prompt_ids for s in samples]
+    steps = [
+        step
+        for group in read_groups(finished / "episodes" / "iter-000001.jsonl.gz")
+        for episode in group.episodes
+        for step in episode.steps
+        if step.advantage is not None
+    ]
+    tokens = sum(len(step.action_ids) for step in steps)
+    said: dict[tuple[Any, ...], float] = defaultdict(float)
+    for step in steps:
+        sign = {"good": 1, "flawed": -1}.get(str(agreed_verdict(step)), 0)
+        said[step.prompt_ids, step.action_ids] += sign / tokens
+    alone = torch.tensor(
+        [said[s.step.prompt_ids, s.step.action_ids] for s in samples], dtype=torch.float64
+    )
+    trained = torch.tensor([s.weight for s in samples], dtype=torch.float64)
+    for name, weights in (("as trained", trained), ("labels alone", alone)):
+        expected = parted(K_NN, weights, good, flawed, prompts)
+        assert numbers["credits"][name]["good"] == pytest.approx(expected.good)
+        assert numbers["credits"][name]["flawed"] == pytest.approx(expected.flawed)
+    assert set(numbers["credits"]) == {"as trained", "penalty of 0.3", "veto", "labels alone"}
+
+
+def read_samples(run: Path, iteration: int) -> list[RunSample]:
+    groups = read_groups(run / "episodes" / f"iter-{iteration:06d}.jsonl.gz")
+    return draw_samples(distinct_samples(groups, "token"), 128, 0)
+
+
 def test_coupling_with_the_metric_of_adam_and_a_subset(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]
     arguments = ["--metric", "adam", "--parameters", "*mlp*", "--samples", "10", "--batches", "0"]
     result = untwine("coupling", finished, *arguments, "--no-recompute")
@@ -289,7 +331,7 @@ def test_the_report_shows_what_was_measured(  # type: ignore[no-untyped-def]
         assert result.code == 0, result.err
     found = report_numbers([run])["runs"][0]["microscope"]
     assert found["problems"] == []
-    assert [gap["topic"] for gap in found["missing"]] == ["truth", "labels"]
+    assert [gap["topic"] for gap in found["missing"]] == ["truth", "labels", "judging"]
     gram_NN = load_file(run / "diagnose" / "coupling.safetensors")["K_NN"]
     right = gram_NN[3, 1] / (gram_NN[3, 3] * gram_NN[1, 1]).sqrt()
     assert found["coupling"]["cosine_rows"][3][1] == pytest.approx(float(right), abs=1e-4)

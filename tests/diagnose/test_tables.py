@@ -30,7 +30,7 @@ NUMBERS = {
     "iteration": 0, "samples": 2, "distinct": 2, "steps": 2, "metric": "sgd", "policy": "model",
     "drift": {"mean": 0.0, "largest": 0.0}, "honesty": None, "head_correlation": None,
     "reinforced": {"labelled flawed": {"all": RATE}}, "mean_push": None, "lifts": {},
-    "cosines": [], "offenders": [],
+    "credits": None, "cosines": [], "offenders": [],
 }  # fmt: skip
 
 
@@ -134,6 +134,14 @@ def test_who_lifts_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     (line,) = [line for line in out.split("\n") if "same command, rewarded, good" in line]
     assert line.split()[-4:-1] == ["+1.50", "│", "–"]
+
+
+def test_what_other_credit_would_do_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    lines_of(capsys)
+    found = {"good": 0.1, "flawed": -0.2, "difference": 0.3}
+    print_coupling({**NUMBERS, "credits": {"veto": found}})
+    (line,) = [line for line in capsys.readouterr().out.split("\n") if "veto" in line]
+    assert line.split()[1::2] == ["veto", "+0.100", "-0.200", "+0.300"]
 
 
 def test_nothing_hostile_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

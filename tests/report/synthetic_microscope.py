@@ -181,6 +181,10 @@ def write_coupling(run: Path, text: str = "", samples: int = 24, seed: int = 0) 
         "distinct": n, "samples": n, "drift": {"mean": 1e-6, "largest": 1e-5},
         "head_correlation": 0.4, "largest_change": 0.01,
         "reinforced": {"labelled flawed": rates, "advantage below 0": rates},
+        "credits": {
+            "as trained": {"good": 0.125, "flawed": 0.0625, "difference": 0.0625},
+            f"veto{text}": {"good": 0.25, "flawed": -0.125, "difference": 0.375},
+        },
         "lifts": {
             kind: {
                 "targets": 5, "own": -0.002, "delta": -0.0005 + 0.0001 * k,

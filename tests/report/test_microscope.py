@@ -62,7 +62,9 @@ def test_json_gives_what_the_files_hold(measured: Path) -> None:
         assert ours == {
             key: theirs[key] for key in ("coverage", "accuracy", "flawed", "good", "worth")
         }
-    for key in ("offenders", "cosines", "sample_list", "reinforced", "lifts", "head_correlation"):
+    for key in (
+        "offenders", "cosines", "sample_list", "reinforced", "lifts", "credits", "head_correlation",
+    ):  # fmt: skip
         assert found["coupling"][key] == files["coupling"][key]
     for key in ("policy", "verdict", "permuted", "questions", "right_verdicts"):
         assert found["judging"][key] == files["judging"][key]
@@ -334,10 +336,14 @@ def test_the_page_shows_who_lifts(tmp_path: Path, measured: Path) -> None:
     assert text.index("Who lifts") < min(map(text.index, lines))
     file = measured / "diagnose" / "coupling.json"
     numbers = json.loads(file.read_text())
-    del numbers["lifts"]  # measured before it was told
+    assert text.index("What other uses of the labels would do") < text.index(
+        "veto+0.25 −0.12 +0.38"
+    )
+    del numbers["lifts"], numbers["credits"]  # measured before they were told
     file.write_text(json.dumps(numbers))
     text = page_of(tmp_path, measured).text
     assert "Who lifts" not in text
+    assert "other uses" not in text
     assert "coupling.json was left out" not in text
 
 

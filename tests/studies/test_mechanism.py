@@ -121,12 +121,6 @@ def test_directions_by_hand() -> None:
     share = 1 / (1 + 2.718281828 ** (samples[0].recorded_logprob - samples[1].recorded_logprob))
     assert directions.same_command(batch).tolist() == pytest.approx([share, -share])
     assert directions.same_command(batch, level=True).tolist() == pytest.approx([1 / 2, -1 / 3])
-    weights_N = torch.tensor([1.0, -1.0], dtype=torch.float64)
-    alone_NN = torch.eye(2, dtype=torch.bool)
-    length, unit = (4 + 9 - 2) ** 0.5, 2.5
-    pushed_N = directions.pushes(K_NN, weights_N, alone_NN)
-    assert pushed_N.tolist() == pytest.approx([-1 / (length * unit), 1 / (length * unit)])
-    assert not directions.pushes(K_NN, 0 * weights_N, alone_NN).any()
 
 
 def test_arms_are_confirmed_by_their_intervals(tmp_path: Path) -> None:

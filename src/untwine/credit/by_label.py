@@ -36,6 +36,16 @@ def veto(group: Group, of: Sequence[Verdict], sources: Sequence[str] = ()) -> Gr
     return _changed(group, sources, within)
 
 
+def labels_alone(group: Group, sources: Sequence[str] = ()) -> Group:
+    """A copy of the group with advantages that are nothing but labels: 1 where all of a step say
+    good, -1 where all say flawed, else 0.
+
+    sources  whose labels count; by default all
+    """
+    value = {"good": 1.0, "flawed": -1.0, None: 0.0}
+    return _changed(group, sources, lambda _, verdict: value[verdict])
+
+
 def _changed(
     group: Group, sources: Sequence[str], change: Callable[[float, Verdict | None], float]
 ) -> Group:

@@ -6,7 +6,7 @@ Everything here takes plain lists, tensors and token ids, and knows no run, reci
     truth        true_advantages (settings: BranchSettings)
     calibration  Judged, calibrate, lemma_advantage
     coupling     StepSample, gram, head_gram, merge_duplicates, decompose, lifts_by_source,
-                 reinforced_rates, worst_offenders, cosine_histograms, check_prediction,
+                 parted, reinforced_rates, worst_offenders, cosine_histograms, check_prediction,
                  mean_push, push, adam_preconditioner, off_diagonal_correlation,
                  log_probabilities
     separation   action_states, separations, plane
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         decompose,
         lifts_by_source,
         merge_duplicates,
+        parted,
         reinforced_rates,
         worst_offenders,
     )
@@ -57,6 +58,7 @@ __all__ = [
     "mean_push",
     "merge_duplicates",
     "off_diagonal_correlation",
+    "parted",
     "plane",
     "push",
     "reinforced_rates",
@@ -66,8 +68,8 @@ __all__ = [
 ]
 
 _PLACES = {
-    "analysis": "cosine_histograms decompose lifts_by_source merge_duplicates reinforced_rates "
-    "worst_offenders",
+    "analysis": "cosine_histograms decompose lifts_by_source merge_duplicates parted "
+    "reinforced_rates worst_offenders",
     "branching": "BranchSettings Estimate",
     "calibration": "Judged calibrate lemma_advantage",
     "coupling": "Gram gram head_gram off_diagonal_correlation push",

@@ -338,6 +338,43 @@ def lifts_by_source(
     return Lifted(len(pushes_TN), own, tuple(sources))
 
 
+@dataclass(frozen=True, slots=True)
+class Parted:
+    """What a step does to samples that were not its own: mean change of log pi, in units of the
+    mean norm of the samples' gradients, for a step of length 1."""
+
+    good: float
+    flawed: float
+
+    @property
+    def difference(self) -> float:
+        return self.good - self.flawed
+
+
+def parted(
+    K_NN: torch.Tensor,
+    weights_N: torch.Tensor,
+    good_N: torch.Tensor,
+    flawed_N: torch.Tensor,
+    prompts: Sequence[Hashable],
+) -> Parted:
+    """How far a step along sum_j w_j g_j, made as long as any other, parts good from flawed
+    samples. Only what comes from samples with other prompts counts: what was not sampled is to be
+    learnt, too.
+
+    good_N, flawed_N  masks (N,), each with at least one set
+    """
+    if not bool(good_N.any()) or not bool(flawed_N.any()):
+        raise UntwineError("good and flawed samples are both needed to see how they are parted")
+    weights_N = weights_N.to(K_NN)
+    length = (weights_N @ K_NN @ weights_N).clamp_min(0).sqrt()
+    if length == 0:
+        return Parted(0.0, 0.0)
+    unit = K_NN.diagonal().clamp_min(0).sqrt().mean()
+    pushed_N = (K_NN * ~_same(prompts).to(K_NN.device)) @ weights_N / (length * unit)
+    return Parted(float(pushed_N[good_N].mean()), float(pushed_N[flawed_N].mean()))
+
+
 PAIR_KINDS = ("good-good", "good-flawed", "flawed-flawed")
 RELATIONS = ("same state", "same command", "same task", "other")
 

@@ -18,6 +18,7 @@ from untwine.diagnose.analysis import (
     cosine_histograms,
     kind_strata,
     lifts_by_source,
+    parted,
     push_from_other_states,
     reinforced_rates,
 )
@@ -75,6 +76,26 @@ def lift_numbers(
             )
             found[name] = {**dataclasses.asdict(lifted), "delta": lifted.delta}
     return found
+
+
+def credit_numbers(
+    K_NN: torch.Tensor, chosen: Sequence[RunSample], credits: Mapping[str, Sequence[float]]
+) -> dict[str, Any] | None:
+    """How far steps with the weights of each credit would part good from flawed samples
+    (`parted`); None where either are missing."""
+    good_N, flawed_N = (
+        torch.tensor([s.verdict == verdict for s in chosen]) for verdict in ("good", "flawed")
+    )
+    if not good_N.any() or not flawed_N.any():
+        return None
+    prompts = [s.sample.prompt_ids for s in chosen]
+    found = {
+        name: parted(K_NN, torch.tensor(weights, dtype=torch.float64), good_N, flawed_N, prompts)
+        for name, weights in credits.items()
+    }
+    return {
+        name: {**dataclasses.asdict(p), "difference": p.difference} for name, p in found.items()
+    }
 
 
 def cosine_numbers(found: Gram, chosen: Sequence[RunSample]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from untwine.batch import LossMean
 from untwine.config import Recipe
+from untwine.credit.by_label import labels_alone, penalise, veto
 from untwine.diagnose.analysis import (
     Offender,
     decompose,
@@ -31,6 +32,7 @@ from untwine.diagnose.coupling_numbers import (
     LARGEST_CHANGE,
     context_of,
     cosine_numbers,
+    credit_numbers,
     lift_numbers,
     rate_numbers,
     reinforced_numbers,
@@ -58,6 +60,14 @@ from untwine.errors import ModelError, UntwineError
 from untwine.policy.loading import Policy
 from untwine.progress import Display
 from untwine.records import Group
+
+CREDITS: Mapping[str, Callable[[Group], Group]] = {
+    "as trained": lambda group: group,
+    "penalty of 0.3": lambda group: penalise(group, 0.3),
+    "veto": lambda group: veto(group, ("flawed", "good")),
+    "labels alone": labels_alone,
+}
+"""What other uses of the labels would make of the advantages that were trained with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +198,7 @@ def measure_coupling(
         "head_correlation": correlation,
         "reinforced": reinforced_numbers(whole_NN, weights_N, labelled_N, strata),
         "lifts": lift_numbers(whole_NN, weights_N, chosen, rate),
+        "credits": credit_numbers(found.K_NN, chosen, _other_credit(groups, options)),
         "honesty": _honesty(policy, samples, weights_N, found, options, display),
         "mean_push": _mean_push(policy, chosen, flawed_N, strata, others, options, display),
         "cosines": cosine_numbers(found, chosen),
@@ -197,6 +208,15 @@ def measure_coupling(
     }
     tensors = {"K_NN": found.K_NN, "weights_N": weights_N, "logprobs_N": found.logprobs_N}
     return CouplingReport(numbers, tensors if head is None else {**tensors, "head_NN": head.K_NN})
+
+
+def _other_credit(groups: Sequence[Group], options: CouplingOptions) -> dict[str, list[float]]:
+    """Weights of the chosen samples as they were trained with, and with other uses of labels."""
+    found = {}
+    for name, credit in CREDITS.items():
+        samples = distinct_samples([credit(group) for group in groups], options.mean)
+        found[name] = [s.weight for s in draw_samples(samples, options.count, options.seed)]
+    return found
 
 
 def _grams(

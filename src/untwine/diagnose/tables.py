@@ -295,6 +295,8 @@ def print_coupling(numbers: Mapping[str, Any], diffs: int = 3) -> None:
         console.print(_rate_table(title, push["rates"]))
     if rows := lift_rows(numbers["lifts"]):
         console.print(_lift_table(rows, numbers["lifts"]))
+    if numbers["credits"]:
+        console.print(_credit_table(numbers["credits"]))
     console.print(_cosine_table(numbers["cosines"]))
     console.print(_offender_table(numbers["offenders"]))
     for place, offender in enumerate(numbers["offenders"][:diffs], start=1):
@@ -336,6 +338,21 @@ def _lift_table(rows: Sequence[LiftRow], lifts: Mapping[str, Any]) -> Table:
             table.add_section()
         cells = ["–" if value is None else f"{value:+.2f}" for value in row.values.values()]
         table.add_row(row.name, *cells)
+    return table
+
+
+def _credit_table(credits: Mapping[str, Mapping[str, float]]) -> Table:
+    table = Table(
+        title="what one step would do to good and flawed steps, by its credit",
+        caption="mean change of log pi, from other prompts only, by steps of equal length, in "
+        "units of the mean norm of a step's gradient",
+    )
+    table.add_column("credit")
+    for column in ("good", "flawed", "good minus flawed"):
+        table.add_column(column, justify="right")
+    for name, found in credits.items():
+        values = (found["good"], found["flawed"], found["difference"])
+        table.add_row(name, *(f"{value:+.3f}" for value in values))
     return table
 
 

@@ -98,6 +98,7 @@ _RATES = each(
         "p_value": maybe(float),
     }
 )
+_CHANGE = {"good": float, "flawed": float, "difference": float}
 _LIFT = {"relation": str, "credit": str, "verdict": maybe(str), "mean": float}
 _PROMPTED = {**_STEP, "sample": int, "probability": float, "prompt": str}
 _COUPLING = {
@@ -112,6 +113,7 @@ _COUPLING = {
     "largest_change": float,
     "reinforced": each(_RATES),
     "lifts": maybe(each({"targets": int, "own": float, "delta": float, "sources": [_LIFT]})),
+    "credits": maybe(each(_CHANGE)),
     "honesty": maybe(
         {
             "correlation": maybe(float),
@@ -135,7 +137,6 @@ _COUPLING = {
     ],
     "sample_list": [{**_STEP, "logprob": float, "own": float, "coupled": float, "delta": float}],
 }
-_CHANGE = {"good": float, "flawed": float, "difference": float}
 _JUDGING = {
     "iteration": int,
     "objective": str,

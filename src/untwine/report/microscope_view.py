@@ -162,20 +162,30 @@ def judging_rows(judging: Row) -> list[dict[str, Any]]:
     """A row for each loss: `name`, and under good, flawed and difference the mean change; beside
     permuted labels with the least and the largest one."""
 
-    def row(name: str, changes: Sequence[Row]) -> dict[str, Any]:
-        columns = {key: [change[key] for change in changes] for key in changes[0]}
-        return {"name": name} | {
-            key: {
-                "value": sum(found) / len(found),
-                "interval": [min(found), max(found)] if len(found) > 1 else None,
-            }
-            for key, found in columns.items()
-        }
-
-    rows = [row("policy loss", [judging["policy"]]), row("verdict loss", [judging["verdict"]])]
+    rows = [
+        _changes("policy loss", [judging["policy"]]),
+        _changes("verdict loss", [judging["verdict"]]),
+    ]
     if permuted := judging["permuted"]:
-        rows.append(row(f"verdict loss, labels permuted ({len(permuted)} times)", permuted))
+        rows.append(_changes(f"verdict loss, labels permuted ({len(permuted)} times)", permuted))
     return rows
+
+
+def credit_rows(coupling: Row) -> list[dict[str, Any]]:
+    """A row for each credit: `name`, and what a step with it does to good and to flawed steps."""
+    return [_changes(name, [change]) for name, change in (coupling["credits"] or {}).items()]
+
+
+def _changes(name: str, changes: Sequence[Row]) -> dict[str, Any]:
+    """Means by column; of several changes with the least and the largest."""
+    columns = {key: [change[key] for change in changes] for key in changes[0]}
+    return {"name": name} | {
+        key: {
+            "value": sum(found) / len(found),
+            "interval": [min(found), max(found)] if len(found) > 1 else None,
+        }
+        for key, found in columns.items()
+    }
 
 
 @dataclass

@@ -28,6 +28,7 @@ from untwine.report.first_look import percent, phase_name
 from untwine.report.microscope_view import (
     Limits,
     compared_offenders,
+    credit_rows,
     evenly,
     judging_rows,
     lift_table,
@@ -255,6 +256,7 @@ def _environment() -> jinja2.Environment:
         "evaluation": _evaluation,
         "reach": _reach,
         "judging_rows": judging_rows,
+        "credit_rows": credit_rows,
     }
     return environment
 
