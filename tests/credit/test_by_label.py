@@ -72,3 +72,6 @@ def test_labels_alone() -> None:
     assert [s.advantage for s in episode.steps] == [-1.0, 1.0, 0.0, 0.0, None]
     (episode,) = labels_alone(group, ["rule"]).episodes
     assert [s.advantage for s in episode.steps] == [-1.0, 1.0, -1.0, 0.0, None]
+    (episode,) = credit_method("labels", {"sources": ["rule"]})(group).episodes
+    assert [s.advantage for s in episode.steps] == [-1.0, 1.0, -1.0, 0.0, 1.0]
+    assert credit_method("labels", {})(group) == credit_method("labels", {"sources": []})(group)

@@ -44,6 +44,27 @@ def test_iterations_end_with_the_one_that_reaches_the_budget(tmp_path: Path) -> 
         assert len(rows(run)) == done
 
 
+def test_credit_by_labels_alone_asks_for_them(tmp_path: Path) -> None:
+    gcd = {"objective": "none", "labels": ["expert"], "min_confidence": 0.0}
+    train(recipe(1, gcd=gcd, credit={"name": "labels"}), tmp_path / "run", QUIET)
+    groups = read_groups(episode_files(tmp_path / "run")[0])
+    trained = [g for g in groups if len({e.outcome for e in g.episodes}) > 1]
+    steps = [s for g in trained for e in g.episodes for s in e.steps]
+    value = {"good": 1.0, "flawed": -1.0, None: 0.0}
+    assert [s.advantage for s in steps] == [value[agreed_verdict(s)] for s in steps]
+    assert {s.advantage for s in steps} >= {-1.0, 1.0}
+
+
+def test_credit_by_labels_needs_some(tmp_path: Path) -> None:
+    credit = {"name": "labels", "options": {"sources": ["expert"]}}
+    with pytest.raises(ConfigError, match=r"sources names expert, which gcd\.labels does not"):
+        train(recipe(1, credit=credit, gcd={"labels": ["rule"]}), tmp_path / "a", QUIET)
+    none = {"objective": "none", "labels": []}
+    with pytest.raises(ConfigError, match=r"goes by labels; name a source in gcd\.labels"):
+        train(recipe(1, credit={"name": "labels"}, gcd=none), tmp_path / "b", QUIET)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_penalty_is_on_record_at_flawed_steps(tmp_path: Path) -> None:
     plain, punished = tmp_path / "plain", tmp_path / "punished"
     none = {"objective": "none", "labels": ["expert"], "min_confidence": 0.0}

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from untwine.config import PromptConfig
 from untwine.credit.grpo import grpo
+from untwine.credit.labels import labels
 from untwine.credit.rlvmr import rlvmr
 from untwine.errors import ConfigError, nearest
 from untwine.own_code import own_module, place_of
@@ -21,8 +22,9 @@ from untwine.records import Group
 
 CreditMethod = Callable[..., Sequence[Sequence[float | None]]]
 
-_METHODS: dict[str, CreditMethod] = {"grpo": grpo, "rlvmr": rlvmr}
+_METHODS: dict[str, CreditMethod] = {"grpo": grpo, "labels": labels, "rlvmr": rlvmr}
 _READ_TAGS = {"rlvmr"}  # methods that reward reasoning tags
+_READ_LABELS = {"labels"}  # methods that go by labels
 
 
 def register_credit(name: str, method: CreditMethod) -> None:
@@ -34,6 +36,11 @@ def check_credit(name: str, prompt: PromptConfig) -> None:
     """ConfigError when the replies do not hold what the method rewards."""
     if name in _READ_TAGS and not prompt.tags:
         raise ConfigError(f"credit method {name!r} rewards reasoning tags; set prompt.tags to true")
+
+
+def reads_labels(name: str) -> bool:
+    """Whether the method goes by the labels of the steps."""
+    return name in _READ_LABELS
 
 
 def credit_names() -> tuple[str, ...]:

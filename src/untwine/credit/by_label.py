@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from untwine.credit.labels import VALUES
 from untwine.gcd.labels import agreed_verdict, only_from
 from untwine.records import Group, Verdict
 
@@ -37,13 +38,11 @@ def veto(group: Group, of: Sequence[Verdict], sources: Sequence[str] = ()) -> Gr
 
 
 def labels_alone(group: Group, sources: Sequence[str] = ()) -> Group:
-    """A copy of the group with advantages that are nothing but labels: 1 where all of a step say
-    good, -1 where all say flawed, else 0.
+    """A copy of the group with advantages that are nothing but labels (credit method `labels`).
 
     sources  whose labels count; by default all
     """
-    value = {"good": 1.0, "flawed": -1.0, None: 0.0}
-    return _changed(group, sources, lambda _, verdict: value[verdict])
+    return _changed(group, sources, lambda _, verdict: VALUES[verdict])
 
 
 def _changed(

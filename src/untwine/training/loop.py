@@ -21,7 +21,7 @@ import torch
 
 from untwine.batch import policy_rows
 from untwine.config import GCDConfig, OptimizerConfig, Recipe
-from untwine.credit import credit_method
+from untwine.credit import credit_method, reads_labels
 from untwine.credit.by_label import penalise, veto
 from untwine.diagnose.online import Findings, OnlineDiagnosis
 from untwine.errors import Interrupted, UntwineError
@@ -151,7 +151,9 @@ class _Training:
         objective = make_objective(gcd.objective, means)
         if objective is not None:  # said before the cold start, not after it
             closed_parameters(self.policy, gcd.gradient, gcd.from_layer)
-        used = objective is not None or recipe.credit.penalty > 0 or bool(recipe.credit.veto)
+        credit = recipe.credit
+        direct = credit.penalty > 0 or bool(credit.veto) or reads_labels(credit.name)
+        used = objective is not None or direct
         names = [name for name in gcd.labels if used or not costly(name)]
         bench = Bench(
             recipe, self.workshop.pool, self.collector, self.path, self.display, self.stop.check
