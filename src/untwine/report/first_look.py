@@ -6,7 +6,6 @@ a claim of change is only made where the intervals support it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -278,8 +277,8 @@ def _calm(key: Numbers) -> list[str]:
             f"one step pushes up {percent(reinforced['share'])} of the flawed samples "
             f"(permuted weights: {percent(reinforced['null'])})"
         )
-    if judging:
-        low, high = judging["permuted"] or (-math.inf, math.inf)
+    if judging and judging["permuted"]:  # without them nothing says what is nothing
+        low, high = judging["permuted"]
         helps = judging["verdict"] > max(high, 0.0)
         hurts = judging["verdict"] < min(low, 0.0)
         does = "helps" if helps else "hurts" if hurts else "does not move"
