@@ -317,6 +317,26 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     return {"values": list(values), "mean": mean(values), "interval": interval}
 
 
+def over_runs(
+    values: Sequence[Mapping[str, Mapping[str, float]]], columns: Sequence[str]
+) -> dict[str, Any]:
+    """By row and column: values of the runs, their mean, and its interval."""
+    return {
+        row: {column: summary([run[row][column] for run in values]) for column in columns}
+        for row in values[0]
+    }
+
+
+def summary_table(head: str, found: Mapping[str, Any]) -> str:
+    """What `over_runs` gives, as a Markdown table; `head` stands over the names of the rows."""
+    columns = list(next(iter(found.values())))
+    lines = [f"| {head} | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for name, parts in found.items():
+        cells = [with_interval(part["mean"], part["interval"]) for part in parts.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def runs_of(sweep: Path, arm: str) -> list[Run]:
     """The finished runs of an arm, in the order of the sweep. CheckpointError below two."""
     check_sweep(sweep)

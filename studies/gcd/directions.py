@@ -27,14 +27,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
-from analysis import each_run, runs_of, summary, with_interval
+from analysis import each_run, over_runs, runs_of, summary_table
 from cause import Batch, first_batch
 from without import begins_with
 
@@ -110,22 +109,6 @@ def measure(run: Path, word: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def over_runs(values: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """By direction and column: values of the runs, their mean, and its interval."""
-    return {
-        name: {column: summary([run[name][column] for run in values]) for column in COLUMNS}
-        for name in DIRECTIONS
-    }
-
-
-def table(found: Mapping[str, Any]) -> str:
-    lines = ["| Direction | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
-    for name, parts in found.items():
-        cells = [with_interval(parts[c]["mean"], parts[c]["interval"]) for c in COLUMNS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sweep", type=Path)
@@ -134,10 +117,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     runs = runs_of(given.sweep, given.arm)
-    found = over_runs(each_run(runs, partial(measure, word=given.word)))
+    found = over_runs(each_run(runs, partial(measure, word=given.word)), COLUMNS)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "directions.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    print(f"{len(runs)} runs of {given.arm}, first batch, {given.word!r}\n\n{table(found)}")
+    print(f"{len(runs)} runs of {given.arm}, first batch, {given.word!r}\n")
+    print(summary_table("Direction", found))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from analysis import each_run, runs_of, summary, with_interval
+from analysis import each_run, over_runs, runs_of, summary_table
 
 from untwine.cli import run_guarded
 from untwine.diagnose.judging import JudgingOptions, measure_judging
@@ -45,22 +43,6 @@ def changes(run: Path, draws: int) -> dict[str, dict[str, float]]:
     return {"policy": found["policy"], "verdict": found["verdict"], "permuted": permuted}
 
 
-def over_runs(values: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """By direction and set: values of the runs, their mean, and its interval."""
-    return {
-        name: {part: summary([run[name][part] for run in values]) for part in SETS}
-        for name in values[0]
-    }
-
-
-def table(found: Mapping[str, Any]) -> str:
-    lines = ["| Gradient of | " + " | ".join(SETS) + " |", "|---|" + "---|" * len(SETS)]
-    for name, parts in found.items():
-        cells = [with_interval(parts[part]["mean"], parts[part]["interval"]) for part in SETS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sweep", type=Path)
@@ -71,10 +53,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     runs = runs_of(given.sweep, given.arm)
-    found = over_runs(each_run(runs, lambda path: changes(path, given.draws)))
+    found = over_runs(each_run(runs, lambda path: changes(path, given.draws)), SETS)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "verdict_push.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    print(f"{len(runs)} runs of {given.arm}, first batch\n\n{table(found)}")
+    print(f"{len(runs)} runs of {given.arm}, first batch\n")
+    print(summary_table("Gradient of", found))
 
 
 if __name__ == "__main__":

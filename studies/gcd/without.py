@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from untwine.credit.grpo import grpo
+from untwine.credit.labels import labels
 from untwine.envs.wandering import first_word
 from untwine.gcd.labels import agreed_verdict, only_from
 from untwine.prompting.prompter import action_as_shown
@@ -56,9 +57,7 @@ def taken_out(
 
 def rules_only(group: Group) -> list[list[float | None]]:
     """Nothing but what the rules say: 1 for good steps, -1 for flawed ones, 0 for all others."""
-    judged = only_from(group, ["rule"])
-    value = {"good": 1.0, "flawed": -1.0, None: 0.0}
-    return [[value[agreed_verdict(step)] for step in e.steps] for e in judged.episodes]
+    return labels(group, ["rule"])
 
 
 def begins_with(step: Step) -> str:

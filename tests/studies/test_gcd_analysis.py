@@ -492,3 +492,16 @@ def test_who_lifts_is_averaged_over_runs(tmp_path: Path) -> None:
     drawn = (tmp_path / "l.svg").read_text()
     assert "other, rewarded, good" in drawn
     assert "command, rewarded" not in drawn
+
+
+def test_rows_of_runs_are_averaged_and_tabled() -> None:
+    """Values 1 and 3: mean 2, Student's interval 2 +- 12.706 with one degree of freedom."""
+    analysis = script("analysis")
+    runs = [{"a": {"x": 1.0, "y": 0.0}}, {"a": {"x": 3.0, "y": 0.0}}]
+    found = analysis.over_runs(runs, ["x"])
+    assert found["a"]["x"]["values"] == [1.0, 3.0]
+    assert found["a"]["x"]["mean"] == 2.0
+    assert found["a"]["x"]["interval"] == pytest.approx((2 - 12.706, 2 + 12.706), abs=1e-3)
+    assert analysis.summary_table("Row", found).split("\n") == [
+        "| Row | x |", "|---|---|", "| a | +2.000 [-10.706, +14.706] |",
+    ]  # fmt: skip

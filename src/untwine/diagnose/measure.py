@@ -62,7 +62,6 @@ from untwine.progress import Display
 from untwine.records import Group
 
 CREDITS: Mapping[str, Callable[[Group], Group]] = {
-    "as trained": lambda group: group,
     "penalty of 0.3": lambda group: penalise(group, 0.3),
     "veto": lambda group: veto(group, ("flawed", "good")),
     "labels alone": labels_alone,
@@ -198,7 +197,7 @@ def measure_coupling(
         "head_correlation": correlation,
         "reinforced": reinforced_numbers(whole_NN, weights_N, labelled_N, strata),
         "lifts": lift_numbers(whole_NN, weights_N, chosen, rate),
-        "credits": credit_numbers(found.K_NN, chosen, _other_credit(groups, options)),
+        "credits": credit_numbers(found.K_NN, chosen, _weights_by_credit(chosen, groups, options)),
         "honesty": _honesty(policy, samples, weights_N, found, options, display),
         "mean_push": _mean_push(policy, chosen, flawed_N, strata, others, options, display),
         "cosines": cosine_numbers(found, chosen),
@@ -210,9 +209,11 @@ def measure_coupling(
     return CouplingReport(numbers, tensors if head is None else {**tensors, "head_NN": head.K_NN})
 
 
-def _other_credit(groups: Sequence[Group], options: CouplingOptions) -> dict[str, list[float]]:
+def _weights_by_credit(
+    chosen: Sequence[RunSample], groups: Sequence[Group], options: CouplingOptions
+) -> dict[str, list[float]]:
     """Weights of the chosen samples as they were trained with, and with other uses of labels."""
-    found = {}
+    found = {"as trained": [s.weight for s in chosen]}
     for name, credit in CREDITS.items():
         samples = distinct_samples([credit(group) for group in groups], options.mean)
         found[name] = [s.weight for s in draw_samples(samples, options.count, options.seed)]

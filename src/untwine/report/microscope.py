@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,10 +200,12 @@ def read_microscope(run: RunData, method: str) -> dict[str, Any]:
     folder = run.path / "diagnose"
     found: dict[str, Any] = {
         "truth": _truths(run, folder, problems),
-        "labels": _read(folder, "labels", _labels, problems),
-        "calibration": _read(folder, "calibration", _calibration, problems),
+        "labels": _read(folder, "labels", partial(_numbers, "labels", _LABELS), problems),
+        "calibration": _read(
+            folder, "calibration", partial(_numbers, "calibration", _CALIBRATION), problems
+        ),
         "coupling": _read(folder, "coupling", _coupling, problems),
-        "judging": _read(folder, "judging", _judging, problems),
+        "judging": _read(folder, "judging", partial(_numbers, "judging", _JUDGING), problems),
         "separation": _read(folder, "separation", _separation, problems),
     }
     where = shlex.quote(str(run.path))
@@ -274,19 +277,14 @@ def _json(file: Path, name: str) -> Any:
     return numbers
 
 
-def _labels(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = shaped(_json(file, "labels"), _LABELS)
-    return found
-
-
-def _calibration(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = shaped(_json(file, "calibration"), _CALIBRATION)
+def _numbers(name: str, shape: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = shaped(_json(file, name), shape)
     return found
 
 
 def _coupling(file: Path) -> dict[str, Any]:
     """coupling.json with `cosine_rows`: cosine coupling of every sample with those up to itself."""
-    numbers: dict[str, Any] = shaped(_json(file, "coupling"), _COUPLING)
+    numbers = _numbers("coupling", _COUPLING, file)
     n = len(numbers["sample_list"])
     for key in ("predicted", "measured") if numbers["honesty"] else ():
         if len(numbers["honesty"][key]) != n:
@@ -304,11 +302,6 @@ def _coupling(file: Path) -> dict[str, Any]:
     return {**numbers, "cosine_rows": rows, "order": block_order(numbers["sample_list"])}
 
 
-def _judging(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = shaped(_json(file, "judging"), _JUDGING)
-    return found
-
-
 def block_order(samples: Sequence[Row]) -> list[int]:
     """Numbers of the samples so that alike ones lie side by side: by verdict, task, state."""
 
@@ -323,7 +316,7 @@ def block_order(samples: Sequence[Row]) -> list[int]:
 
 def _separation(file: Path) -> dict[str, Any]:
     """separation.json with `maps`: for each layer the (x, y) of every sample."""
-    numbers: dict[str, Any] = shaped(_json(file, "separation"), _SEPARATION)
+    numbers = _numbers("separation", _SEPARATION, file)
     shape = (len(numbers["layers"]), len(numbers["sample_list"]), 2)
     maps_SN2 = _array(file, "maps_SN2", shape)
     if maps_SN2 is None:
