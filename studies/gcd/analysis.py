@@ -144,7 +144,7 @@ def _judge(
     return Claim(name, level, len(known), found.mean, found.interval, least, verdict, list(lacking))
 
 
-def _look(run: Run, name: str) -> Mapping[str, Any]:
+def look(run: Run, name: str) -> Mapping[str, Any]:
     """What a look found; {} where it was not taken."""
     file = run.path / "looks" / f"{name}.json"
     return read_numbers(file, "have the sweep take the look again")
@@ -164,7 +164,7 @@ def read_numbers(file: Path, again: str) -> Mapping[str, Any]:
 
 def _punished(run: Run) -> float | None:
     """Minus the mean advantage that GRPO gives to truly flawed steps, every episode once."""
-    grpo = _look(run, "calibration").get("methods", {}).get("grpo", {})
+    grpo = look(run, "calibration").get("methods", {}).get("grpo", {})
     mean = grpo.get("all", {}).get("by_episode", {}).get("flawed_mean")
     value = mean.get("value") if isinstance(mean, Mapping) else mean
     return None if value is None else -float(value)
@@ -173,18 +173,29 @@ def _punished(run: Run) -> float | None:
 def _lifted(run: Run) -> float | None:
     """How much oftener the mean gradient lifts likely flawed actions than with permuted weights,
     before the iterations have moved the policy."""
-    push = _look(run, "coupling-before").get("mean_push") or {}
-    rate = push.get("rates", {}).get(LIFTED) or {}
+    return lifted(look(run, "coupling-before"), LIFTED)
+
+
+def lifted(coupling: Mapping[str, Any], which: str) -> float | None:
+    """Share of the flawed steps in the class `which` that the mean gradient lifts, minus that under
+    permuted weights; None without the look, or without such steps."""
+    push = coupling.get("mean_push") or {}
+    rate = push.get("rates", {}).get(which) or {}
     share, null = rate.get("share"), rate.get("null")
     return None if share is None or null is None else float(share - null)
 
 
 def cosine_after(run: Run) -> float | None:
-    """Mean cosine of good-flawed pairs in different states, after the iterations; None without the
-    look, or without such pairs."""
+    """`cosine_of` the look after the iterations."""
+    return cosine_of(look(run, "coupling-after"))
+
+
+def cosine_of(coupling: Mapping[str, Any]) -> float | None:
+    """Mean cosine of good-flawed pairs in different states; None without the look, or without such
+    pairs."""
     rows = [
         row
-        for row in _look(run, "coupling-after").get("cosines", [])
+        for row in coupling.get("cosines", [])
         if row["kind"] == "good-flawed" and row["relation"] != "same state" and row["pairs"]
     ]
     pairs = sum(row["pairs"] for row in rows)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from analysis import check_sweep, cosine_after, verdict_accuracy, with_interval
 
 from untwine.cli import run_guarded
 from untwine.compare.numbers import SECONDS, UPDATE_TOKENS
-from untwine.compare.runs import COLD_ARM, Found, Run, find_runs, paired, rows_on
+from untwine.compare.runs import Found, Run, find_runs, paired, rows_on
 from untwine.drawing import drawing
 from untwine.errors import CheckpointError
 from untwine.evaluate.aggregate import PairedDifference, paired_difference
@@ -61,16 +61,21 @@ def lines_of(found: Found, sets: Sequence[str] = ("L0", "L1")) -> list[Line]:
     """All arms that have pairs with a plain arm of their level, in the order of the sweep."""
     measures = {f"success {name}": (name, "success_rate") for name in sets}
     measures[f"flawed {sets[-1]}"] = (sets[-1], "flawed_rate")
-    lines = []
+    return [_line(arm, plain, pairs, measures) for arm, plain, pairs in beside_plain(found)]
+
+
+def beside_plain(found: Found) -> Iterator[tuple[str, str, list[tuple[Run, Run]]]]:
+    """Every arm, the plain arm of its level that began with the same weights, and their pairs."""
     for arm, runs in found.arms.items():
-        if arm.startswith(COLD_ARM):
-            continue
         for plain, others in found.arms.items():
             same_level = plain.split(".")[0] == arm.split(".")[0]
             pairs = paired(runs, others)
-            if same_level and plain != arm and _name(plain).startswith(PLAIN) and pairs:
-                lines.append(_line(arm, plain, pairs, measures))
-    return lines
+            if same_level and is_plain(plain) and plain != arm and pairs:
+                yield arm, plain, pairs
+
+
+def is_plain(arm: str) -> bool:
+    return _name(arm).startswith(PLAIN)
 
 
 def _name(arm: str) -> str:

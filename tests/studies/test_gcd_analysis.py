@@ -409,6 +409,48 @@ def test_every_arm_is_compared_with_the_plain_one_of_its_cold_start(
     assert (tmp_path / "out" / "secondary.svg").read_text().count("<path") > 5
 
 
+def test_looks_before_and_after_worked_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before, only GRPO's run is looked at; it began with the weights of GCD's."""
+    looks = script("looks")
+    made = sweep(tmp_path / "s", seeds=2)
+    for arm, margin in (("grpo", 0.5), ("gcd-ce", 0.9)):
+        for seed in range(2):
+            run = made / f"wrong.{arm}" / f"seed-{seed}"
+            layers = [
+                {"margin": 9.0, "margin_shuffled": 0.0, "balanced": 1.0},
+                {"margin": margin + 0.1 * seed, "margin_shuffled": 0.3, "balanced": margin},
+            ]
+            look(run, "separation-after", {"layers": layers})
+            if arm == "grpo":
+                look(run, "separation-before", {"layers": layers[:1]})
+            rates = {"all": {"share": 0.25, "null": 0.5 if arm == "grpo" else None}}
+            cosines = [
+                {"kind": "good-flawed", "relation": "other", "pairs": pairs, "mean": mean}
+                for pairs, mean in ((1, 0.8), (3, 0.0), (0, None))
+            ]
+            when = "before" if arm == "grpo" else "after"
+            look(run, f"coupling-{when}", {"cosines": cosines, "mean_push": {"rates": rates}})
+    found = looks.looks_of(find_runs([made]))
+    assert list(found) == ["wrong.grpo", "wrong.gcd-ce"]
+    grpo, gcd = found["wrong.grpo"], found["wrong.gcd-ce"]
+    assert grpo["cosine"]["before"]["values"] == pytest.approx([0.2, 0.2])
+    assert grpo["cosine"]["after"]["values"] == pytest.approx([0.39, 0.41])
+    assert (grpo["cosine"]["minus"], gcd["beside"]) == (None, "wrong.grpo")
+    assert gcd["cosine"]["minus"]["values"] == pytest.approx([-0.19, -0.21])
+    assert (gcd["lifted"]["before"]["mean"], gcd["lifted"]["after"]) == (-0.25, None)
+    assert gcd["apart"]["before"]["values"] == [9.0, 9.0]
+    assert gcd["apart"]["after"]["values"] == pytest.approx([0.6, 0.7])
+    assert gcd["apart"]["minus"]["mean"] == pytest.approx(0.4)
+    assert gcd["probe"]["minus"]["mean"] == pytest.approx(0.4)
+
+    monkeypatch.setattr(sys, "argv", ["looks.py", str(made), "--out", str(tmp_path / "out")])
+    looks.main()
+    assert "| wrong.gcd-ce | 2 | 0.200 | 0.200 | -0.200 [" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "looks.json").read_text()).keys() == found.keys()
+
+
 def test_kinds_of_steps_counted_by_hand() -> None:
     """Two runs: at first 2 (3) of 4 steps are not understood, at the end 1 (2) of 4."""
     kinds = script("kinds")
