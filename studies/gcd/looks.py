@@ -45,8 +45,8 @@ def _probe(run: Run, when: str) -> float | None:
 
 
 def _last_layer(run: Run, when: str) -> Mapping[str, Any]:
-    layers = look(run, f"separation-{when}").get("layers") or [{}]
-    return layers[-1]
+    layers: Sequence[Mapping[str, Any]] = look(run, f"separation-{when}").get("layers", ())
+    return layers[-1] if layers else {}
 
 
 MEASURES: dict[str, Callable[[Run, str], float | None]] = {
