@@ -25,13 +25,7 @@ def run(setting: Setting, model: Path, turn: Turn) -> None:
     register_family(ENDLESS, "arms.world:FAMILY")
     with EnvPool(ENDLESS, {}, workers=0, sessions=setting.episodes, timeout_s=60) as pool:
         collector = make_collector(policy, pool, recipe)
-        updater = Updater(
-            policy,
-            recipe.rl.optimizer,
-            recipe.loss,
-            temperature=recipe.sampling.temperature,
-            microbatch_tokens=recipe.rl.microbatch_tokens,
-        )
+        updater = Updater.of_recipe(policy, recipe)
         for refs in setting.refs():
             turn.wait()
             started = now()

@@ -9,7 +9,8 @@ traceback for a typing mistake.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class UntwineError(Exception):
@@ -54,6 +55,18 @@ class Interrupted(UntwineError):
 def install(extra: str) -> str:
     """The command that installs an extra, in the checkout."""
     return f".venv/bin/pip install -c constraints.txt -e '.[{extra}]'"
+
+
+def complaint(problem: Mapping[str, Any]) -> str:
+    """What pydantic finds wrong with a value, and the value, as the end of a sentence.
+
+    problem  one of `ValidationError.errors()`
+    """
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    shown = repr(problem["input"])
+    if len(shown) > 60:
+        shown = shown[:57] + "..."
+    return f"{message[0].lower() + message[1:]} (got {shown})"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -136,13 +136,7 @@ def course(lesson: Lesson, stages: Sequence[int]) -> list[dict[str, float]]:
     policy = lesson.policy()
     exercises = list(lesson.exercises(policy, slice(None, -KEPT)))
     recipe = lesson.recipe
-    updater = Updater(
-        policy,
-        recipe.rl.optimizer,
-        recipe.loss,
-        temperature=recipe.sampling.temperature,
-        microbatch_tokens=recipe.rl.microbatch_tokens,
-    )
+    updater = Updater.of_recipe(policy, recipe)
     found = [measure(lesson, policy)]
     for step in range(max(stages)):
         updater.step([], exercises[step % len(exercises)], 1.0)

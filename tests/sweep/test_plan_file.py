@@ -159,15 +159,37 @@ def test_the_plan_of_the_study_is_complete(tmp_path: Path) -> None:
     assert own["wrong.grpo-told-start"].correction == CorrectionConfig()
 
 
+@pytest.mark.parametrize(
+    ("file", "runs", "starts"), [("household-arms", 105, 30), ("scienceworld-levels", 100, 30)]
+)
+def test_the_arms_of_all_levels_have_equal_budgets_and_shared_cold_starts(
+    tmp_path: Path, file: str, runs: int, starts: int
+) -> None:
+    plan = read_plan(STUDY.with_name(f"{file}.yaml"))
+    planned = plan_sweep(plan.recipe, [], plan.arms, plan.seeds, tmp_path)
+    trained = [one for one in planned if one.job.after]
+    assert (len(trained), len({one.job.after for one in trained})) == (runs, starts)
+    assert len({one.job.recipe.rl.token_budget for one in trained}) == 1
+    objectives = set()
+    for one in trained:
+        gcd = one.job.recipe.gcd
+        objectives.add(gcd.objective)
+        assert gcd.objective == "none" or (gcd.weight_of, gcd.weight) == ("gradient", 0.3)
+    assert objectives == {"none", "generative/ce", "generative/rl", "pairwise", "head"}
+
+
 def test_the_arms_with_tags_share_their_cold_starts(tmp_path: Path) -> None:
     """And have the credit and the objective of the recipes of their names."""
     plan = read_plan(STUDY.with_name("tags.yaml"))
     planned = plan_sweep(plan.recipe, [], plan.arms, plan.seeds, tmp_path)
     runs = [one for one in planned if one.job.after]
-    assert (len(runs), len({one.job.after for one in runs})) == (15, 5)
+    assert (len(runs), len({one.job.after for one in runs})) == (50, 15)
     own = {one.arm: one.job.recipe for one in runs}
-    for name in ("rlvmr", "rlvmr-gcd"):
-        recipe, named = own[f"wrong.{name}"], load_recipe(RECIPES / f"{name}.yaml")
+    for arm, name in (
+        ("wrong.rlvmr", "rlvmr"), ("wrong.rlvmr-gcd", "rlvmr-gcd"),
+        ("short.rlvmr", "rlvmr"), ("full.rlvmr-gcd-held", "rlvmr-gcd"),
+    ):  # fmt: skip
+        recipe, named = own[arm], load_recipe(RECIPES / f"{name}.yaml")
         check_credit(recipe.credit.name, recipe.prompt)
         credit_method(recipe.credit.name, recipe.credit.options)
         assert (recipe.credit, recipe.sampling) == (named.credit, named.sampling)

@@ -24,7 +24,7 @@ from untwine.config.learning import (
     RLConfig,
 )
 from untwine.config.plain_yaml import read_yaml
-from untwine.errors import ConfigError, nearest
+from untwine.errors import ConfigError, complaint, nearest
 
 
 class Recipe(Section):
@@ -171,14 +171,10 @@ def _first_problem(error: ValidationError) -> str:
         *parents, word = [str(part) for part in problem["loc"]]
         hint = nearest(where, all_keys(Recipe)) or nearest(word, keys_below(Recipe, parents))
         return f"unknown key {where!r}.{hint}"
-    message = problem["msg"].removeprefix("Value error, ")
     if not where:  # keys of several sections do not go together, and the message names them
-        return message
+        return problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "list_type" and isinstance(problem["input"], str):
         return f"{where}: a list is wanted; write [{problem['input']}]"
     if problem["type"] == "model_type":
         return f"{where} is a section with keys of its own, such as {where}.{_first_key(where)}"
-    shown = repr(problem.get("input"))
-    if len(shown) > 60:
-        shown = shown[:57] + "..."
-    return f"{where}: {message[0].lower() + message[1:]} (got {shown})"
+    return f"{where}: {complaint(problem)}"

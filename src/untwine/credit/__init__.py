@@ -16,7 +16,7 @@ from untwine.config import PromptConfig
 from untwine.credit.grpo import grpo
 from untwine.credit.labels import labels
 from untwine.credit.rlvmr import rlvmr
-from untwine.errors import ConfigError, nearest
+from untwine.errors import ConfigError, complaint, nearest
 from untwine.own_code import own_module, place_of
 from untwine.records import Group
 
@@ -103,7 +103,4 @@ def _read(key: str, value: Any, wanted: Any) -> Any:
     try:
         return TypeAdapter(wanted, config=config).validate_python(value)
     except ValidationError as error:
-        said = error.errors()[0]["msg"]
-        raise ConfigError(
-            f"credit.options.{key}: {said[0].lower() + said[1:]} (got {value!r})"
-        ) from error
+        raise ConfigError(f"credit.options.{key}: {complaint(error.errors()[0])}") from error

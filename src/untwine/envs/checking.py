@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from untwine.errors import EnvError
+from untwine.errors import EnvError, complaint
 
 Options = TypeVar("Options", bound=BaseModel)
 
@@ -19,7 +19,7 @@ def read_options(family: str, model: type[Options], options: Mapping[str, Any]) 
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
-        raise EnvError(f"{family}: option {where}: {problem['msg']}") from error
+        raise EnvError(f"{family}: option {where}: {complaint(problem)}") from error
 
 
 def check_variation(family: str, task: str, variation: int, count: int) -> None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from untwine.config.base import Positive
 from untwine.config.keys import keys_below
 from untwine.config.plain_yaml import read_yaml
-from untwine.errors import ConfigError, nearest
+from untwine.errors import ConfigError, complaint, nearest
 from untwine.sweep.looks import Look
 from untwine.sweep.plan import Arm, split_values, vary
 
@@ -153,8 +153,7 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "model_type":
         below = ", ".join(keys_below(_PlanEntry, place[:1]))
         return f"{where or 'the file'} must hold keys, of {below}; see docs/sweeps.md"
-    message = problem["msg"]
-    return f"{where}: {message[0].lower() + message[1:]} (got {problem['input']!r})"
+    return f"{where}: {complaint(problem)}"
 
 
 def _arm_name(level: str, name: str) -> str:

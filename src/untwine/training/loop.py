@@ -415,12 +415,10 @@ class _Training:
     def _updater(
         self, optimizer: OptimizerConfig, total_steps: int, gcd: GCDConfig | None = None
     ) -> Updater:
-        return Updater(
+        return Updater.of_recipe(
             self.policy,
-            optimizer,
-            self.recipe.loss,
-            temperature=self.recipe.sampling.temperature,
-            microbatch_tokens=self.recipe.rl.microbatch_tokens,
+            self.recipe,
+            optimizer=optimizer,
             total_steps=total_steps,
             gcd=gcd,
             module=self.objective.module if gcd and self.objective else None,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from untwine.batch import Row, distinct_tokens, microbatches
-from untwine.config import GCDConfig, LossConfig, OptimizerConfig
+from untwine.config import GCDConfig, LossConfig, OptimizerConfig, Recipe
 from untwine.errors import UntwineError
 from untwine.gcd.entering import closed_parameters
 from untwine.gcd.objectives import Exercise
@@ -130,6 +130,29 @@ class Updater:
         if loss.kl > 0:
             frozen = without_lora(policy.model).requires_grad_(False)
             self.reference = dataclasses.replace(policy, model=frozen)
+
+    @classmethod
+    def of_recipe(
+        cls,
+        policy: Policy,
+        recipe: Recipe,
+        *,
+        optimizer: OptimizerConfig | None = None,
+        total_steps: int = 0,
+        gcd: GCDConfig | None = None,
+        module: torch.nn.Module | None = None,
+    ) -> Updater:
+        """As the recipe's iterations update, unless another `optimizer` is given."""
+        return cls(
+            policy,
+            optimizer or recipe.rl.optimizer,
+            recipe.loss,
+            temperature=recipe.sampling.temperature,
+            microbatch_tokens=recipe.rl.microbatch_tokens,
+            total_steps=total_steps,
+            gcd=gcd,
+            module=module,
+        )
 
     def step(
         self,
