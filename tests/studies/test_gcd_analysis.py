@@ -409,6 +409,23 @@ def test_every_arm_is_compared_with_the_plain_one_of_its_cold_start(
     assert (tmp_path / "out" / "secondary.svg").read_text().count("<path") > 5
 
 
+def test_the_headline_draws_the_pairs_of_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headline = script("headline")
+    file = tmp_path / "some.json"
+    file.write_text(
+        json.dumps([{"arm": "a", "values": {"success L1": [[0, 0.5, 0.25], [3, 0.75, 1.0]]}}])
+    )
+    assert headline.values_of(file, "a", "success L1") == ([0.5, 0.75], [0.25, 1.0])
+    with pytest.raises(UntwineError, match="has no flawed L1 of the arm a"):
+        headline.values_of(file, "a", "flawed L1")
+    out = tmp_path / "out.svg"
+    monkeypatch.setattr(sys, "argv", ["headline.py", "--out", str(out)])
+    headline.main()
+    assert out.read_text().count("<use") >= 2 * 5 * 16  # a dot for each pair
+
+
 def test_looks_before_and_after_worked_by_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
