@@ -137,6 +137,6 @@ def test_every_key_is_listed_once() -> None:
 
 
 def test_schedule() -> None:
-    assert ScheduleConfig(kind="constant", start=0.5, end=9).at(0.7) == 0.5
+    assert ScheduleConfig(kind="constant", start=0.5).at(0.7) == 0.5
     assert ScheduleConfig(kind="linear", start=1.0, end=0.0).at(0.25) == 0.75
     assert ScheduleConfig(kind="linear", start=1.0, end=0.0).at(2.0) == 0.0

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from untwine.config import Recipe, load_recipe, make_recipe
+from untwine.cost import cost_text
 from untwine.envs.registry import get_catalogue
 from untwine.errors import CheckpointError, Interrupted, UntwineError
 from untwine.evaluate.command import evaluate_random, with_interval
@@ -125,3 +126,6 @@ def _print_table(recipe: Recipe, out: Path, random_rows: Sequence[dict[str, Any]
             cells.append(gain)
         table.add_row(title, *cells)
     Console().print(table)
+    for title in ("cold start", *arms):
+        if cost := cost_text(phases[title][-1]):
+            Console().print(f"{title}: {cost}", highlight=False, soft_wrap=True)

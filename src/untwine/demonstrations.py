@@ -239,8 +239,9 @@ def _labels(command: Command) -> tuple[Label, ...]:
 def _with_noise(plan: Sequence[Command], noise: float, rng: random.Random) -> list[Command]:
     moves = []
     for command in plan:
-        if noise and rng.random() < noise:
-            moves.append(Command(rng.choice(plan).text, expert=False))
+        others = [other.text for other in plan if other.text != command.text]
+        if others and noise and rng.random() < noise:
+            moves.append(Command(rng.choice(others), expert=False))
         moves.append(command)
     return moves
 

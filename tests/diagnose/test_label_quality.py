@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.diagnose.test_truth_commands import RECIPE
+from tests.gcd.judge_server import serving
 from untwine.cli import main
 from untwine.config import make_recipe
 from untwine.diagnose.label_quality import Compared, find_label_quality, quality
@@ -139,6 +140,22 @@ def test_labels_are_those_that_training_would_have_used(run: Path) -> None:
     assert strict["rule"]["coverage"]["value"] == pytest.approx(sure / weight(truth))
     coverages = [s["group"]["coverage"]["value"] for s in (strict, loose)]
     assert coverages[0] < coverages[1]
+
+
+def test_a_judge_is_asked_about_the_judged_steps_only(run: Path) -> None:
+    with serving(lambda handler, _: handler.say("good")) as server:
+        recipe = make_recipe(
+            {**RECIPE, "gcd": {"judge": {"url": server.url, "model": "m", "questions": 1000}}}
+        )
+        found = find_label_quality(run, recipe, Display(quiet=True), sources=["judge"])
+        asked = len(server.requests)
+    judge = found["sources"]["judge"]
+    assert judge["coverage"]["value"] == 1.0
+    assert 0 < asked <= found["steps"]
+    assert found["cost"]["judge_answered"] == asked
+    good = [row for k in (0, 1) for row in read_truth(truth_path(run, k), episodes(run, k)).rows]
+    right = weight([row for row in good if row.label == "good"])
+    assert judge["good"]["precision"]["value"] == pytest.approx(right / weight(good))
 
 
 def test_what_is_lacking_is_said(run: Path, tmp_path: Path) -> None:

@@ -76,6 +76,31 @@ def test_nothing_is_asked_twice(tmp_path: Path) -> None:
         assert {o.how for o in ask(server, tmp_path)} == {"kept"}
 
 
+def test_equal_questions_are_asked_and_paid_for_once(tmp_path: Path) -> None:
+    with serving(good_north) as server:
+        found = ask(server, tmp_path, [TEXTS[0], TEXTS[1], TEXTS[0], TEXTS[0]])
+        assert len(server.requests) == 2
+    assert [o.verdict for o in found] == ["good", "flawed", "good", "good"]
+    assert [o.how for o in found] == ["answered", "answered", "kept", "kept"]
+    assert [o.tokens for o in found] == [10, 10, 0, 0]
+    for how in ("failed", "nonsense"):
+        behave = failing(99, 401) if how == "failed" else lambda handler, _: handler.say("Hm.")
+        with serving(behave) as server:
+            again = ask(server, tmp_path / how, [TEXTS[0], TEXTS[0]])
+            assert len(server.requests) == 1
+        assert [o.how for o in again] == [how, how]
+
+
+def test_an_answer_that_was_cut_off_while_thinking_is_paid_for(tmp_path: Path) -> None:
+    """Servers of models that reason then send no content, and what it has cost."""
+    with serving(lambda handler, _: handler.say(None)) as server:
+        for _ in range(2):
+            (found,) = ask(server, tmp_path, TEXTS[:1])
+            assert found.how == "nonsense"
+        assert len(server.requests) == 1
+    assert AnswerFile(tmp_path / "judge.jsonl").spent == 10
+
+
 def test_budget_of_tokens(tmp_path: Path) -> None:
     with serving(good_north) as server:
         found = ask(server, tmp_path, token_budget=15)
@@ -200,7 +225,7 @@ def test_nonsense_instead_of_an_answer(tmp_path: Path, body: bytes) -> None:
         (found,) = ask(server, tmp_path, TEXTS[:1])
     assert (found.how, found.verdict) == ("failed", None)
     assert "nonsense" in found.reason
-    assert not (tmp_path / "judge.jsonl").exists()
+    assert (tmp_path / "judge.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize(
@@ -320,6 +345,19 @@ def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
         AnswerFile(tmp_path / "file" / "judge.jsonl")
 
 
+def test_answers_outlive_a_cache_that_takes_no_more(tmp_path: Path) -> None:
+    file = tmp_path / "judge.jsonl"
+    answers = AnswerFile(file)
+    assert file.read_text() == ""  # tried before anything is paid for
+    file.unlink()
+    file.mkdir()
+    with serving(good_north) as server:
+        judge = RemoteJudge(config(server.url), answers)
+        assert [o.how for o in judge.ask(TEXTS, lambda: None)] == ["answered"] * 3
+        assert [o.how for o in judge.ask(TEXTS, lambda: None)] == ["kept"] * 3
+    assert "judge.jsonl takes no more answers" in judge.complaint()
+
+
 def test_damaged_answers_are_left_out(tmp_path: Path) -> None:
     file = tmp_path / "judge.jsonl"
     endless = '{"key": "e", "text": "good", "words": {}, "tokens": Infinity}'
@@ -357,6 +395,26 @@ def test_local_judge_compares_the_two_words(policy: Policy, tmp_path: Path) -> N
         assert opinion.verdict == ("good" if good > 0.5 else "flawed")
         assert opinion.confidence == pytest.approx(abs(2 * good - 1), abs=1e-4)
         assert opinion.tokens >= len(prompt)
+
+
+def test_local_judge_abstains_from_what_it_has_no_positions_for(
+    policy: Policy, tmp_path: Path
+) -> None:
+    policy.save(tmp_path / "judge")
+    judge = LocalJudge(
+        JudgeConfig(model=str(tmp_path / "judge")), PolicyConfig(device="cpu"), budget=10**6
+    )
+    long = "word " * (policy.max_positions + 10)
+    found = judge.ask([TEXTS[0], long, TEXTS[1]], lambda: None)
+    alone = judge.ask([TEXTS[0], TEXTS[1]], lambda: None)
+    assert [found[0], found[2]] == alone
+    assert (found[1].how, found[1].verdict, found[1].tokens) == ("skipped", None, 0)
+    assert "longer than the" in found[1].reason
+
+
+def test_a_judge_of_random_weights_is_refused() -> None:
+    with pytest.raises(ModelError, match="random weights, which judge by chance"):
+        LocalJudge(JudgeConfig(model="tiny"), PolicyConfig(device="cpu"), 100)
 
 
 def test_local_judge_that_is_not_there(tmp_path: Path) -> None:

@@ -297,6 +297,20 @@ def test_head_rows_are_the_acting_prompt(policy: Policy) -> None:
         assert np.array_equal(row.targets, np.arange(row.targets[0], row.length))
 
 
+@pytest.mark.parametrize("name", ["generative/ce", "generative/rl", "pairwise"])
+def test_questions_keep_to_the_positions_of_the_model(
+    policy: Policy, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = exercise(policy, name).rows
+    longest = max(len(row.ids) for row in rows)
+    for positions, some in ((longest, True), (20, False)):
+        monkeypatch.setattr(type(policy), "max_positions", positions)
+        found = made(policy, name).exercise(
+            [episode()], random.Random(0), torch.Generator().manual_seed(0)
+        )
+        assert (found is not None and len(found.rows) == len(rows)) == some
+
+
 def test_labels_of_one_class_give_no_exercise(policy: Policy) -> None:
     step = make_step(0, labels=(BAD,))
     for name in objective_names():

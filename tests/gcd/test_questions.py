@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -184,6 +185,31 @@ def test_pairs_are_of_one_state_and_the_better_one_is_first_every_other_time(
     assert answers[0] != answers[1] != answers[2] != answers[3]
     assert pairs([labelled(("a", "go", GOOD), ("b", "eat", BAD))], prompter) == []
     assert len(pairs([episode], prompter, len(found[0].prompt_ids) + 1)) == 1
+
+
+def test_pairs_show_the_past_of_the_flawed_action(prompter: Prompter) -> None:
+    """Going back is no flaw for who came from elsewhere."""
+    undo = Label("rule", "flawed", "undo")
+    back = make_step(1, state="b", command="go west", labels=(undo,))
+    eating = make_step(1, state="b", command="eat", labels=(GOOD,))
+    came = make_episode(0.0, [make_step(0, state="a", command="go east"), back])
+    other = make_episode(0.0, [make_step(0, state="c", command="swim"), eating])
+    for episodes in ([came, other], [other, came]):
+        (question,) = pairs(episodes, prompter)
+        text = prompter.chat.tokenizer.decode(question.prompt_ids)
+        assert "go east" in text
+        assert "swim" not in text
+
+
+def test_what_cannot_be_asked_is_left_out(prompter: Prompter) -> None:
+    episode = labelled(*[(f"s{i}", "go", GOOD if i % 2 else BAD) for i in range(8)])
+    every = ask([episode], prompter)
+    barred = every[2].prompt_ids
+    found = verdict_questions(
+        judged_steps([episode]), prompter, 10**6,
+        lambda q: math.inf if q.prompt_ids == barred else cost(q), random.Random(0),
+    )  # fmt: skip
+    assert found == [*every[:2], *every[4:]]  # the pair goes, and those after it stay
 
 
 def test_pair_words_are_apart(prompter: Prompter) -> None:

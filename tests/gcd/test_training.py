@@ -151,6 +151,10 @@ def test_labels_of_one_class_are_said_once(
         ({"objective": "head", "labels": []}, "needs labels"),
         ({"objective": "head", "labels": ["rule", "rule"]}, "names a source twice"),
         ({"norms_every": 3}, "set norms_every: 1 or weight_of: gradient"),
+        ({"schedule": {"end": 0.0}}, "schedule: end: 0 is where a linear schedule ends"),
+        ({"from_layer": 1}, "set gradient: layers"),
+        ({"objective": "pairwise", "contrast": "similar"}, "contrast: similar is for"),
+        ({"objective": "head", "rationale_tokens": 5}, "head samples none"),
         ({"weight": float("inf")}, "finite number"),
         ({"weight": float("nan")}, "gcd.weight"),
         ({"objective": "head", "labels": ["judge"]}, "there is none; set gcd.judge.url"),
@@ -160,6 +164,26 @@ def test_labels_of_one_class_are_said_once(
 def test_bad_settings_are_said(tmp_path: Path, gcd: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         train(recipe(1, gcd=gcd), tmp_path / "run", Display(quiet=True))
+
+
+def test_the_weight_falls_with_the_tokens_that_are_used(tmp_path: Path) -> None:
+    """The tenth of the iterations that a budget allows is the whole of the training; at weight 0
+    nothing is asked, so that nothing is paid."""
+    gcd = {
+        "objective": "generative/ce", "weight": 0.5, "schedule": {"kind": "linear", "end": 0.0},
+    }  # fmt: skip
+    free = recipe(3, gcd=gcd)
+    train(free, tmp_path / "free", Display(quiet=True))
+    found = rows(tmp_path / "free")
+    assert [row["gcd_weight"] for row in found] == [0.5, 0.25, 0.0]
+    assert found[1]["verdicts"] > 0
+    assert (found[2]["verdicts"], found[2].get("gcd_tokens", 0)) == (0, 0)
+    first = found[0]["policy_tokens"] + found[0]["gcd_tokens"]
+    short = recipe(30, gcd=gcd, rl={"token_budget": int(1.5 * first)})
+    train(short, tmp_path / "short", Display(quiet=True))
+    weights = [row["gcd_weight"] for row in rows(tmp_path / "short")]
+    assert weights[0] == 0.5
+    assert weights[1] == pytest.approx(0.5 * (1 - first / int(1.5 * first)))
 
 
 def test_free_labels_only_without_an_objective(tmp_path: Path) -> None:
@@ -238,10 +262,10 @@ def test_sampling_verdicts_is_time_of_verdicts(
         assert row["seconds_policy"] < 3600 <= row["seconds_update"]
 
 
-@pytest.mark.parametrize(("share", "objective"), [(0.25, "generative/ce"), (1.0, "pairwise")])
+@pytest.mark.parametrize(("share", "objective"), [(0.25, "generative/ce"), (0.5, "pairwise")])
 def test_cold_start_holds_the_stated_ratio(tmp_path: Path, share: float, objective: str) -> None:
     cold = {
-        "episodes": 12, "steps": 3, "batch_tokens": 4096, "verdict_weight": 0.3,
+        "episodes": 12, "steps": 3, "batch_tokens": 2048, "verdict_weight": 0.3,
         "verdict_share": share, "objective": objective,
     }  # fmt: skip
     train(recipe(0, cold_start=cold), tmp_path / "run", Display(quiet=True))

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from tests.compare.finished_runs import row, write_run
 
+from untwine.cost import cost_text, count, duration
 from untwine.evaluate.command import print_table
-from untwine.report.cost import cost_text, count, duration
 from untwine.report.page import build_report
 
 SPENT: dict[str, Any] = {

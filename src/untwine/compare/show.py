@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from untwine.cost import count, duration
 from untwine.drawing import COLOURS, drawing
-from untwine.report.cost import count, duration
 from untwine.report.page import fill_template, write_page
 
 Numbers = Mapping[str, Any]

@@ -12,11 +12,18 @@ Contrast = Literal["random", "similar"]
 
 
 class ScheduleConfig(Section):
-    """Weight over training: constant, or linear from `start` to `end` over all iterations."""
+    """Weight over training: constant, or linear from `start` to `end` over all iterations or, where
+    that ends it sooner, all of `rl.token_budget`."""
 
     kind: Literal["constant", "linear"] = "constant"
     start: Rate = 1.0
     end: Rate = 1.0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ScheduleConfig:
+        if self.kind == "constant" and self.end != 1.0:
+            raise ValueError(f"end: {self.end:g} is where a linear schedule ends; set kind: linear")
+        return self
 
     def at(self, progress: float) -> float:
         """Factor at `progress` in [0, 1]."""
@@ -120,6 +127,21 @@ class GCDConfig(Section):
         if unknown := set(self.taught) - set(self.labels):
             raise ValueError(
                 f"taught names {', '.join(sorted(unknown))}, which labels does not; add it there"
+            )
+        if self.from_layer and self.gradient != "layers":
+            raise ValueError(
+                f"from_layer: {self.from_layer} is for a gradient that enters some layers; set "
+                "gradient: layers"
+            )
+        if self.contrast != "random" and self.objective in ("pairwise", "pairwise/rl"):
+            raise ValueError(
+                f"contrast: {self.contrast} is for questions about one action; those of "
+                f"{self.objective} are about two"
+            )
+        if self.rationale_tokens and self.objective in ("generative/ce", "pairwise", "head"):
+            raise ValueError(
+                f"rationale_tokens: {self.rationale_tokens} is for replies that are sampled, as by "
+                f"generative/rl; {self.objective} samples none"
             )
         if self.norms_every > 1 and self.weight_of == "loss":
             raise ValueError(

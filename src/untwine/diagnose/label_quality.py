@@ -82,11 +82,12 @@ def find_label_quality(
     files = chosen_files(run, iteration)
     iterations = files_with_truth(run, files, "train with branch in gcd.labels")
     costs: dict[str, float] = defaultdict(float)
+    truths = {k: read_truth(truth_path(run, k), file).rows for k, file in iterations.items()}
+    judged = {(row.episode, row.step) for rows in truths.values() for row in rows}
     with open_pool(recipe.env, list_commands=recipe.lists_commands) as pool:
-        bench = Bench(recipe, pool, None, run, display)
+        bench = Bench(recipe, pool, None, run, display, wanted=judged)
         labeller = Labeller(names, bench, recipe.gcd.min_confidence)  # as the run used them
         for k, file in iterations.items():
-            rows = read_truth(truth_path(run, k), file).rows
             groups = read_recorded(file, recipe)
             asked, counts = labeller.label(groups, k)
             for name, value in counts.items():
@@ -95,7 +96,7 @@ def find_label_quality(
             anew = _labels(asked)
             for name in sorted({*names, *on_record} - {"branch"}):
                 found = anew.get(name, {}) if name in names else on_record[name]
-                compared[name] += compare(rows, found, k)
+                compared[name] += compare(truths[k], found, k)
     numbers = {
         "format": "untwine-labels-1",
         "iterations": sorted(iterations),

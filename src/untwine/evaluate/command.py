@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from untwine.config import Recipe
+from untwine.cost import cost_text
 from untwine.diagnose.recorded import load_recorded_policy
 from untwine.envs.protocol import EnvInfo
 from untwine.envs.registry import get_catalogue
@@ -24,7 +25,6 @@ from untwine.evaluate.protocol import evaluation_refs, examine_set, summarise
 from untwine.evaluate.random_agent import play_random
 from untwine.progress import Display
 from untwine.records import Group
-from untwine.report.cost import cost_text
 from untwine.training.checkpoint import list_checkpoints
 from untwine.training.run_dir import run_cost, run_info, run_recipe
 from untwine.workshop import make_collector, open_pool

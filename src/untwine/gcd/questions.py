@@ -6,6 +6,7 @@ pair_questions      which of these two is better?      answers A, B
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ class Question:
         return len(self.prompt_ids) - self.shared
 
 
-Cost = Callable[[Question], int]  # tokens that are computed for a question
+Cost = Callable[[Question], float]  # tokens computed for a question; inf: it cannot be asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def why_no_questions(episodes: Iterable[Episode]) -> str:
     verdicts = Counter(judged.verdict for judged in judged_steps(episodes))
     good, flawed = verdicts["good"], verdicts["flawed"]
     why = (
-        "no state has both kinds, or gcd.token_budget is too small for one question"
+        "no state has both kinds, or a question is longer than gcd.token_budget or the model allow"
         if good and flawed
         else "both kinds are needed: add a source to gcd.labels or lower gcd.min_confidence"
     )
@@ -118,8 +119,9 @@ def pair_questions(
     judged: Sequence[Judged], prompter: Prompter, budget: int, cost: Cost, rng: random.Random
 ) -> list[Question]:
     """Which of two actions in one state is better: every good one against every flawed one of the
-    state, drawn at random, until `budget` tokens are used. The better one comes first in every
-    other question. Returns [] when no state has both kinds."""
+    state, drawn at random, until `budget` tokens are used. They are shown with the past of the
+    flawed one, as what makes it flawed (`repeat`, `undo`) may lie there. The better one comes first
+    in every other question. Returns [] when no state has both kinds."""
     states: dict[tuple[str, str], dict[Verdict, list[Judged]]] = {}
     for j in judged:
         step = j.episode.steps[j.t]
@@ -138,7 +140,7 @@ def pair_questions(
         for number, (good, flawed) in enumerate(pairs):
             good_first = first == (number % 2 == 0)
             shown = [good, flawed] if good_first else [flawed, good]
-            ids = prompter.pair_ids(good.episode, good.t, *(_action(j) for j in shown))
+            ids = prompter.pair_ids(flawed.episode, flawed.t, *(_action(j) for j in shown))
             yield [Question(ids, "first" if good_first else "second", flawed.kind)]
 
     return within(budget, questions(), cost)
@@ -182,11 +184,15 @@ def _by_words(steps: Iterable[Judged]) -> dict[frozenset[str], list[Judged]]:
 
 
 def within(budget: float, parts: Iterable[list[Question]], cost: Cost) -> list[Question]:
-    """Whole parts, in order, until the next one would exceed `budget` tokens."""
+    """Whole parts, in order, until the next one would exceed `budget` tokens; without those that
+    cannot be asked."""
     taken: list[Question] = []
-    used = 0
+    used = 0.0
     for part in parts:
-        used += sum(map(cost, part))
+        tokens = sum(map(cost, part))
+        if tokens == math.inf:
+            continue
+        used += tokens
         if used > budget:
             break
         taken += part

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from untwine.cost import cost_text
 from untwine.evaluate.statistics import wilson_interval
-from untwine.report.cost import cost_text
 from untwine.report.first_look import compare_runs, first_look
 from untwine.report.microscope import read_microscope
 from untwine.report.run_data import Row, RunData, load_run, number

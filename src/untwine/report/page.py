@@ -21,8 +21,8 @@ import jinja2
 from markupsafe import Markup
 
 from untwine import __version__
+from untwine.cost import count, duration
 from untwine.errors import UntwineError
-from untwine.report.cost import count, duration
 from untwine.report.episode_data import EpisodeData, collect_episodes
 from untwine.report.first_look import percent, phase_name
 from untwine.report.microscope_view import (

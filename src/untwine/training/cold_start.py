@@ -40,7 +40,8 @@ _QUIZZES = {"generative/ce": VERDICTS, "pairwise": PAIRS}
 class ColdStart:
     """Draws the batches of the cold start; its only state is the generator it is given.
 
-    cut   how many expert episodes end where their tokens would exceed what fits
+    episodes  what is imitated, where a step has an advantage
+    cut       how many expert episodes end where their tokens would exceed what fits
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class ColdStart:
         noisy = self._config.imitate_noise
 
         def played(transcript: Transcript, told: tuple[str, ...] = ()) -> Episode:
-            return demonstration(
+            episode = demonstration(
                 transcript, prompter, imitate_noise=noisy, choices=choices, told=told
             )
+            return judged(episode, info, imitate_noise=noisy)
 
         episodes = [played(transcript) for transcript in transcripts]
         _check_room(episodes, recipe)
@@ -78,13 +80,13 @@ class ColdStart:
             )
         sentences = instructed(episodes, info, recipe)
         again = [entry for entry in zip(transcripts, sentences, strict=True) if entry[1]]
-        self._episodes = [*episodes, *(played(*entry) for entry in again)]
+        self.episodes = [*episodes, *(played(*entry) for entry in again)]
         self._looks = [
             [move.command.looks for move in transcript.moves]
             for transcript in [*transcripts, *(transcript for transcript, _ in again)]
         ]
-        self._weights = _step_weights(self._episodes, self._looks, self._config.balance)
-        self.samples = self._samples(self._episodes)
+        self._weights = _step_weights(self.episodes, self._looks, self._config.balance)
+        self.samples = self._samples(self.episodes)
         self._taught: dict[str, list[list[Sample]]] = {}
         for word in {word: None for lesson in self._config.lessons for word in lesson.commands}:
             self._taught[word] = self._only(word)
@@ -94,9 +96,9 @@ class ColdStart:
             objective = CrossEntropy(means, _QUIZZES[self._config.objective])
             sources = [*transcripts, *(transcript for transcript, _ in again)]
             after = recipe.prompt.verdict == "after"
-            asked = self._episodes if after else episodes  # told copies ask the same apart
+            asked = self.episodes if after else episodes  # told copies ask the same apart
             copies = [
-                [judged(episode, info), *alternatives(episode, transcript, prompter)]
+                [episode, *alternatives(episode, transcript, prompter)]
                 for episode, transcript in zip(asked, sources, strict=False)
             ]
             if after:
@@ -131,13 +133,13 @@ class ColdStart:
     def _only(self, word: str) -> list[list[Sample]]:
         """What imitates commands with this first word, apart where the expert looks for something
         and where it does not: it does the one much oftener. ConfigError when there is nothing."""
-        known = list(zip(self._episodes, self._looks, strict=True))
+        known = list(zip(self.episodes, self._looks, strict=True))
         pools = [
             self._samples([_masked(episode, word, looks, wanted) for episode, looks in known])
             for wanted in (False, True)
         ]
         if not any(pools):
-            imitated = {_first_word(s) for e in self._episodes for s in e.steps if s.advantage}
+            imitated = {_first_word(s) for e in self.episodes for s in e.steps if s.advantage}
             raise ConfigError(
                 f"cold_start.lessons names {word!r}, and no expert step to imitate begins so; they "
                 f"begin with: {', '.join(sorted(imitated))}"

@@ -26,6 +26,8 @@ from untwine.gcd.questions import Judged, judged_steps, within
 from untwine.prompting.prompter import Prompter, reply_text
 from untwine.records import Episode, Group, Verdict
 
+FEW = 16  # verdicts below which a model soon knows the answers by heart
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -52,8 +54,8 @@ class Critic(Protocol):
 
 
 class Apart:
-    """Questions in prompts of their own, as many with either answer. None comes twice in a step
-    before all have come.
+    """Questions in prompts of their own, as many with either answer, drawn anew for each step. None
+    comes twice in a step, so where one kind is rare, there are fewer.
 
     tokens  of questions in each step, exceeded by the last of them
     """
@@ -61,31 +63,21 @@ class Apart:
     def __init__(
         self, objective: CrossEntropy, episodes: Iterable[Episode], tokens: int, seed: int
     ) -> None:
-        self._objective, self._tokens = objective, tokens
-        rng = random.Random(seed)
-        rows = objective.rows(objective.questions(judged_steps(episodes), 10**12, rng))
-        n = objective.quiz.at_once
-        self._parts = [rows[first : first + n] for first in range(0, len(rows), n)]
+        self._objective = objective
+        self._judged = judged_steps(episodes)
+        rows = objective.rows(objective.questions(self._judged, 10**12, random.Random(seed)))
+        self._size, n = len(rows), objective.quiz.at_once
+        parts = [rows[first : first + n] for first in range(0, len(rows), n)]
+        longest = max((sum(row.length for row in part) for part in parts), default=0)
+        self._budget = tokens + longest - 1
 
     @property
     def size(self) -> int:
-        return sum(map(len, self._parts))
+        return self._size
 
     def exercise(self, drawn: Sequence[Sample], rng: random.Random) -> Exercise | None:
-        if not self._parts:
-            return None
-        rows: list[Row] = []
-        waiting: list[list[Row]] = []
-        left = self._tokens
-        while not rows or left > 0:
-            waiting = waiting or rng.sample(self._parts, len(self._parts))
-            part = waiting.pop()
-            rows += part
-            left -= sum(row.length for row in part)
-        scale = self.size / len(rows)  # so that their weights sum to 1 again
-        return self._objective.drawn(
-            [dataclasses.replace(row, weights=row.weights * scale) for row in rows]
-        )
+        questions = self._objective.questions(self._judged, self._budget, rng)
+        return self._objective.drawn(self._objective.rows(questions)) if questions else None
 
 
 class Alongside:
@@ -154,14 +146,24 @@ def draw(pools: Sequence[Sequence[Sample]], tokens: int, rng: random.Random) -> 
     return drawn
 
 
-def judged(episode: Episode, info: EnvInfo) -> Episode:
-    """The episode with its own labels, and those of the rules for flawed noise steps without."""
+def judged(episode: Episode, info: EnvInfo, *, imitate_noise: bool = False) -> Episode:
+    """The episode with its own labels, and those of the rules for flawed noise steps without.
+
+    Where the expert does not plan anew, its plan knows nothing of the errors put into it, and a
+    step may have nothing left to do: what a rule calls flawed after an error is an error, too, not
+    imitated unless they are. Before any error plan and rule disagree, and the step has no label.
+    """
     ruled = label_group(Group(episode.ref, (episode,)), ["rule"], info).episodes[0]
-    labels = [
-        own.labels or tuple(x for x in by_rule.labels if x.verdict == "flawed")
-        for own, by_rule in zip(episode.steps, ruled.steps, strict=True)
-    ]
-    return Group(episode.ref, (episode,)).with_labels([labels]).episodes[0]
+    steps, erred = [], False
+    for own, by_rule in zip(episode.steps, ruled.steps, strict=True):
+        flawed = tuple(label for label in by_rule.labels if label.verdict == "flawed")
+        labels, advantage = own.labels or flawed, own.advantage
+        if flawed and EXPERT_GOOD in own.labels and not info.replans:
+            labels = flawed if erred else ()
+            advantage = advantage if imitate_noise or not erred else None
+        erred |= EXPERT_GOOD not in own.labels
+        steps.append(dataclasses.replace(own, labels=labels, advantage=advantage))
+    return dataclasses.replace(episode, steps=tuple(steps))
 
 
 def alternatives(episode: Episode, transcript: Transcript, prompter: Prompter) -> list[Episode]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from untwine.cost import cost_text
 from untwine.evaluate.protocol import evaluation_refs, examine_set, summarise
 from untwine.training.run_dir import RunDir
 from untwine.workshop import Workshop
@@ -45,3 +46,5 @@ def examine(
             f"{numbers['success_rate']:.2f} [{low:.2f}, {high:.2f}] "
             f"({numbers['episodes']} episodes)"
         )
+    if config.sets and config.episodes and (cost := cost_text(run_dir.cost())):
+        display.line(f"  {cost}")

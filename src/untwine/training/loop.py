@@ -47,6 +47,7 @@ from untwine.training.checkpoint import (
 )
 from untwine.training.cold_start import ColdStart
 from untwine.training.correction import Correction
+from untwine.training.critic import FEW
 from untwine.training.examination import examine
 from untwine.training.measures import Measures, averaged, rollout_measures
 from untwine.training.mixing import DROWNED
@@ -200,6 +201,12 @@ class _Training:
                     "both needed for questions; set cold_start.noise or cold_start.alternatives "
                     "above 0, or cold_start.verdict_weight=0"
                 )
+            elif data.critic is not None and data.critic.size < FEW:
+                self.display.line(
+                    f"[yellow]cold start:[/yellow] only {data.critic.size} verdicts can be asked "
+                    "about, which are soon learnt by heart; raise cold_start.episodes, "
+                    "cold_start.noise or cold_start.alternatives"
+                )
             self._imitate(data, updater, first, steps)
         if steps or self.recipe.rl.iterations == 0:
             self._evaluate("cold_start", steps)
@@ -283,7 +290,7 @@ class _Training:
             budget = updater.microbatch_tokens
             found = diagnosis.measure(groups, iteration, budget, self.stop.check)
         diagnosed = time.perf_counter()
-        measures, counts = self._update(updater, groups, iteration)
+        measures, counts = self._update(updater, groups, iteration, progress)
         self.labeller.recorded(iteration, self.run_dir.save_groups(iteration, groups))
         values = {
             **rollout_measures(groups, stats, self.workshop.info),
@@ -335,12 +342,12 @@ class _Training:
         return veto(group, config.veto, taught) if config.veto else group
 
     def _update(
-        self, updater: Updater, groups: Sequence[Group], iteration: int
+        self, updater: Updater, groups: Sequence[Group], iteration: int, progress: float
     ) -> tuple[dict[str, float], dict[str, float]]:
         rl, gcd = self.recipe.rl, self.recipe.gcd
         weight = 0.0
         if self.objective is not None:
-            weight = gcd.weight * gcd.schedule.at(iteration / max(rl.iterations - 1, 1))
+            weight = gcd.weight * gcd.schedule.at(progress)
             groups = [only_from(group, gcd.taught) for group in groups]
             if gcd.shuffle_labels:
                 seed = f"labels {self.recipe.seed} {iteration}"
@@ -348,12 +355,12 @@ class _Training:
         # Questions that follow replies go with their minibatch, all others with every one.
         follow = self.recipe.prompt.verdict == "after"
         taken: list[Measures] = []
-        exercises = [] if follow else [self._exercise(groups, taken)]
+        exercises = [] if follow else [self._exercise(groups, weight, taken)]
         tokens = 0
         for _ in range(rl.epochs):
             for part in self._minibatches(groups):
                 if follow:
-                    exercises.append(self._exercise(part, taken))
+                    exercises.append(self._exercise(part, weight, taken))
                 rows = policy_rows(part, self.recipe.loss.mean)
                 tokens += sum(row.length for row in rows)
                 if rows or exercises[-1]:
@@ -366,7 +373,7 @@ class _Training:
                 "verdicts; gcd.weight_of=gradient gcd.weight=0.3 holds it at .3",
             )
         asked = [Measures(dict(exercise.counts)) for exercise in exercises if exercise]
-        if self.objective is not None and not asked:
+        if weight and not asked:
             self._explain_none(groups, iteration)
         return found, {
             "policy_tokens": tokens,
@@ -376,9 +383,12 @@ class _Training:
             "optimizer_steps": updater.steps,
         }
 
-    def _exercise(self, groups: Sequence[Group], taken: list[Measures]) -> Exercise | None:
-        """What is learnt from these groups; the time it took to make is added to `taken`."""
-        if self.objective is None:
+    def _exercise(
+        self, groups: Sequence[Group], weight: float, taken: list[Measures]
+    ) -> Exercise | None:
+        """What is learnt from these groups, nothing at weight 0; the time it took to make is added
+        to `taken`."""
+        if self.objective is None or not weight:
             return None
         started = time.perf_counter()
         episodes = [episode for group in groups for episode in group.episodes]

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -44,8 +45,11 @@ class CrossEntropy:
         longest = self._words.longest
         together = self._means.together
 
-        def cost(question: Question) -> int:
-            return (question.added if together else len(question.prompt_ids)) + longest
+        def cost(question: Question) -> float:
+            whole = len(question.prompt_ids) + longest
+            if not self._means.fits(whole):
+                return math.inf
+            return whole - question.shared if together else whole
 
         return self.quiz.draw(judged, self._means.prompter, budget, cost, rng)
 

@@ -37,6 +37,10 @@ class Means:
         """Whether questions that follow replies are computed in one pass with the policy loss."""
         return self.temperature == 1.0 and self.prompter.config.verdict == "after"
 
+    def fits(self, tokens: int) -> bool:
+        """Whether the model has positions for so many tokens."""
+        return tokens <= self.policy.max_positions
+
 
 @dataclass(frozen=True, slots=True)
 class Exercise:

@@ -53,13 +53,17 @@ class Reinforced:
     ) -> Exercise | None:
         config = self._means.config
         longest = config.rationale_tokens or self._words.longest
-        judged = judged_steps(episodes)
+
+        def cost(question: Question) -> float:
+            prompt = len(question.prompt_ids)
+            return (
+                prompt + config.replies * longest
+                if self._means.fits(prompt + longest)
+                else math.inf
+            )
+
         questions = self._quiz.draw(
-            judged,
-            self._means.prompter,
-            config.token_budget,
-            lambda question: len(question.prompt_ids) + config.replies * longest,
-            rng,
+            judged_steps(episodes), self._means.prompter, config.token_budget, cost, rng
         )
         if not questions:
             return None

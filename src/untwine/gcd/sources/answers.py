@@ -19,18 +19,18 @@ class AnswerFile:
     """The answers in one file.
 
     spent  tokens that they have cost
+    fault  why the last answer could not be written, which is then known in this process only
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, Completion] = {}
         self.spent = 0
+        self.fault = ""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            text = ""
-            if path.exists():
-                self._append("")  # it must take what is going to be paid for
-                text = path.read_text(encoding="utf-8", errors="replace")
+            self._append("")  # it must take what is going to be paid for
+            text = path.read_text(encoding="utf-8", errors="replace")
             if text and not text.endswith("\n"):
                 self._append("\n")
         except OSError as error:
@@ -46,7 +46,10 @@ class AnswerFile:
     def put(self, key: str, answer: Completion) -> None:
         self._remember(key, answer)
         line = {"key": key, "text": answer.text, "words": answer.words, "tokens": answer.tokens}
-        self._append(json.dumps(line) + "\n")
+        try:
+            self._append(json.dumps(line) + "\n")
+        except OSError as error:  # the answer is there all the same, and training goes on
+            self.fault = f"{self._path} takes no more answers ({error.strerror})"
 
     def _append(self, text: str) -> None:
         with self._path.open("a", encoding="utf-8") as stream:

@@ -245,6 +245,8 @@ def _completion(body: bytes) -> Completion:
         tree = json.loads(body)
         choice = tree["choices"][0]
         text = choice["message"]["content"]
+        if text is None and tree.get("usage"):
+            text = ""  # it thought until it was cut off, which costs as much
         if not isinstance(text, str):
             raise TypeError("no text")
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from rich.markup import escape
@@ -44,12 +44,14 @@ class JudgeSource(Source):
         self._bench = bench
         self._config = bench.recipe.gcd.judge
         self._judge = _judge(bench)
+        self._said = ""
 
     def label(
         self, groups: Sequence[Group], iteration: int
     ) -> tuple[list[Table], dict[str, float]]:
         seed = self._bench.recipe.seed
-        asked = _drawn(groups, self._config.questions, random.Random(f"{seed}/judge/{iteration}"))
+        rng = random.Random(f"{seed}/judge/{iteration}")
+        asked = _drawn(groups, self._config.questions, rng, self._bench.wanted)
         shown = PromptConfig(history=self._config.history)
         texts = [verdict_text(e, t, shown) for e, t in asked.values()]
         with self._bench.display.bar("asking the judge", len(texts), "question"):
@@ -66,7 +68,13 @@ class JudgeSource(Source):
         return tables_of(groups, label_of), counts_of(opinions)
 
     def _complain(self, opinions: Sequence[Opinion], iteration: int) -> None:
-        """Say why verdicts are missing, unless the judge only fails to give one now and then."""
+        """Say why verdicts are missing, unless the judge only fails to give one now and then; and
+        once what else went wrong."""
+        if (fault := self._judge.complaint()) and not self._said:
+            self._said = fault
+            self._bench.display.line(
+                f"[yellow]judge:[/yellow] {escape(fault)}; answers are kept until this command ends"
+            )
         silent = [o for o in opinions if o.how in ("failed", "skipped")]
         nonsense = [o for o in opinions if o.how == "nonsense"]
         if len(nonsense) > len(opinions) / 2:
@@ -111,14 +119,19 @@ def _judge(bench: Bench) -> Judge:
 
 
 def _drawn(
-    groups: Sequence[Group], most: int, rng: random.Random
+    groups: Sequence[Group],
+    most: int,
+    rng: random.Random,
+    wanted: Container[tuple[str, int]] | None,
 ) -> dict[PairKey, tuple[Episode, int]]:
-    """At most `most` different actions, each with the first step that took it."""
+    """At most `most` different actions, each with the first step that took it; of the steps that
+    are `wanted`."""
     first: dict[PairKey, tuple[Episode, int]] = {}
     for group in groups:
         for episode in group.episodes:
             for t in range(episode.length):
-                first.setdefault(_pair(episode, t), (episode, t))
+                if wanted is None or (episode.id, t) in wanted:
+                    first.setdefault(_pair(episode, t), (episode, t))
     keys = list(first)
     if len(keys) > most:
         keys = rng.sample(keys, most)

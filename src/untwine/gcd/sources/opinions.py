@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,6 +55,9 @@ class Judge(Protocol):
     def ask(self, texts: Sequence[str], on_progress: Callable[[], None]) -> list[Opinion]:
         """An opinion on each question."""
 
+    def complaint(self) -> str:
+        """What went wrong besides, and does not keep it from judging; empty: nothing."""
+
 
 class RemoteJudge:
     """A model behind an endpoint."""
@@ -73,7 +77,8 @@ class RemoteJudge:
             for i, key in enumerate(keys)
             if (kept := self._answers.get(key))
         }
-        new = [i for i in range(len(texts)) if i not in found]
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}  # equal questions ask once
+        new = [i for i, key in enumerate(keys) if i not in found and first[key] == i]
         failures, reason = 0, ""
         with ThreadPoolExecutor(config.at_once) as threads:
             for part in _parts(new, config.at_once):
@@ -94,7 +99,16 @@ class RemoteJudge:
                     else:
                         failures, reason = failures + 1, reply
                         found[i] = Opinion("failed", reason=reply)
-        return [found[i] for i in range(len(texts))]
+        return [found.get(i) or self._again(found[first[key]]) for i, key in enumerate(keys)]
+
+    def complaint(self) -> str:
+        return self._answers.fault
+
+    @staticmethod
+    def _again(opinion: Opinion) -> Opinion:
+        """The opinion on an equal question, which cost nothing more."""
+        how: How = "kept" if opinion.how == "answered" else opinion.how
+        return dataclasses.replace(opinion, how=how, tokens=0)
 
     def _try(self, chat: Sequence[Mapping[str, str]]) -> Completion | str:
         try:
@@ -109,6 +123,11 @@ class LocalJudge:
     def __init__(self, config: JudgeConfig, policy: PolicyConfig, budget: int) -> None:
         """policy: device and computation type are taken from it. budget: tokens per forward pass.
         ModelError when there is no such model."""
+        if config.model == "tiny":
+            raise ModelError(
+                f"gcd.judge.model {config.model!r} is built from random weights, which judge by "
+                "chance; name a Hugging Face id or folder, or the server's model with gcd.judge.url"
+            )
         choice = PolicyConfig(model=config.model, device=policy.device, dtype=policy.dtype)
         try:
             self._model: Policy = load_policy(choice, tuple)
@@ -121,10 +140,13 @@ class LocalJudge:
     @torch.no_grad()
     def ask(self, texts: Sequence[str], on_progress: Callable[[], None]) -> list[Opinion]:
         """P(good) against P(bad) as the whole reply to the verdict prompt, word by word."""
-        rows: list[Row] = []
+        asked: list[list[Row]] = []
         for text in texts:
             prompt = self._model.chat.opening(JUDGE_SYSTEM, text)
-            rows += [completion_row(prompt, ids, 1.0) for ids in self._words.values()]
+            asked.append([completion_row(prompt, ids, 1.0) for ids in self._words.values()])
+        most = self._model.max_positions
+        fitting = [max(row.length for row in own) <= most for own in asked]
+        rows = [row for own, fits in zip(asked, fitting, strict=True) if fits for row in own]
         numbers = {id(row): i for i, row in enumerate(rows)}
         logprobs = [0.0] * len(rows)
         for batch in microbatches(rows, self._budget):
@@ -136,10 +158,18 @@ class LocalJudge:
             for row, (a, b) in zip(batch, pairwise(ends), strict=True):
                 logprobs[numbers[id(row)]] = math.fsum(found_N[a:b])
         opinions = []
-        for i, (good, flawed) in enumerate(zip(logprobs[::2], logprobs[1::2], strict=True)):
-            tokens = rows[2 * i].length + len(self._words["flawed"])
-            opinions.append(_balance("answered", good, flawed, tokens))
+        pairs = zip(logprobs[::2], logprobs[1::2], strict=True)
+        for own, fits in zip(asked, fitting, strict=True):
+            if fits:
+                tokens = own[0].length + len(self._words["flawed"])
+                opinions.append(_balance("answered", *next(pairs), tokens))
+            else:
+                reason = f"a question is longer than the {most} positions of gcd.judge.model"
+                opinions.append(Opinion("skipped", reason=reason))
         return opinions
+
+    def complaint(self) -> str:
+        return ""
 
 
 def read(answer: Completion, confidence: float, *, kept: bool = False) -> Opinion:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,8 @@ class Bench:
     collector    plays with the policy that played the episodes; None: no policy is at hand
     run          folder in which a source may keep things
     on_progress  called now and then; may raise to stop
+    wanted       (episode, number of the step) of which labels are wanted, where a label is paid
+                 for; None: of all
     """
 
     recipe: Recipe
@@ -32,6 +34,7 @@ class Bench:
     run: Path
     display: Display
     on_progress: Callable[[], None] = lambda: None
+    wanted: Container[tuple[str, int]] | None = None
 
     @property
     def info(self) -> EnvInfo:
