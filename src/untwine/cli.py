@@ -95,7 +95,7 @@ def evaluate(
             min=1, help="Episodes per set \\[default: evaluate.episodes of the run's recipe]."
         ),
     ] = None,
-    greedy: Annotated[bool, typer.Option(help="Take the most likely token.")] = False,
+    greedy: Annotated[bool | None, typer.Option(help="Take the most likely token.")] = None,
     both: Annotated[bool, typer.Option("--both", help="Sampled, and greedy as well.")] = False,
     model: Annotated[
         str, typer.Option(help="A checkpoint, another model folder or id, or `random`.")
@@ -116,7 +116,8 @@ def evaluate(
 
     recipe = run_recipe(run, list(overrides or []))
     names = _names(sets) or recipe.evaluate.sets
-    greedy = greedy or recipe.evaluate.greedy
+    if greedy is None:
+        greedy = recipe.evaluate.greedy and model != "random"
     decodings = DECODINGS if both else (DECODINGS[greedy],)
     with Display() as display:
         rows = evaluate_run(

@@ -262,6 +262,50 @@ def test_folders_without_runs_are_refused(tmp_path: Path) -> None:
         compare_runs([tmp_path / "empty"])
 
 
+def a_sweep(folder: Path, arm: str, runs: list[Path]) -> Path:
+    entries = [
+        {"folder": str(run.relative_to(folder)), "arm": arm, "seed": seed}
+        for seed, run in enumerate(runs)
+    ]
+    (folder / "sweep.json").write_text(json.dumps({"runs": entries}))
+    return folder
+
+
+def test_one_name_of_two_ways_to_train_is_two_arms(tmp_path: Path) -> None:
+    """From two sweeps, and within one whose file says so."""
+    one = a_sweep(tmp_path / "x", "grpo", write_arm(tmp_path / "x", [0.1, 0.2]))
+    other = write_arm(tmp_path / "y", [0.7, 0.8], rl={"epochs": 2, "iterations": 2})
+    found = find_runs([one, a_sweep(tmp_path / "y", "grpo", other)])
+    assert {arm: len(runs) for arm, runs in found.arms.items()} == {
+        "grpo (rl.epochs=1)": 2, "grpo (rl.epochs=2)": 2,
+    }  # fmt: skip
+    assert "grpo stands for runs with different recipes" in found.notes[0]
+    assert "compared apart, by rl.epochs" in found.notes[0]
+    mixed = a_sweep(tmp_path, "a", [tmp_path / "x" / "seed-0", tmp_path / "y" / "seed-1"])
+    assert sorted(find_runs([mixed]).arms) == ["a (rl.epochs=1)", "a (rl.epochs=2)"]
+
+
+def test_arms_of_a_sweep_stay_whole_wherever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipes name the cold starts as seen from where the sweep was begun."""
+    for seed in range(2):
+        kept = {"seed": seed, "name": f"cold start, seed {seed}", "start": seed}
+        write_run(tmp_path / f"s/cold/base/seed-{seed}", [row({"a": 0.3})], iterations=0, **kept)
+        for arm, lr in (("a", 1e-3), ("b", 1e-4)):
+            write_run(
+                tmp_path / f"s/arms/{arm}/seed-{seed}", [row({"a": 0.5})], seed=seed, start=seed,
+                name=f"{arm}, seed {seed}", policy={"model": f"s/cold/base/seed-{seed}/model"},
+                rl={"iterations": 2, "optimizer": {"lr": lr}},
+            )  # fmt: skip
+    for place in (tmp_path, Path("/")):
+        monkeypatch.chdir(place)
+        found = find_runs([tmp_path / "s" / "arms"])
+        assert {arm: len(runs) for arm, runs in found.arms.items()} == {"a": 2, "b": 2}
+    (tmp_path / "s" / "cold").rename(tmp_path / "gone")
+    assert [len(runs) for runs in find_runs([tmp_path / "s" / "arms"]).arms.values()] == [2, 2]
+
+
 def test_a_sweep_names_its_arms_and_what_is_missing(tmp_path: Path) -> None:
     write_run(tmp_path / "cold" / "seed-0", [row({"a": 0.3, "b": 0.3})], iterations=0)
     write_arm(tmp_path / "arms", [0.5])

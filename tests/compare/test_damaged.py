@@ -56,7 +56,13 @@ def alter(run: Path, change: Change) -> None:
         (lambda r: r["identity"].pop("decoding"), "identity.decoding is not str"),
         (lambda r: r["identity"].pop("episodes"), "identity.episodes is not a number"),
         (lambda r: r.update(identity="x"), "identity is not an object"),
-        (lambda r: r.update(success_rate=NAN), "success_rate is not a number"),
+        (lambda r: r.update(success_rate=NAN), "success_rate is not a number from 0 to 1"),
+        (lambda r: r.update(success_rate=37.0), "success_rate is not a number from 0 to 1"),
+        (
+            lambda r: r["by_task"]["a"].update(success_rate=-1),
+            "a.success_rate is not a number from",
+        ),
+        (lambda r: r.update(outcome_mean=10**400), "outcome_mean is not a number"),
         (lambda r: r["by_task"]["a"].update(success_rate=NAN), "a.success_rate is not a number"),
         (lambda r: r["by_task"]["a"].update(outcome_mean=None), "a.outcome_mean is not a number"),
         (lambda r: r["by_task"].update(a=3), "by_task.a is not an object"),
@@ -140,6 +146,18 @@ def test_a_sweep_takes_a_torn_run_up_again_and_tells_what_it_can(runs: list[Path
 def test_a_number_of_iterations_that_is_none_is_read_from_the_recipe(runs: list[Path]) -> None:
     (runs[1] / "run.json").write_text('{"status": "finished", "iterations": "two"}')
     assert seeds_and_notes(runs) == ([0, 1, 2], "")
+
+
+def test_a_folder_in_the_place_of_a_file_holds_no_evaluations(runs: list[Path]) -> None:
+    (runs[0] / "evaluations.jsonl").mkdir()
+    assert seeds_and_notes(runs)[0] == [0, 1, 2]
+
+
+def test_a_run_without_the_weights_it_began_with_is_in_no_pair(runs: list[Path]) -> None:
+    (runs[1] / "initial" / "model.safetensors").unlink()
+    seeds, notes = seeds_and_notes(runs)
+    assert seeds == [0, 1, 2]
+    assert f"seed 1 ({runs[1]}): the weights it began with are missing" in notes
 
 
 def test_recorded_evaluations_that_are_damaged(runs: list[Path]) -> None:

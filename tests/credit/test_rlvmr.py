@@ -55,6 +55,12 @@ def test_exploring_earns_where_command_and_state_are_new() -> None:
     ) == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0]
 
 
+def test_a_command_that_was_refused_is_new_when_it_is_valid() -> None:
+    refused = step("explore", "aa", "open drawer", invalid="not_admissible")
+    again = step("explore", "bc", "open drawer")
+    assert rewards(0.0, refused, step("monitor", "ab", "go east"), again) == [0.0, 0.0, 1.0]
+
+
 def test_a_command_said_under_another_tag_is_not_new() -> None:
     found = rewards(0.0, step("monitor", "ab", "open box"), step("explore", "bc", "open box"))
     assert found == [0.0, 0.0]

@@ -186,6 +186,22 @@ def test_the_weight_falls_with_the_tokens_that_are_used(tmp_path: Path) -> None:
     assert weights[1] == pytest.approx(0.5 * (1 - first / int(1.5 * first)))
 
 
+@pytest.mark.parametrize(
+    ("penalty", "dropped", "said"), [(0.3, True, 1), (0.0, True, 0), (0.3, False, 0)]
+)
+def test_credit_that_is_dropped_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], penalty: float, dropped: bool, said: int
+) -> None:
+    """Nobody succeeds who has learnt nothing, and some of the steps are flawed."""
+    own = recipe(
+        2, credit={"penalty": penalty}, cold_start={"episodes": 0},
+        rl={"drop_constant_groups": dropped, "returns": "success"},
+    )  # fmt: skip
+    train(own, tmp_path / "run", Display())
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.count("though their steps differ in credit") == said
+
+
 def test_free_labels_only_without_an_objective(tmp_path: Path) -> None:
     gcd = {"objective": "none", "labels": ["rule", "branch"]}
     train(recipe(1, gcd=gcd), tmp_path / "run", Display(quiet=True))

@@ -15,7 +15,16 @@ from untwine.errors import ConfigError, UntwineError
 from untwine.progress import Display
 from untwine.sweep.command import run_sweep
 from untwine.sweep.looks import Look
-from untwine.sweep.plan import Arm, check_folder, folder_name, plan_sweep, vary, write_plan
+from untwine.sweep.plan import (
+    Arm,
+    Planned,
+    check_examined,
+    check_folder,
+    folder_name,
+    plan_sweep,
+    vary,
+    write_plan,
+)
 
 RECIPE = {
     "name": "base",
@@ -44,7 +53,7 @@ def test_every_combination_is_an_arm() -> None:
     ]
     assert arms[0].name == "rl.epochs=1, env.tasks=[fetch, tidy]"
     assert vary([]) == [Arm("", ())]
-    assert [a.overrides[0] for a in vary(['name="a,b",c'])] == ['name="a,b"', "name=c"]
+    assert [a.overrides[0] for a in vary(['env.name="a,b",c'])] == ['env.name="a,b"', "env.name=c"]
 
 
 @pytest.mark.parametrize(
@@ -194,11 +203,87 @@ def test_a_plan_grows_and_what_was_begun_stays(recipe: Path, tmp_path: Path) -> 
     write_plan(out, first)
     assert sorted(e["seed"] for e in read_sweep(out)) == [4, 4, 4, 5, 5, 5, 6, 6, 6]
     changed = plan_sweep(recipe, ["rl.groups=3"], vary([f"{NONE},generative/ce"]), 1, out)
-    with pytest.raises(ConfigError, match="was begun with another recipe; choose another --out"):
+    with pytest.raises(
+        ConfigError, match=r"was begun with another recipe \(rl.groups\); choose another"
+    ):
         write_plan(out, changed)
     moved = tmp_path / "moved"
     out.rename(moved)
     write_plan(moved, plan_sweep(recipe, [], vary([f"{NONE},generative/ce"]), 1, moved))
+
+
+def begun(planned: Planned) -> None:
+    planned.job.run.mkdir(parents=True)
+    (planned.job.run / "recipe.yaml").write_text(planned.job.recipe.to_yaml())
+
+
+def test_other_seeds_of_an_arm_are_trained_alike_or_refused(recipe: Path, tmp_path: Path) -> None:
+    """Else one arm of the comparison would hold two ways to train."""
+    out, arms = tmp_path / "out", [Arm("a", ("rl.epochs=1",)), Arm("b", ())]
+    first = plan_sweep(recipe, [], arms, 1, out)
+    write_plan(out, first)
+    for one in first:
+        begun(one)
+    later = plan_sweep(recipe, ["seed=7"], arms, 2, out)
+    write_plan(out, later)
+    other = plan_sweep(recipe, ["seed=9", "rl.groups=3"], arms, 1, out)
+    with pytest.raises(
+        ConfigError, match=r"'a' was trained in another way with seed 4 \(rl.groups\)"
+    ):
+        write_plan(out, other)
+    unpaired = plan_sweep(recipe, ["seed=9"], arms, 1, out, pair=False)
+    with pytest.raises(ConfigError, match=r"cold_start.episodes, policy.model"):
+        write_plan(out, unpaired)
+
+
+def test_how_a_finished_cold_start_was_examined_is_no_obstacle(
+    recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arms = [Arm("a", ("evaluate.episodes=16",)), Arm("b", ("gcd.weight=0.1",))]
+    for one in plan_sweep(recipe, [], arms[:1], 1, out):
+        begun(one)
+    write_plan(out, plan_sweep(recipe, [], arms, 1, out))
+    changed = plan_sweep(recipe, ["cold_start.steps=4"], arms, 1, out)
+    with pytest.raises(ConfigError, match=r"\(cold_start.steps\)"):
+        write_plan(out, changed)
+
+
+@pytest.mark.parametrize(
+    ("arms", "words"),
+    [
+        ([Arm("a", ("evaluate.episodes=4",)), Arm("b", ())], "'a' and 'b' have no evaluation set"),
+        ([Arm("a", ("env.max_steps=7",)), Arm("b", ())], "no evaluation set in common"),
+        ([Arm("a", ("evaluate.episodes=0",))], r"episodes is 0 \(arm 'a'\)"),
+        ([Arm("a", ("evaluate.sets=[]",))], "sets is empty"),
+    ],
+)
+def test_a_sweep_that_could_not_end_in_a_comparison_is_not_begun(
+    recipe: Path, tmp_path: Path, arms: list[Arm], words: str
+) -> None:
+    out = tmp_path / "out"
+    planned = plan_sweep(recipe, [], arms, 1, out)
+    with pytest.raises(ConfigError, match=words):
+        run_sweep(planned, out, Display(quiet=True))
+    assert not out.exists()
+
+
+def test_arms_may_differ_in_some_sets(recipe: Path, tmp_path: Path) -> None:
+    arms = [Arm("a", ("evaluate.sets=[L0, L1]",)), Arm("b", ("evaluate.sets=[L1]",))]
+    check_examined(plan_sweep(recipe, [], arms, 1, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "words"),
+    [
+        ("cold start", "rl.epochs=2", "has the name of the cold starts"),
+        ("a", "policy.threads=2", "every run of a sweep has one thread"),
+        ("a", "name=x", "name the arm instead"),
+    ],
+)
+def test_what_a_sweep_sets_itself_makes_no_arm(name: str, override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Arm(name, (override,))
 
 
 def test_other_folders_are_left_alone(recipe: Path, tmp_path: Path) -> None:

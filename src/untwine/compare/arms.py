@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -21,6 +22,9 @@ _NEUTRAL = {
 }
 """Keys that do not make an arm: seed, names, and how and where the work is done."""
 
+COLD_FOLDER = "cold"
+"""Where a sweep keeps the cold starts that arms share: cold/KIND/seed-N."""
+
 _MODEL = "policy.model"
 _MADE = "another run's"
 """What a model is called that a run made."""
@@ -32,22 +36,33 @@ def arm_labels(recipes: Mapping[Path, tuple[Recipe, str]]) -> dict[str, str]:
     recipes  of the runs, each with the key of its arm
     """
     names: dict[str, set[str]] = {}
-    trees: dict[str, dict[str, str]] = {}
     for recipe, key in recipes.values():
-        names.setdefault(key, set()).add(recipe.name)
-        tree = {leaf: str(value) for leaf, value in leaves(json.loads(key))}
-        trees[key] = tree if _MODEL in tree else tree | {_MODEL: _MADE}
+        names.setdefault(key, set()).add(_without_seed(recipe.name))
     shared = [next(iter(own)) for own in names.values() if len(own) == 1]
     if len(shared) == len(names) == len(set(shared)):
         return dict(zip(names, shared, strict=True))
     if len(names) == 1:
         return {key: sorted(own)[0] for key, own in names.items()}
+    return differences(names)
+
+
+def differences(arms: Iterable[str]) -> dict[str, str]:
+    """`key=value, ...` for each arm, given by its key: what is not the same in all of them."""
+    trees: dict[str, dict[str, str]] = {}
+    for arm in arms:
+        tree = {leaf: str(value) for leaf, value in leaves(json.loads(arm))}
+        trees[arm] = tree if _MODEL in tree else tree | {_MODEL: _MADE}
     everything = sorted({leaf for tree in trees.values() for leaf in tree})
     differing = [k for k in everything if _differs(k, trees.values())]
     return {
-        key: ", ".join(f"{k}={tree[k]}" for k in differing if k in tree)
-        for key, tree in trees.items()
+        arm: ", ".join(f"{k}={tree[k]}" for k in differing if k in tree)
+        for arm, tree in trees.items()
     }
+
+
+def _without_seed(name: str) -> str:
+    """The name of a run without what a sweep adds to that of its arm."""
+    return re.sub(r", seed \d+$", "", name)
 
 
 def _differs(key: str, trees: Iterable[Mapping[str, str]]) -> bool:
@@ -58,10 +73,12 @@ def _differs(key: str, trees: Iterable[Mapping[str, str]]) -> bool:
     return len({tree.get(key) for tree in trees}) > 1
 
 
-def arm_key(recipe: Recipe, later: tuple[Path, ...] = ()) -> str:
+def arm_key(recipe: Recipe, run: Path | None = None, later: tuple[Path, ...] = ()) -> str:
     """Equal for the runs of one arm. A model that another run made stands for that run's recipe, so
     that cold starts of different seeds are alike.
 
+    run    directory of the run; a cold start that its sweep made is found beside it, wherever the
+           sweep is now
     later  the runs that this one made the model for
     UntwineError when the recipe of such a run cannot be read.
     """
@@ -71,9 +88,16 @@ def arm_key(recipe: Recipe, later: tuple[Path, ...] = ()) -> str:
             tree.pop(section)
         else:
             tree[section] = {k: v for k, v in tree[section].items() if k not in keys}  # type: ignore[operator]
-    origin = Path(recipe.policy.model).parent.resolve()
-    if is_run(origin) and origin not in later:
-        tree["policy"]["model"] = json.loads(arm_key(run_recipe(origin), (*later, origin)))
+    origin = Path(recipe.policy.model).parent
+    shared = origin.parts[-3:] if origin.parts[-3:-2] == (COLD_FOLDER,) else ()
+    places = [origin.resolve()]
+    if shared and run is not None:
+        places += [above.joinpath(*shared) for above in run.resolve().parents]
+    found = next((place for place in places if is_run(place)), None)
+    if found and found not in later:
+        tree["policy"]["model"] = json.loads(arm_key(run_recipe(found), found, (*later, found)))
+    elif shared:  # it is gone: of its place all but the seed
+        tree["policy"]["model"] = "/".join(shared[:-1])
     return json.dumps(tree, sort_keys=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from untwine.config import Recipe
 from untwine.evaluate.command import recorded_evaluations
 from untwine.report.run_data import RunData, number
-from untwine.report.shape import Misshapen, each, shaped
+from untwine.report.shape import Misshapen, each, shaped, share
 
 Key = tuple[str, str]
 """Set and decoding of an evaluation."""
@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 Results = dict[Key, list[Row]]
 """Rows by key, the newest last."""
 
-_SCORES = {"success_rate": float, "outcome_mean": float}
+_SCORES = {"success_rate": share, "outcome_mean": float}
 _SHAPE = {
     "set": str,
     "identity": {"digest": str, "decoding": str, "environment": str, "episodes": int},

@@ -7,13 +7,13 @@ not touch the result. The folder of a sweep names its arms itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from untwine.compare.arms import arm_key, arm_labels, is_run
+from untwine.compare.arms import arm_key, arm_labels, differences, is_run
 from untwine.compare.results import Key, Results, evaluate_command, lacking_tasks, read_results
 from untwine.config import Recipe
 from untwine.errors import CheckpointError, ConfigError, UntwineError
@@ -83,20 +83,20 @@ def find_runs(paths: Sequence[Path]) -> Found:
         listed += _sweep_runs(path, notes) if (path / SWEEP_FILE).is_file() else _plain_runs(path)
     listed = list({path.resolve(): (path, arm) for path, arm in listed}.values())
     recipes = _recipes(listed, notes)
-    labels = arm_labels(
-        {path: recipes[path] for path, arm in listed if not arm and path in recipes}
-    )
+    labels = _labels(listed, recipes, notes)
     runs: list[Run] = []
-    for path, arm in listed:
-        if path not in recipes:
-            continue
-        recipe, key = recipes[path]
-        run = _read(path, recipe, arm or labels[key], notes)
+    for path in labels:
+        run = _read(path, recipes[path][0], labels[path], notes)
         twin = next((r for r in runs if run and _twins(r, run)), None)
         if run and twin:
             notes.append(f"{path} has arm, seed and cold start of {twin.path} and was left out.")
         elif run:
             runs.append(run)
+            if run.start is None:
+                notes.append(
+                    f"{run.arm}, seed {run.seed} ({path}): the weights it began with are missing "
+                    "or damaged, so it is in no pair."
+                )
     runs = _complete(runs, notes)
     if not runs:
         why = " ".join(notes) or "No run was named."
@@ -155,16 +155,51 @@ def read_sweep(path: Path) -> list[dict[str, Any]]:
 def _recipes(
     listed: Sequence[tuple[Path, str | None]], notes: list[str]
 ) -> dict[Path, tuple[Recipe, str]]:
-    """Recipe and key of the arm of each run; one that cannot be read is left out with a note. No
-    key is needed where a sweep has named the arm."""
+    """Recipe and key of the arm of each run; one that cannot be read is left out with a note."""
     found: dict[Path, tuple[Recipe, str]] = {}
     for path, arm in listed:
         try:
             recipe = run_recipe(path)
-            found[path] = (recipe, arm or arm_key(recipe))
+            try:
+                key = arm_key(recipe, path)
+            except UntwineError:  # of its cold start; the sweep has named the arm
+                if arm is None:
+                    raise
+                key = json.dumps({"name": arm})
+            found[path] = (recipe, key)
         except UntwineError as error:
             notes.append(f"{path}: left out, since {error}")
     return found
+
+
+def _labels(
+    listed: Sequence[tuple[Path, str | None]],
+    recipes: Mapping[Path, tuple[Recipe, str]],
+    notes: list[str],
+) -> dict[Path, str]:
+    """The name of the arm of each run: what its sweep calls it, or else what `arm_labels` says. A
+    name that stands for different recipes is told apart by what differs, with a note."""
+    own = arm_labels({path: recipes[path] for path, arm in listed if not arm and path in recipes})
+    labels = {path: arm or own[recipes[path][1]] for path, arm in listed if path in recipes}
+    keys: dict[str, dict[str, None]] = {}
+    for path, label in labels.items():
+        keys.setdefault(label, {})[recipes[path][1]] = None
+    for label, arms in keys.items():
+        if len(arms) > 1:
+            apart = differences(arms)
+            notes.append(
+                f"{label} stands for runs with different recipes, which are no arm together; they "
+                f"are compared apart, by {_keys_of(apart.values())}."
+            )
+            for path, name in labels.items():
+                if name == label:
+                    labels[path] = f"{label} ({apart[recipes[path][1]]})"
+    return labels
+
+
+def _keys_of(descriptions: Iterable[str]) -> str:
+    keys = [part.partition("=")[0] for text in descriptions for part in text.split(", ")]
+    return ", ".join(dict.fromkeys(key for key in keys if key))
 
 
 def _read(path: Path, recipe: Recipe, arm: str, notes: list[str]) -> Run | None:

@@ -10,6 +10,7 @@ from pydantic import Field
 from untwine.records import Group
 
 AboveZero = Annotated[float, Field(gt=0)]
+AtLeastZero = Annotated[float, Field(ge=0)]
 """What keeps a divisor from being 0."""
 
 

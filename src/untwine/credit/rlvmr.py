@@ -9,16 +9,16 @@ import math
 from collections import defaultdict
 from typing import Literal
 
-from untwine.credit.grpo import AboveZero, grpo
+from untwine.credit.grpo import AboveZero, AtLeastZero, grpo
 from untwine.prompting.tags import failures
 from untwine.records import Episode, Group
 
 
 def rlvmr(
     group: Group,
-    weight: float = 1.0,
+    weight: AtLeastZero = 1.0,
     normalise: Literal["std", "none"] = "std",
-    refusal: float = 0.1,
+    refusal: AtLeastZero = 0.1,
     eps: AboveZero = 1e-6,
 ) -> list[list[float | None]]:
     """A = A_g + weight * (r - mean_tag r) / (std_tag r + eps), for a step of episode g whose tag
@@ -60,7 +60,7 @@ def tag_rewards(episode: Episode) -> list[float]:
     """What the tag of each step earns, 0 or 1; a step that is not valid earns nothing.
 
     planning    the episode ends in success
-    explore     a command not given before in the episode, to a state it has not been in
+    explore     a command that was not valid before in the episode, to a state it has not been in
     reflection  the step before came to nothing (prompting/tags.py, `failures`), and this one is
                 another command that changes the state
     monitor     nothing
@@ -85,7 +85,8 @@ def tag_rewards(episode: Episode) -> list[float]:
                 other = command != (before.command or "").lower()
                 earned = failed[t - 1] and other and step.next_state_key != step.state_key
         rewards.append(float(earned))
-        said.add(command)
+        if step.invalid is None:
+            said.add(command)
         seen.add(step.next_state_key)
     return rewards
 

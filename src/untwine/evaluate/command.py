@@ -54,7 +54,12 @@ def evaluate_run(
         raise ConfigError("evaluate.sets is empty, so there is nothing to play; use --sets L0,L1")
     if not episodes:
         raise ConfigError("evaluate.episodes is 0, so there is nothing to play; use --episodes N")
+    played = {name: evaluation_refs(recipe.env, name, episodes) for name in sets}  # all there?
     if model == "random":
+        if "greedy" in decodings:
+            raise ConfigError(
+                "random commands have no most likely token; leave out --greedy, --both"
+            )
         return evaluate_random(recipe, sets, episodes, display, seed)
     folder = model or str(_own_policy(run))
     own, cost = run_recipe(run), run_cost(run)  # before anything is played, which may take long
@@ -62,8 +67,7 @@ def evaluate_run(
     with open_pool(recipe.env, list_commands=recipe.lists_commands) as pool:
         policy = load_recorded_policy(run, recipe, 0, folder).policy
         collector = make_collector(policy, pool, recipe)
-        for name in sets:
-            refs = evaluation_refs(recipe.env, name, episodes)
+        for name, refs in played.items():
             for decoding in decodings:
                 greedy = decoding == "greedy"
                 with display.bar(f"evaluate {name}, {decoding}", len(refs), "episode") as bar:
@@ -115,7 +119,7 @@ def recorded_evaluations(run: Path) -> list[dict[str, Any]]:
     those of a policy that was trained further since are left out."""
     file = run / RECORDED
     rows = []
-    weights = model_digest(run / "model") if file.exists() else None
+    weights = model_digest(run / "model") if file.is_file() else None
     for line in file.read_bytes().splitlines() if weights else []:
         with contextlib.suppress(ValueError, RecursionError):  # a kill may leave half a line
             row = json.loads(line)
@@ -134,8 +138,7 @@ def evaluate_random(
         raise EnvError(f"environment {env.name!r} does not list its commands")
     rows = []
     with open_pool(env, list_commands=True) as pool:
-        for name in sets:
-            refs = evaluation_refs(env, name, episodes)
+        for name, refs in {name: evaluation_refs(env, name, episodes) for name in sets}.items():
             with display.bar(f"random on {name}", len(refs), "episode") as bar:
                 groups = play_random(pool, refs, env.max_steps, seed, bar.update)
             identity = set_identity(env, name, refs, decoding=decoding_name(False, None), seed=seed)
@@ -152,21 +155,25 @@ def _row(
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """The rows as a table on the terminal, under the name of the environment; intervals in
-    brackets."""
-    title = ", ".join(dict.fromkeys(row["environment"] for row in rows))
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    """The rows of one policy as a table on the terminal, under the name of the environment and of
+    the policy; intervals in brackets."""
+    title, policy, episodes = (
+        ", ".join(dict.fromkeys(str(row[key]) for row in rows))
+        for key in ("environment", "policy", "episodes")
+    )
+    table = Table(
+        title=f"{title}, {episodes} episodes each\n{Path(policy).as_posix()}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("set", no_wrap=True)
-    table.add_column("policy", overflow="fold", min_width=10)
-    for column in ("episodes", "score", "success", "length", "flawed", "invalid", "repeated"):
-        table.add_column(column, justify="right")
+    for column in ("score", "success", "length", "flawed", "invalid", "repeated"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["set"] if row["decoding"] == "sampled" else f"{row['set']}, {row['decoding']}",
-            Path(row["policy"]).as_posix(),
-            str(row["episodes"]),
-            with_interval(row["outcome_mean"], row["outcome_interval"]),
-            with_interval(row["success_rate"], row["success_interval"]),
+            with_interval(row["outcome_mean"], row["outcome_interval"]).replace(" [", "\n["),
+            with_interval(row["success_rate"], row["success_interval"]).replace(" [", "\n["),
             f"{row['episode_length']:.1f}",
             f"{100 * row['flawed_rate']:.0f} %",
             f"{100 * row['invalid_rate']:.0f} %",

@@ -51,7 +51,10 @@ def number(value: object) -> float | None:
     """`value` as a finite float, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None
 
 
 def load_run(path: str | Path) -> RunData:

@@ -1,8 +1,8 @@
 """Check JSON against a shape, so that what a page shows has the types that it expects.
 
-A shape is `float` (finite), `int`, `str`, `bool`, `object` (anything); `maybe(shape)`; `[shape]`
-for a list; `{"key": shape}` for an object of which only these keys are kept; `each(shape)` for an
-object with any keys.
+A shape is `float` (finite), `share` (from 0 to 1), `int`, `str`, `bool`, `object` (anything);
+`maybe(shape)`; `[shape]` for a list; `{"key": shape}` for an object of which only these keys are
+kept; `each(shape)` for an object with any keys.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ class each:  # noqa: N801
     shape: Any
 
 
+class share:  # noqa: N801
+    """A number from 0 to 1."""
+
+
 def shaped(value: Any, shape: Any, at: str = "") -> Any:
     """`value` with the keys of `shape` and nothing else; Misshapen when it does not fit."""
     if isinstance(shape, maybe):
@@ -46,6 +50,10 @@ def shaped(value: Any, shape: Any, at: str = "") -> Any:
     if isinstance(shape, list):
         _demand(isinstance(value, list | tuple), at, "a list")
         return [shaped(item, shape[0], f"{at}[{i}]") for i, item in enumerate(value)]
+    if shape is share:
+        found = number(value)
+        _demand(found is not None and 0 <= found <= 1, at, "a number from 0 to 1")
+        return found
     if shape in (float, int):
         found = number(value)
         _demand(found is not None, at, "a number")

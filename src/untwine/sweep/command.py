@@ -16,7 +16,7 @@ from untwine.report.run_data import number
 from untwine.sweep.crew import Crew, Job
 from untwine.sweep.lock import locked
 from untwine.sweep.looks import Look, check_looks, looks_failure, take_looks
-from untwine.sweep.plan import LOCK, Planned, check_arms, check_folder, write_plan
+from untwine.sweep.plan import LOCK, Planned, check_arms, check_examined, check_folder, write_plan
 from untwine.sweep.worker import is_finished
 from untwine.training.run_dir import metric_rows
 from untwine.training.signals import StopRequest
@@ -46,6 +46,7 @@ def run_sweep(
         raise ConfigError(f"unknown measure {measure!r}; it is {' or '.join(MEASURES)}")
     check_looks(looks)
     check_arms(planned)
+    check_examined(planned)
     check_folder(out)
     with locked(out / LOCK):
         write_plan(out, planned)
@@ -61,7 +62,8 @@ def run_sweep(
             raise UntwineError(_failure(failed, planned)) from error
         raise
     if failed:
-        raise UntwineError(f"{_failure(failed, planned)}; the others are compared in {page}")
+        also = f"; {looks_failure(unseen)}" if unseen else ""
+        raise UntwineError(f"{_failure(failed, planned)}; the others are compared in {page}{also}")
     if unseen:
         raise UntwineError(looks_failure(unseen))
     return numbers, page

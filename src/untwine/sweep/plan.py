@@ -11,13 +11,18 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from untwine.compare.arms import COLD_FOLDER
 from untwine.compare.runs import COLD_ARM, SWEEP_FILE, read_sweep
 from untwine.config import Recipe, load_recipe, make_recipe
-from untwine.errors import ConfigError, UntwineError
+from untwine.config.keys import leaves
+from untwine.errors import CheckpointError, ConfigError, UntwineError
+from untwine.evaluate.identity import decoding_name
+from untwine.evaluate.protocol import evaluation_refs
 from untwine.sweep.crew import Job
 from untwine.training.checking import check_recipe
 from untwine.training.run_dir import run_recipe
@@ -30,6 +35,12 @@ AFTER_COLD_START = (
 )
 """Sections of a recipe that do not touch its cold start, but for the sentences of `correction`:
 arms that differ in nothing else share one."""
+
+_NO_ARM = {
+    "policy.threads": "but every run of a sweep has one thread, so that it can be repeated",
+    "name": "which changes nothing; name the arm instead",
+}
+"""Keys that a sweep sets itself."""
 
 _LONGEST_NAME = 80
 
@@ -46,6 +57,13 @@ class Arm:
     seeds: int = 0
 
     def __post_init__(self) -> None:
+        if self.name.startswith(COLD_ARM):
+            raise ConfigError(
+                f"arm {self.name!r} has the name of the cold starts that arms share; choose another"
+            )
+        for key, why in _NO_ARM.items():
+            if any(_key(override) == key for override in self.overrides):
+                raise ConfigError(f"arm {self.name!r} sets {key}, {why}")
         if any(_key(override) == "seed" for override in self.overrides):
             raise ConfigError(
                 f"arm {self.name!r} sets seed, but every arm is trained with the same seeds, from "
@@ -124,7 +142,7 @@ def plan_sweep(
             start = None
             if arm in colds:
                 kind = ", ".join(arm.before)
-                start = out / "cold" / (folder_name(kind) or "base") / f"seed-{seed}"
+                start = out / COLD_FOLDER / (folder_name(kind) or "base") / f"seed-{seed}"
                 title = f"{COLD_ARM} ({kind})" if kind else COLD_ARM
                 cold = _changed(colds[arm], f"{title}, seed {seed}", seed)
                 planned.setdefault(start, Planned(Job(cold.name, cold, start), title, seed))
@@ -160,6 +178,38 @@ def check_arms(planned: Sequence[Planned]) -> None:
             raise type(error)(f"arm {arm!r}: {error}") from error
 
 
+def check_examined(planned: Sequence[Planned]) -> None:
+    """ConfigError when the arms have no evaluation set in common, so that the sweep could not end
+    in a comparison."""
+    shared: dict[str, str] | None = None
+    first = ""
+    recipes = {one.arm: one.job.recipe for one in planned}
+    for arm in sorted(recipes, key=lambda arm: arm.startswith(COLD_ARM)):
+        recipe = recipes[arm]
+        config, env = recipe.evaluate, recipe.env
+        if not config.sets or not config.episodes:
+            key = "episodes is 0" if config.sets else "sets is empty"
+            raise ConfigError(
+                f"evaluate.{key} (arm {arm!r}), and a sweep ends in a comparison of evaluations; "
+                "set it, or train the runs one by one"
+            )
+        played = [evaluation_refs(env, name, config.episodes) for name in config.sets]
+        decoding = decoding_name(config.greedy, config.temperature)
+        own = {
+            name: repr((env.name, env.options, env.max_steps, decoding, refs))
+            for name, refs in zip(config.sets, played, strict=True)
+        }
+        if shared is None:
+            shared, first = own, arm
+        shared = {name: seen for name, seen in shared.items() if own.get(name) == seen}
+        if not shared:
+            raise ConfigError(
+                f"arms {first!r} and {arm!r} have no evaluation set in common, so they could not "
+                "be compared; give all arms the same evaluate.sets, evaluate.episodes, decoding, "
+                "env.max_steps and games"
+            )
+
+
 def check_folder(out: Path) -> None:
     """ConfigError when `out` holds something, and that is no sweep."""
     if out.is_file():
@@ -179,7 +229,9 @@ def write_plan(out: Path, planned: Sequence[Planned]) -> None:
     new = {one.job.run.relative_to(out).as_posix(): one for one in planned}
     runs = [{"folder": f, "arm": one.arm, "seed": one.seed} for f, one in new.items()]
     if file.exists():
-        runs += [entry for entry in read_sweep(out) if entry["folder"] not in new]
+        others = [entry for entry in read_sweep(out) if entry["folder"] not in new]
+        _check_other_seeds(out, planned, others)
+        runs += others
     out.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(".partial")
     scratch.write_text(json.dumps({"format": FORMAT, "runs": runs}, indent=1), encoding="utf-8")
@@ -187,23 +239,64 @@ def write_plan(out: Path, planned: Sequence[Planned]) -> None:
 
 
 def _check_same(job: Job) -> None:
-    try:
-        known = run_recipe(job.run)
-    except ConfigError:
-        return  # killed while it was written; the run begins anew
-    if _comparable(known, job.after) != _comparable(job.recipe, job.after):
+    """ConfigError when the run that is there was not begun as the planned one."""
+    if (known := _known_recipe(job.run)) is None:
+        return
+    one, other = (_comparable(recipe, job.after) for recipe in (known, job.recipe))
+    if not job.recipe.rl.iterations:  # how a cold start is examined makes no other one of it
+        one, other = (
+            {key: value for key, value in tree.items() if not key.startswith("evaluate.")}
+            for tree in (one, other)
+        )
+    if changed := _differing(one, other):
         raise ConfigError(
-            f"{job.run} was begun with another recipe; choose another --out, or take back what "
-            "was changed"
+            f"{job.run} was begun with another recipe ({changed}); choose another --out, or take "
+            "back what was changed"
         )
 
 
-def _comparable(recipe: Recipe, start: Path | None) -> str:
-    """The recipe as text; the shared cold start by its place in the sweep, which may be moved."""
-    tree = recipe.model_dump(mode="json")
+def _check_other_seeds(
+    out: Path, planned: Sequence[Planned], others: Sequence[Mapping[str, Any]]
+) -> None:
+    """ConfigError when an earlier plan trained other seeds of an arm in another way."""
+    own = {one.arm: one.job for one in planned if not one.arm.startswith(COLD_ARM)}
+    for entry in others:
+        job = own.get(entry["arm"])
+        known = _known_recipe(out / entry["folder"]) if job else None
+        if job is None or known is None:
+            continue
+        seedless = [
+            {k: v for k, v in _comparable(recipe, job.after).items() if k not in ("name", "seed")}
+            for recipe in (known, job.recipe)
+        ]
+        for tree in seedless:
+            tree["policy.model"] = tree["policy.model"].replace(f"/seed-{known.seed}/", "/")
+            tree["policy.model"] = tree["policy.model"].replace(f"/seed-{job.recipe.seed}/", "/")
+        if changed := _differing(*seedless):
+            raise ConfigError(
+                f"arm {entry['arm']!r} was trained in another way with seed {entry['seed']} "
+                f"({changed}); choose another --out, or name the arm otherwise"
+            )
+
+
+def _known_recipe(run: Path) -> Recipe | None:
+    """None where there is none, or the run was killed while it was written, and begins anew."""
+    try:
+        return run_recipe(run)
+    except (ConfigError, CheckpointError):
+        return None
+
+
+def _comparable(recipe: Recipe, start: Path | None) -> dict[str, str]:
+    """The recipe by key; the shared cold start by its place in the sweep, which may be moved."""
+    tree = {key: str(value) for key, value in leaves(recipe.model_dump(mode="json"))}
     if start is not None:
-        tree["policy"]["model"] = "/".join(Path(recipe.policy.model).parts[-4:])
-    return json.dumps(tree, sort_keys=True)
+        tree["policy.model"] = "/".join(Path(recipe.policy.model).parts[-4:])
+    return tree
+
+
+def _differing(one: Mapping[str, str], other: Mapping[str, str]) -> str:
+    return ", ".join(sorted(k for k in {*one, *other} if one.get(k) != other.get(k)))
 
 
 def _changed(recipe: Recipe, name: str, seed: int) -> Recipe:

@@ -334,7 +334,23 @@ class _Training:
 
     def _credit(self, group: Group) -> Group:
         if self.recipe.rl.drop_constant_groups and len(set(group.returns_G)) == 1:
+            self._warn_of_dropped(group)
             return group.with_advantages([[None] * e.length for e in group.episodes])
+        return self._with_credit(group)
+
+    def _warn_of_dropped(self, group: Group) -> None:
+        """Say once that credit tells steps apart in groups that are not trained on."""
+        if "dropped" in self.said:
+            return
+        steps = [step for e in self._with_credit(group).episodes for step in e.steps]
+        if len({step.advantage for step in steps}) > 1:
+            self.said.add("dropped")
+            self.display.line(
+                "[yellow]credit:[/yellow] groups whose returns are all equal are not trained on, "
+                "though their steps differ in credit; rl.drop_constant_groups=false trains on them"
+            )
+
+    def _with_credit(self, group: Group) -> Group:
         group = self.credit(group)
         config, taught = self.recipe.credit, self.recipe.gcd.taught
         if config.penalty:
