@@ -160,7 +160,7 @@ def test_the_plan_of_the_study_is_complete(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "runs", "starts"), [("household-arms", 105, 30), ("scienceworld-levels", 100, 30)]
+    ("file", "runs", "starts"), [("household-arms", 105, 30), ("scienceworld-third", 172, 56)]
 )
 def test_the_arms_of_all_levels_have_equal_budgets_and_shared_cold_starts(
     tmp_path: Path, file: str, runs: int, starts: int
