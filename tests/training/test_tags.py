@@ -34,7 +34,7 @@ def tagged(iterations: int, **changes: Any) -> Recipe:
 
 def test_expert_replies_are_what_the_parser_reads() -> None:
     """With errors of the expert, as in the cold start; in all four forms of a reply."""
-    own = tagged(1)
+    own = tagged(1, cold_start={"episodes": 12, "noise": 0.8})
     with Workshop(own, Display(quiet=True)) as workshop:
         chat = workshop.policy.chat
         found = set()
