@@ -34,7 +34,7 @@ QUIET = Display(quiet=True)
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("judging") / "run"
-    train(recipe(2, gcd=GCD), run, QUIET)
+    train(recipe(2, gcd=GCD, rl={"groups": 8}), run, QUIET)
     return run
 
 
@@ -145,10 +145,10 @@ def test_the_command(untwine, trained: Path) -> None:  # type: ignore[no-untyped
     policy, config, groups = opened(trained)
     again = measure_judging(policy, config, groups, JudgingOptions(draws=3), QUIET)
     assert numbers["verdict"] == pytest.approx(again["verdict"])
-    result = untwine("judging", trained, "gcd.objective=pairwise")
+    result = untwine("judging", trained, "gcd.objective=generative/rl")
     assert result.code == 0, result.err
     assert "what one step changes in log pi of commands" in result.out
-    assert "(pairwise)" in result.out
+    assert "(generative/rl)" in result.out
     assert "labels permuted" in result.out
     result = untwine("judging", trained, "gcd.objective=pairs")
     assert result.code == 2
