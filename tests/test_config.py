@@ -33,8 +33,11 @@ def test_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
 
 
-def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
-    assert load_recipe(write(tmp_path, "")) == Recipe()
+def test_what_a_file_leaves_out_is_the_default(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, "{}")) == Recipe()
+    for text in ("", "# nothing but words\n"):
+        with pytest.raises(ConfigError, match="is empty; it must hold sections"):
+            load_recipe(write(tmp_path, text))
 
 
 def test_a_recipe_on_top_of_another(tmp_path: Path) -> None:
@@ -106,10 +109,15 @@ def test_a_base_that_is_none(tmp_path: Path, text: str, message: str) -> None:
         ("correction: {window: 0}\n", [], "correction.window: input should be greater than 0"),
         ("correction: {kinds: [undo, undo]}\n", [], "correction: kinds names a kind twice"),
         ("correction: {kind: [undo]}\n", [], "Did you mean 'correction.kinds'"),
-        ("", ["seed"], "not of the form section.key=value"),
-        ("", ["rl.lr.x=1"], "unknown key 'rl.lr'"),
+        ("lr: 1\n", [], "Did you mean 'cold_start.optimizer.lr' or 'rl.optimizer.lr'"),
+        ("rl: {lr: 1}\n", [], "Did you mean 'rl.optimizer.lr'"),
+        ("kl: 1\n", [], "Did you mean 'loss.kl'"),
+        ("enviroment: {}\n", [], "Did you mean 'env'"),
+        ("gcd: {wieght: 1}\n", [], "Did you mean 'gcd.weight'"),
+        ("seed: 3\n", ["seed"], "not of the form section.key=value"),
+        ("seed: 3\n", ["rl.lr.x=1"], "unknown key 'rl.lr'"),
         ("seed: 3\n", ["seed.x=1"], "'seed' holds a value, not a section"),
-        ("", ["rl.groups=[1"], "not valid YAML"),
+        ("seed: 3\n", ["rl.groups=[1"], "not valid YAML"),
     ],
 )
 def test_one_sentence(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:

@@ -24,7 +24,7 @@ _MORE_MEMORY = (
 
 app = typer.Typer(
     name="untwine",
-    help="Train language agents with GRPO, see why a flawed action survives training, and cure it.",
+    help="Train language agents with GRPO, see why a flawed action survives, and train against it.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     add_completion=False,
@@ -168,7 +168,7 @@ def report(
 
     untwine report runs/smoke
 
-    untwine report runs/demo/grpo runs/demo/gcd --out compare.html
+    untwine report runs/demo-DATE/grpo runs/demo-DATE/gcd --out compare.html
     """
     from untwine.report import build_report, report_numbers
 

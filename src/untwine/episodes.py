@@ -103,7 +103,11 @@ def read_groups(path: Path) -> list[Group]:
         arrays = load_file(_numbers_path(path))
     except FileNotFoundError as error:
         raise CheckpointError(f"episode file {error.filename or path} is missing") from error
-    except (OSError, EOFError, ValueError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"episode file {_numbers_path(path)} is damaged ({error}); delete it and {path.name}"
+        ) from error
+    except (OSError, EOFError, ValueError) as error:
         raise CheckpointError(f"episode file {path} is damaged ({error}); delete it") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not an episode file of this version ({FORMAT})")

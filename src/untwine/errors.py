@@ -69,7 +69,8 @@ def complaint(problem: Mapping[str, Any]) -> str:
     return f"{message[0].lower() + message[1:]} (got {shown})"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the known word nearest to `word`, or an empty string."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+def nearest(word: str, known: Iterable[str], least: float = 0.5) -> str:
+    """`" Did you mean 'x'?"` for the known word nearest to `word`, or an empty string where none is
+    as like it as `least`."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=least)
     return f" Did you mean {match[0]!r}?" if match else ""

@@ -63,9 +63,9 @@ class Display:
         self._progress.stop()
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """A line that stays, whole, so that a command in it can be copied."""
         if not self._quiet:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def bar(self, description: str, total: int, unit: str = "it", done: int = 0) -> Bar:
         """A bar for a piece of work of `total` units."""

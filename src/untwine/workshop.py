@@ -119,13 +119,18 @@ class Workshop:
             self._transcripts = self._play_experts()
             if not self._transcripts:
                 raise EnvError(
-                    "no expert episode could be played on the training tasks: they have no expert, "
-                    "or its plans are longer than env.max_steps"
+                    "no expert episode could be played on the training tasks: its plans are longer "
+                    "than env.max_steps, or do not solve them when they are played"
                 )
         return self._transcripts
 
     def _play_experts(self) -> list[Transcript]:
         """Every instance once before any of them is played again, with other errors."""
+        if not self.info.has_expert:
+            raise EnvError(
+                f"{self.info.title} has no expert, so there is nothing to imitate; set "
+                "cold_start.episodes to 0 and policy.model to a model that needs no cold start"
+            )
         config, seed = self.recipe.cold_start, self.recipe.seed
         prompt = self.recipe.prompt
         forgets = config.expert == "systematic" and prompt.layout == "window"

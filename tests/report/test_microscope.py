@@ -318,7 +318,13 @@ def test_the_page_shows_what_judging_moves(tmp_path: Path, measured: Path) -> No
     assert "12 questions of generative/ce, 75 % answered right" in text
     (measured / "diagnose" / "coupling.json").unlink()  # which has something more alarming to say
     look = report_numbers([measured])["runs"][0]["first_look"]
-    assert "learning to judge helps acting (good minus flawed +0.19" in look[2]
+    assert (
+        "learning to judge helps acting (good minus flawed +0.19, with permuted labels" in look[2]
+    )
+    strong = {"good": 1.0, "flawed": -1.0, "difference": 2.0}
+    write_json(measured, "judging", {**judging(), "policy": strong})  # beside which it is nothing
+    look = report_numbers([measured])["runs"][0]["first_look"]
+    assert "learning to judge does not move acting (good minus flawed +0.19" in look[2]
     write_json(measured, "judging", {**judging(), "verdict": judging()["permuted"][1]})
     look = report_numbers([measured])["runs"][0]["first_look"]
     assert "learning to judge does not move acting (good minus flawed +0.06" in look[2]

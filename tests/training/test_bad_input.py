@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from tests.gcd.judge_server import mute, serving
 from tests.gcd.test_training import judged, recipe
 from tests.runs import rows
 from tests.training.test_resume import RECIPE
+from untwine.envs.pool import EnvPool
+from untwine.envs.rooms import INFO
 from untwine.envs.splits import FOLDER
-from untwine.errors import ConfigError, EnvError, UntwineError
+from untwine.errors import CheckpointError, ConfigError, EnvError, UntwineError
 from untwine.progress import Display
+from untwine.report import report_numbers
 from untwine.training.loop import train
 from untwine.training.run_dir import run_info
 
@@ -155,3 +159,31 @@ def test_labels_of_one_class_only_train_the_policy_all_the_same(tmp_path: Path) 
         assert found["advantage_flawed"] < 0
         assert found["verdicts"] == 0
         assert found["policy_tokens"] > 0
+
+
+def test_a_run_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"no run can be written to .*choose another --run"):
+        train(recipe(1), tmp_path / "file" / "run", Display(quiet=True))
+
+
+def test_an_environment_without_expert_is_not_asked_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = dataclasses.replace(INFO, has_expert=False)
+    monkeypatch.setattr(EnvPool, "info", property(lambda _: none))
+    with pytest.raises(EnvError, match="has no expert, so there is nothing to imitate; set"):
+        train(recipe(1), tmp_path / "run", Display(quiet=True))
+
+
+def test_iterations_without_spread_are_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One episode a group has nothing to be compared with."""
+    own = recipe(2, rl={"group_size": 1}, gcd={"objective": "none"})
+    train(own, tmp_path / "run", Display())
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.count("nothing to learn: in each of the 2 groups of iteration 0") == 1
+    (run,) = report_numbers([tmp_path / "run"])["runs"]
+    assert "nothing was trained" in run["first_look"][2]
+    assert "rose" not in run["first_look"][1]

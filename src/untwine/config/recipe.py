@@ -124,7 +124,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a text file in UTF-8") from error
     if tree is None:
-        tree = {}
+        raise ConfigError(f"{path} is empty; it must hold sections such as `env:`")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections such as `env:`, not a {type(tree).__name__}")
     return tree
@@ -164,12 +164,28 @@ def _first_key(section: str) -> str:
     return keys_below(Recipe, section.split("."))[0]
 
 
+def nearest_key(parents: Sequence[str], word: str) -> str:
+    """A hint at the key that was meant: one of this section whose name is nearly the same, the same
+    name in other sections, or whatever is most like it."""
+    own, everywhere = keys_below(Recipe, parents), all_keys(Recipe)
+    if longer := [key for key in own if len(key) > 2 and word.startswith(key)]:
+        return f" Did you mean {'.'.join([*parents, longer[0]])!r}?"
+    if hint := nearest(word, own, 0.75):
+        at = ".".join([*parents, ""])
+        return hint.replace("mean '", f"mean '{at}")
+    inside = [k for k in everywhere if k.startswith(".".join([*parents, ""]))] if parents else []
+    same = [k for k in inside or everywhere if k.rpartition(".")[2] == word]
+    if same:
+        return f" Did you mean {' or '.join(map(repr, same[:2]))}?"
+    return nearest(".".join([*parents, word]), everywhere) or nearest(word, own)
+
+
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         *parents, word = [str(part) for part in problem["loc"]]
-        hint = nearest(where, all_keys(Recipe)) or nearest(word, keys_below(Recipe, parents))
+        hint = nearest_key(parents, word)
         return f"unknown key {where!r}.{hint}"
     if not where:  # keys of several sections do not go together, and the message names them
         return problem["msg"].removeprefix("Value error, ")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite, nan
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -62,9 +63,41 @@ def credit_method(name: str, options: Mapping[str, Any]) -> Callable[[Group], Gr
         bound[key] = _read(key, value, known[key])
 
     def apply(group: Group) -> Group:
-        return group.with_advantages(method(group, **bound))
+        return group.with_advantages(_checked(name, group, method(group, **bound)))
 
     return apply
+
+
+def _checked(name: str, group: Group, found: Any) -> list[list[float | None]]:
+    """What a method has returned, when it has a value for every step. ConfigError otherwise."""
+    what, count = f"credit method {name!r}", len(group.episodes)
+    try:
+        rows = [list(row) for row in found]
+    except TypeError:
+        rows = []
+    if len(rows) != count:
+        raise ConfigError(
+            f"{what}: it must return a row of advantages for each of {count} episodes"
+        )
+    for number, (episode, row) in enumerate(zip(group.episodes, rows, strict=True)):
+        if len(row) != episode.length:
+            raise ConfigError(
+                f"{what}: episode {number} has {episode.length} steps and gets {len(row)} "
+                "advantages; every step needs one, or None"
+            )
+    return [[_advantage(what, value) for value in row] for row in rows]
+
+
+def _advantage(what: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = nan
+    if not isfinite(number):
+        raise ConfigError(f"{what}: the advantage {value!r} is neither a finite number nor None")
+    return number
 
 
 def _find(name: str) -> CreditMethod:

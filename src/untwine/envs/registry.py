@@ -86,7 +86,11 @@ def make_env(name: str, options: Mapping[str, Any] | None = None) -> Env:
     """
     family, options, listing = _chosen(name, options)
     if listing and not family.catalogue.info.lists_commands:
-        raise EnvError(f"environment {name!r} cannot list its commands; drop list_commands")
+        raise EnvError(
+            f"environment {name!r} cannot list its commands; drop what needs them: "
+            "sampling.constrained, prompt.list_admissible or prompt.only_admissible in a recipe, "
+            "the option list_commands elsewhere"
+        )
     env = family.make(options)
     return _Listing(env) if listing else env
 

@@ -13,6 +13,8 @@ Numbers = Mapping[str, Any]
 
 TRUSTED = 0.95
 """Correlation of predicted with measured change that coupling has when its first order holds."""
+MOVES = 0.1
+"""Share of what the policy's own step does to acting from which on judging is said to move it."""
 OTHER_POLICY = 0.1
 """Mean |log pi - recorded log pi| in nats from which on it is another policy."""
 
@@ -172,6 +174,8 @@ def _labelled(run: Numbers) -> str:
     flawed = run["trends"].get("flawed_rate")
     if not flawed:
         return "No share of flawed steps was recorded."
+    if _untrained(run):
+        return f"Flawed steps were {percent(flawed['last'])} of all steps."
     first, last = flawed["first"], flawed["last"]
     verb = "fell" if last < 0.9 * first else "rose" if last > 1.1 * first else "stayed"
     change = (
@@ -192,6 +196,12 @@ def _labelled(run: Numbers) -> str:
             f"good steps, so the credit points the {'right' if right else 'wrong'} way"
         )
     return sentence + "."
+
+
+def _untrained(run: Numbers) -> bool:
+    """Whether the iterations took no step of the optimizer."""
+    steps = run["trends"].get("optimizer_steps")
+    return bool(steps) and steps["last"] == 0
 
 
 def _attention(run: Numbers) -> str:
@@ -223,6 +233,12 @@ def _warnings(run: Numbers) -> list[str]:
     if state := _UNFINISHED.get(run["status"] or ""):
         of = f" of {planned}" if planned else ""
         found.append(f"{state}, with {done}{of} iterations recorded")
+
+    if _untrained(run):
+        found.append(
+            "nothing was trained: no iteration took a step of the optimizer, as where all episodes "
+            "of each group have the same return"
+        )
 
     def ends(key: str) -> tuple[float, float]:
         trend = trends.get(key)
@@ -279,14 +295,21 @@ def _calm(key: Numbers) -> list[str]:
         )
     if judging and judging["permuted"]:  # without them nothing says what is nothing
         low, high = judging["permuted"]
-        helps = judging["verdict"] > max(high, 0.0)
-        hurts = judging["verdict"] < min(low, 0.0)
+        least = MOVES * abs(judging["policy"])
+        helps = judging["verdict"] > max(high, least)
+        hurts = judging["verdict"] < min(low, -least)
         does = "helps" if helps else "hurts" if hurts else "does not move"
         found.append(
-            f"learning to judge {does} acting (good minus flawed {signed(judging['verdict'])}, by "
-            f"the policy's own step {signed(judging['policy'])})"
+            f"learning to judge {does} acting (good minus flawed {signed(judging['verdict'])}, "
+            f"with permuted labels {signed(low)} to {signed(high)}, by the policy's own step "
+            f"{signed(judging['policy'])})"
         )
-    if probe:
+    if probe and probe["balanced"] <= 0.5:
+        found.append(
+            "hidden states do not tell good from flawed (balanced accuracy "
+            f"{percent(probe['balanced'])} at best, chance 50 %)"
+        )
+    elif probe:
         found.append(
             f"hidden states tell good from flawed best at layer {probe['layer']} (balanced "
             f"accuracy {percent(probe['balanced'])}, chance 50 %)"

@@ -63,7 +63,7 @@ def train(recipe: Recipe, run_path: Path, display: Display, *, resume: bool = Fa
     resume   continue from the newest checkpoint in `run_path`, exactly
     Raises UntwineError subclasses; `Interrupted` after a signal, when everything has been saved.
     """
-    with StopRequest() as stop:
+    with StopRequest(f"`untwine train --resume {run_path}`") as stop:
         return _Training(recipe, run_path, display, stop, resume).run()
 
 
@@ -314,6 +314,13 @@ class _Training:
         self.display.line(f"iteration {iteration}: {line}  ({seconds:.1f} s)")
         for said in found.lines(seconds):
             self.display.line(f"  {said}")
+        if not values["groups_kept"] and "no spread" not in self.said:
+            self.said.add("no spread")
+            self.display.line(
+                "[yellow]nothing to learn:[/yellow] in each of the "
+                f"{len(groups)} groups of iteration {iteration} all episodes have the same return, "
+                "so none is trained on; use larger groups, a longer cold start, or easier tasks"
+            )
         return line
 
     def _collect(

@@ -80,8 +80,13 @@ class RunDir:
                 f"{path} already exists; choose another --run, continue it with --resume, "
                 "or delete it first"
             )
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(
+                f"no run can be written to {path} ({error.strerror}); choose another --run"
+            ) from error
         run = cls(path)
         run.describe(
             name=recipe.name,

@@ -12,9 +12,13 @@ from untwine.errors import Interrupted
 
 
 class StopRequest:
-    """Context that catches the signals (only in the main thread, where Python allows it)."""
+    """Context that catches the signals (only in the main thread, where Python allows it).
 
-    def __init__(self) -> None:
+    resume  how to go on, for the message
+    """
+
+    def __init__(self, resume: str = "--resume") -> None:
+        self._resume = resume
         self.signum: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -27,7 +31,8 @@ class StopRequest:
         if self.signum is not None:
             name = signal.Signals(self.signum).name
             raise Interrupted(
-                f"stopped by {name}; everything finished so far is saved, continue with --resume",
+                f"stopped by {name}; everything finished so far is saved, continue with "
+                f"{self._resume}",
                 self.signum,
             )
 
