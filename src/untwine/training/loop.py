@@ -319,7 +319,8 @@ class _Training:
             self.display.line(
                 "[yellow]nothing to learn:[/yellow] in each of the "
                 f"{len(groups)} groups of iteration {iteration} all episodes have the same return, "
-                "so none is trained on; use larger groups, a longer cold start, or easier tasks"
+                "so none is trained on; it takes tasks that are solved now and then, or larger "
+                "groups"
             )
         return line
 
