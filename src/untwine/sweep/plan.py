@@ -265,13 +265,7 @@ def _check_other_seeds(
         known = _known_recipe(out / entry["folder"]) if job else None
         if job is None or known is None:
             continue
-        seedless = [
-            {k: v for k, v in _comparable(recipe, job.after).items() if k not in ("name", "seed")}
-            for recipe in (known, job.recipe)
-        ]
-        for tree in seedless:
-            tree["policy.model"] = tree["policy.model"].replace(f"/seed-{known.seed}/", "/")
-            tree["policy.model"] = tree["policy.model"].replace(f"/seed-{job.recipe.seed}/", "/")
+        seedless = (_seedless(recipe, job.after) for recipe in (known, job.recipe))
         if changed := _differing(*seedless):
             raise ConfigError(
                 f"arm {entry['arm']!r} was trained in another way with seed {entry['seed']} "
@@ -293,6 +287,13 @@ def _comparable(recipe: Recipe, start: Path | None) -> dict[str, str]:
     if start is not None:
         tree["policy.model"] = "/".join(Path(recipe.policy.model).parts[-4:])
     return tree
+
+
+def _seedless(recipe: Recipe, start: Path | None) -> dict[str, str]:
+    """The same without what is another for every seed."""
+    tree = _comparable(recipe, start)
+    tree["policy.model"] = tree["policy.model"].replace(f"/seed-{recipe.seed}/", "/")
+    return {key: value for key, value in tree.items() if key not in ("name", "seed")}
 
 
 def _differing(one: Mapping[str, str], other: Mapping[str, str]) -> str:
