@@ -9,7 +9,7 @@ traceback for a typing mistake.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -69,8 +69,16 @@ def complaint(problem: Mapping[str, Any]) -> str:
     return f"{message[0].lower() + message[1:]} (got {shown})"
 
 
-def nearest(word: str, known: Iterable[str], least: float = 0.5) -> str:
-    """`" Did you mean 'x'?"` for the known word nearest to `word`, or an empty string where none is
-    as like it as `least`."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=least)
-    return f" Did you mean {match[0]!r}?" if match else ""
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the known word nearest to `word`, or an empty string."""
+    return meant(closest(word, known))
+
+
+def closest(word: str, known: Iterable[str], least: float = 0.5) -> list[str]:
+    """The known word nearest to `word`; none where none is as like it as `least`."""
+    return difflib.get_close_matches(word, list(known), n=1, cutoff=least)
+
+
+def meant(words: Sequence[str]) -> str:
+    """`" Did you mean 'x' or 'y'?"`, or an empty string for no words."""
+    return f" Did you mean {' or '.join(map(repr, words))}?" if words else ""

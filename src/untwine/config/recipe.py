@@ -24,7 +24,7 @@ from untwine.config.learning import (
     RLConfig,
 )
 from untwine.config.plain_yaml import read_yaml
-from untwine.errors import ConfigError, complaint, nearest
+from untwine.errors import ConfigError, closest, complaint, meant, nearest
 
 
 class Recipe(Section):
@@ -167,17 +167,15 @@ def _first_key(section: str) -> str:
 def nearest_key(parents: Sequence[str], word: str) -> str:
     """A hint at the key that was meant: one of this section whose name is nearly the same, the same
     name in other sections, or whatever is most like it."""
+    section = "".join(f"{parent}." for parent in parents)
     own, everywhere = keys_below(Recipe, parents), all_keys(Recipe)
-    if longer := [key for key in own if len(key) > 2 and word.startswith(key)]:
-        return f" Did you mean {'.'.join([*parents, longer[0]])!r}?"
-    if hint := nearest(word, own, 0.75):
-        at = ".".join([*parents, ""])
-        return hint.replace("mean '", f"mean '{at}")
-    inside = [k for k in everywhere if k.startswith(".".join([*parents, ""]))] if parents else []
-    same = [k for k in inside or everywhere if k.rpartition(".")[2] == word]
-    if same:
-        return f" Did you mean {' or '.join(map(repr, same[:2]))}?"
-    return nearest(".".join([*parents, word]), everywhere) or nearest(word, own)
+    begun = [key for key in own if len(key) > 2 and word.startswith(key)]
+    if near := begun[:1] or closest(word, own, 0.75):
+        return meant([section + key for key in near])
+    inside = [key for key in everywhere if key.startswith(section)]
+    if same := [key for key in inside or everywhere if key.rpartition(".")[2] == word]:
+        return meant(same[:2])
+    return nearest(section + word, everywhere) or nearest(word, own)
 
 
 def _first_problem(error: ValidationError) -> str:

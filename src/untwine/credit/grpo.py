@@ -10,8 +10,9 @@ from pydantic import Field
 from untwine.records import Group
 
 AboveZero = Annotated[float, Field(gt=0)]
-AtLeastZero = Annotated[float, Field(ge=0)]
 """What keeps a divisor from being 0."""
+AtLeastZero = Annotated[float, Field(ge=0)]
+"""A weight or a penalty, which turns nothing round."""
 
 
 def grpo(

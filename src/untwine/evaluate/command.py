@@ -54,13 +54,13 @@ def evaluate_run(
         raise ConfigError("evaluate.sets is empty, so there is nothing to play; use --sets L0,L1")
     if not episodes:
         raise ConfigError("evaluate.episodes is 0, so there is nothing to play; use --episodes N")
-    played = {name: evaluation_refs(recipe.env, name, episodes) for name in sets}  # all there?
     if model == "random":
         if "greedy" in decodings:
             raise ConfigError(
                 "random commands have no most likely token; leave out --greedy, --both"
             )
         return evaluate_random(recipe, sets, episodes, display, seed)
+    played = {name: evaluation_refs(recipe.env, name, episodes) for name in sets}  # all there?
     folder = model or str(_own_policy(run))
     own, cost = run_recipe(run), run_cost(run)  # before anything is played, which may take long
     rows = []

@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from untwine.batch import imitation_rows
 from untwine.config import Recipe
@@ -30,7 +30,16 @@ from untwine.policy.loading import Policy
 from untwine.prompting.corrections import instructions
 from untwine.records import Episode, Group, Step
 from untwine.rollout import Collector
-from untwine.training.critic import Alongside, Apart, Critic, Sample, alternatives, draw, judged
+from untwine.training.critic import (
+    FEW,
+    Alongside,
+    Apart,
+    Critic,
+    Sample,
+    alternatives,
+    draw,
+    judged,
+)
 from untwine.training.measures import Measures
 from untwine.training.update import Updater
 
@@ -106,6 +115,25 @@ class ColdStart:
             else:
                 tokens = int(self._config.batch_tokens * self._config.verdict_share)
                 self.critic = Apart(objective, itertools.chain(*copies), tokens, recipe.seed)
+
+    def remarks(self) -> Iterator[str]:
+        """What a user should know of the data before it is learnt."""
+        if self.cut:
+            yield (
+                f"{self.cut} expert episodes are longer than the model has positions, or than "
+                "rl.microbatch_tokens, and end there"
+            )
+        if self.critic is not None and not self.critic.size:
+            yield (
+                "no verdicts, since good and flawed commands are both needed for questions; set "
+                "cold_start.noise or cold_start.alternatives above 0, or "
+                "cold_start.verdict_weight=0"
+            )
+        elif self.critic is not None and self.critic.size < FEW:
+            yield (
+                f"only {self.critic.size} verdicts can be asked about, which are soon learnt by "
+                "heart; raise cold_start.episodes, cold_start.noise or cold_start.alternatives"
+            )
 
     def step(self, updater: Updater) -> Measures:
         """One optimizer step on freshly drawn rows."""

@@ -47,7 +47,6 @@ from untwine.training.checkpoint import (
 )
 from untwine.training.cold_start import ColdStart
 from untwine.training.correction import Correction
-from untwine.training.critic import FEW
 from untwine.training.examination import examine
 from untwine.training.measures import Measures, averaged, rollout_measures
 from untwine.training.mixing import DROWNED
@@ -190,23 +189,8 @@ class _Training:
                 f"cold start: {len(self.workshop.transcripts)} expert episodes, "
                 f"{data.critic.size if data.critic else 0} verdicts, {steps} steps"
             )
-            if data.cut:
-                self.display.line(
-                    f"[yellow]cold start:[/yellow] {data.cut} expert episodes are longer than the "
-                    "model has positions, or than rl.microbatch_tokens, and end there"
-                )
-            if data.critic is not None and not data.critic.size:
-                self.display.line(
-                    "[yellow]cold start:[/yellow] no verdicts, since good and flawed commands are "
-                    "both needed for questions; set cold_start.noise or cold_start.alternatives "
-                    "above 0, or cold_start.verdict_weight=0"
-                )
-            elif data.critic is not None and data.critic.size < FEW:
-                self.display.line(
-                    f"[yellow]cold start:[/yellow] only {data.critic.size} verdicts can be asked "
-                    "about, which are soon learnt by heart; raise cold_start.episodes, "
-                    "cold_start.noise or cold_start.alternatives"
-                )
+            for said in data.remarks():
+                self.display.line(f"[yellow]cold start:[/yellow] {said}")
             self._imitate(data, updater, first, steps)
         if steps or self.recipe.rl.iterations == 0:
             self._evaluate("cold_start", steps)
@@ -314,13 +298,13 @@ class _Training:
         self.display.line(f"iteration {iteration}: {line}  ({seconds:.1f} s)")
         for said in found.lines(seconds):
             self.display.line(f"  {said}")
-        if not values["groups_kept"] and "no spread" not in self.said:
-            self.said.add("no spread")
-            self.display.line(
+        if not values["groups_kept"]:
+            self._say_once(
+                "no spread",
                 "[yellow]nothing to learn:[/yellow] in each of the "
                 f"{len(groups)} groups of iteration {iteration} all episodes have the same return, "
                 "so none is trained on; it takes tasks that are solved now and then, or larger "
-                "groups"
+                "groups",
             )
         return line
 
@@ -348,14 +332,14 @@ class _Training:
 
     def _warn_of_dropped(self, group: Group) -> None:
         """Say once that credit tells steps apart in groups that are not trained on."""
-        if "dropped" in self.said:
+        if "dropped" in self.said:  # so that the credit is not computed again
             return
         steps = [step for e in self._with_credit(group).episodes for step in e.steps]
         if len({step.advantage for step in steps}) > 1:
-            self.said.add("dropped")
-            self.display.line(
+            self._say_once(
+                "dropped",
                 "[yellow]credit:[/yellow] groups whose returns are all equal are not trained on, "
-                "though their steps differ in credit; rl.drop_constant_groups=false trains on them"
+                "though their steps differ in credit; rl.drop_constant_groups=false trains on them",
             )
 
     def _with_credit(self, group: Group) -> Group:
@@ -391,10 +375,11 @@ class _Training:
                     taken.append(updater.step(rows, exercises[-1], weight))
         found = averaged(taken)
         if (ratio := found.get("gcd_ratio", 0.0)) > DROWNED and gcd.weight_of == "loss":
-            self._warn_of_gcd(
+            self._say_once(
                 "drowned",
-                f"its gradient is {ratio:.1f} times that of the policy, so steps are mostly about "
-                "verdicts; gcd.weight_of=gradient gcd.weight=0.3 holds it at .3",
+                f"[yellow]gcd:[/yellow] its gradient is {ratio:.1f} times that of the policy, so "
+                "steps are mostly about verdicts; gcd.weight_of=gradient gcd.weight=0.3 holds it "
+                "at .3",
             )
         asked = [Measures(dict(exercise.counts)) for exercise in exercises if exercise]
         if weight and not asked:
@@ -423,14 +408,16 @@ class _Training:
     def _explain_none(self, groups: Sequence[Group], iteration: int) -> None:
         """Say once why there is nothing to learn from labels."""
         why = why_no_questions(e for group in groups for e in group.episodes)
-        self._warn_of_gcd(
-            "no questions", f"nothing to learn from the labels of iteration {iteration}: {why}"
+        self._say_once(
+            "no questions",
+            f"[yellow]gcd:[/yellow] nothing to learn from the labels of iteration {iteration}: "
+            f"{why}",
         )
 
-    def _warn_of_gcd(self, what: str, text: str) -> None:
+    def _say_once(self, what: str, text: str) -> None:
         if what not in self.said:
             self.said.add(what)
-            self.display.line(f"[yellow]gcd:[/yellow] {text}")
+            self.display.line(text)
 
     def _minibatches(self, groups: Sequence[Group]) -> list[list[Group]]:
         """The groups in `rl.minibatches` random parts of about equal size."""
