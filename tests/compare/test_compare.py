@@ -12,7 +12,7 @@ from tests.compare.finished_runs import row, write_arm, write_run
 from untwine.compare.numbers import compare_runs
 from untwine.compare.runs import find_runs
 from untwine.errors import CheckpointError, ConfigError
-from untwine.evaluate.command import record_evaluation
+from untwine.evaluate.recorded import record_evaluation
 
 GCD = {"gcd": {"objective": "generative/ce"}}
 VALUES = [0.4, 0.6, 0.5, 0.7]

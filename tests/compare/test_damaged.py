@@ -15,8 +15,8 @@ from untwine.compare.numbers import compare_runs
 from untwine.compare.runs import read_sweep
 from untwine.config import make_recipe
 from untwine.errors import CheckpointError
-from untwine.evaluate.command import record_evaluation
 from untwine.evaluate.identity import model_digest
+from untwine.evaluate.recorded import record_evaluation
 from untwine.sweep.command import _report
 from untwine.sweep.crew import Job
 from untwine.sweep.worker import is_finished

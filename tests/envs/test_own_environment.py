@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from untwine.cli import main
@@ -164,6 +165,75 @@ def test_a_wrong_target_is_one_sentence(
     registry.register_family("own", target)
     with pytest.raises(EnvError, match=f"environment 'own': .*{message}"):
         get_family("own")
+
+
+SEEN = Observation("", "", 0.0, 0.0, done=False, success=False)
+ANSWERS: dict[str, tuple[str, object, str]] = {
+    "no observation": (
+        "step",
+        ("The safe is open.", 1.0, True, {}),
+        r"step returned \('The safe .* \(tuple\); return an Observation",
+    ),
+    "no goal": ("reset", SEEN, r"reset returned .*; return Reset\(goal, observation\)"),
+    "percent": (
+        "step",
+        dataclasses.replace(SEEN, outcome=70.0),
+        "step gave outcome=70.0; an outcome must lie between 0 and 1",
+    ),
+    "nan": ("step", dataclasses.replace(SEEN, score=float("nan")), "step gave score=nan"),
+    "numpy": (
+        "step",
+        dataclasses.replace(SEEN, done=np.bool_(True)),  # type: ignore[arg-type]
+        r"step gave done=.*True.* \(bool\w*\); done must be bool",
+    ),
+    "true": ("restore", dataclasses.replace(SEEN, score=True), "score must be float or int"),
+    "key": (
+        "step",
+        dataclasses.replace(SEEN, state_key=7),  # type: ignore[arg-type]
+        r"gave state_key=7 \(int\); state_key must be str",
+    ),
+    "listed": (
+        "step",
+        dataclasses.replace(SEEN, admissible=(1, 2)),  # type: ignore[arg-type]
+        r"step \(admissible\) returned \(1, 2\)",
+    ),
+    "one text": ("admissible", "open door", "admissible returned 'open door' .*; return a tuple"),
+    "plan": ("plan", [1, 2], r"plan returned \[1, 2\]"),
+    "expert": ("expert", {"a": 1}, "expert returned"),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_a_wrong_answer_is_one_sentence(
+    case: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, answer, message = ANSWERS[case]
+    env = make_env(NAME)
+    env.reset("open", 0)
+    before = env.snapshot()
+    kind = type(get_family(NAME).make({}))
+    monkeypatch.setattr(kind, method, lambda *_: answer)
+    env = make_env(NAME)
+    calls = {"reset": ("open", 0), "step": ("pull",), "restore": (before,), "expert": ("open", 0)}
+    with pytest.raises(EnvError, match=f"^environment {NAME!r}: .*{message}"):
+        getattr(env, method)(*calls.get(method, ()))
+
+
+def test_a_wrong_answer_ends_a_run_with_one_sentence(tmp_path: Path) -> None:
+    """Not with an environment that is begun again and again."""
+    copy_example(tmp_path)
+    file = tmp_path / "examples" / "own_environment.py"
+    code = file.read_text()
+    assert "outcome=float(solved)" in code
+    file.write_text(code.replace("outcome=float(solved)", "outcome=100.0 * solved"))
+    (tmp_path / "commands.py").write_text(COMMANDS)
+    command = ["train", "examples/own_environment.yaml", *SMALL, "env.workers=1", "--run", "run"]
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        run_in(tmp_path, "commands.py", json.dumps([command]))
+    assert raised.value.returncode == EnvError.exit_code
+    (line,) = [line for line in raised.value.stderr.splitlines() if line.startswith("error")]
+    assert "gave outcome=100.0; an outcome must lie between 0 and 1" in line
+    assert "Traceback" not in raised.value.stderr
 
 
 def test_it_can_be_played(

@@ -15,6 +15,7 @@ import pytest
 from synthetic_runs import HOSTILE, make_groups
 
 from untwine.errors import CheckpointError, UntwineError
+from untwine.evaluate.recorded import record_evaluation
 from untwine.report import build_report, load_run, report_numbers
 from untwine.report.episode_data import LONGEST_TEXT, plain_episode, take_episodes
 from untwine.report.first_look import first_look
@@ -125,6 +126,49 @@ def test_numbers_are_json_and_hold_the_last_evaluation_of_each_phase(make_run: M
     assert run["trends"]["flawed_rate"]["window"] == 10
     assert list(run["flawed_kinds"]) == ["repeat", "no_effect", "invalid", "undo"]
     assert len(run["first_look"]) == 3
+
+
+def test_what_was_played_afterwards_is_shown(tmp_path: Path, make_run: MakeRun) -> None:
+    run = make_run(iterations=4)
+    weights = run / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"of another policy")
+    row = {"set": "L2", "episodes": 40, "success_rate": 0.9, "outcome_mean": 0.9}
+    record_evaluation(run, row | {"decoding": "sampled"})
+    weights.write_bytes(b"of the last one")
+    record_evaluation(run, row | {"decoding": "greedy", "success_rate": 0.2, "flawed_rate": 0.125})
+    record_evaluation(run, row | {"decoding": "sampled", "success_rate": 0.6})
+    record_evaluation(run, row | {"decoding": "sampled", "success_rate": 0.5})
+    told = {"overrides": {"prompt.history": f"3{HOSTILE}"}, "success_rate": 0.7}
+    record_evaluation(run, row | {"decoding": "sampled"} | told)
+    found = report_numbers([run])["runs"][0]
+    played = [(r["decoding"], r["success_rate"], len(r["overrides"])) for r in found["evaluated"]]
+    assert played == [
+        ("sampled", 0.5, 0), ("sampled", 0.7, 1), ("greedy", 0.2, 0),
+    ]  # fmt: skip
+    assert found["evaluated"][0]["success_interval"] == pytest.approx([0.352, 0.648], abs=1e-3)
+    page = page_of(tmp_path, run)
+    assert "Played afterwards" in page.text
+    assert "n = 40" in page.text
+    assert "Left out of evaluations.jsonl: 1 about another policy" in page.text
+    assert "img" not in dict(page.elements)
+    assert f"prompt.history=3{HOSTILE}" in page.text
+
+
+def test_sets_played_only_afterwards_are_results_too(tmp_path: Path, make_run: MakeRun) -> None:
+    runs = []
+    for name, rate in (("a", 0.9), ("b", 0.1)):
+        run = make_run(name, name=name)
+        (run / "metrics.jsonl").write_text('{"stage": "rl", "step": 0, "success_rate": 0.4}\n')
+        (run / "model").mkdir()
+        (run / "model" / "model.safetensors").write_bytes(b"weights")
+        row = {"set": "L2", "decoding": "sampled", "episodes": 40, "success_rate": rate}
+        record_evaluation(run, row)
+        runs.append(run)
+    page = page_of(tmp_path, *runs)
+    assert "No evaluation was recorded" not in page.text
+    assert "On L2, 90 % [77, 96] of the episodes succeed (after RL)." in page.text
+    assert "On L2, a leads with a success rate of 90 %" in page.text
 
 
 def test_the_environment_is_named(tmp_path: Path, make_run: MakeRun) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from untwine.config import Recipe
-from untwine.evaluate.command import recorded_evaluations
 from untwine.report.run_data import RunData, number
 from untwine.report.shape import Misshapen, each, shaped, share
 
@@ -65,7 +64,7 @@ def _last_rows(data: RunData, recipe: Recipe) -> Iterator[Row]:
     for row in data.evaluate:
         if row.get("phase") == phase and (not last or row["step"] == last):
             yield row
-    yield from recorded_evaluations(data.path)
+    yield from data.evaluated
 
 
 def _unfit(row: Row) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from untwine.envs.answers import CheckedEnv
 from untwine.envs.protocol import Catalogue, Env, EnvFamily, Planner, Reset, Searcher
 from untwine.errors import EnvError, nearest
 from untwine.own_code import own_module, place_of
@@ -82,7 +83,7 @@ def make_env(name: str, options: Mapping[str, Any] | None = None) -> Env:
     """A live environment of the family `name`.
 
     Every family that lists its commands also takes the option `list_commands`: each observation
-    then carries the admissible commands.
+    then carries the admissible commands. Answers of families from outside untwine are checked.
     """
     family, options, listing = _chosen(name, options)
     if listing and not family.catalogue.info.lists_commands:
@@ -92,6 +93,8 @@ def make_env(name: str, options: Mapping[str, Any] | None = None) -> Env:
             "the option list_commands elsewhere"
         )
     env = family.make(options)
+    if not (family_target(name) or "").startswith("untwine."):
+        env = CheckedEnv(name, env)
     return _Listing(env) if listing else env
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +16,15 @@ from untwine.diagnose.recorded import load_recorded_policy
 from untwine.envs.protocol import EnvInfo
 from untwine.envs.registry import get_catalogue
 from untwine.errors import CheckpointError, ConfigError, EnvError
-from untwine.evaluate.identity import agent_changes, decoding_name, model_digest, set_identity
+from untwine.evaluate.identity import agent_changes, decoding_name, set_identity
 from untwine.evaluate.protocol import evaluation_refs, examine_set, summarise
 from untwine.evaluate.random_agent import play_random
+from untwine.evaluate.recorded import record_evaluation
 from untwine.progress import Display
 from untwine.records import Group
 from untwine.training.checkpoint import list_checkpoints
 from untwine.training.run_dir import run_cost, run_info, run_recipe
 from untwine.workshop import make_collector, open_pool
-
-RECORDED = "evaluations.jsonl"
 
 
 def evaluate_run(
@@ -101,31 +96,6 @@ def _own_policy(run: Path) -> Path:
             f"learned; go on with `untwine train --resume {run}`{or_newest}"
         )
     return folder
-
-
-def record_evaluation(run: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to RUN/evaluations.jsonl, with the digest of the weights that were evaluated."""
-    entry = {"time": round(time.time(), 3), "weights": model_digest(run / "model"), **row}
-    with (run / RECORDED).open("a+b") as stream:
-        if stream.tell():
-            stream.seek(-1, os.SEEK_END)
-            if stream.read(1) != b"\n":  # a kill has left half a line
-                stream.write(b"\n")
-        stream.write((json.dumps(entry) + "\n").encode())
-
-
-def recorded_evaluations(run: Path) -> list[dict[str, Any]]:
-    """The rows of RUN/evaluations.jsonl that are about the policy the run ends with, oldest first;
-    those of a policy that was trained further since are left out."""
-    file = run / RECORDED
-    rows = []
-    weights = model_digest(run / "model") if file.is_file() else None
-    for line in file.read_bytes().splitlines() if weights else []:
-        with contextlib.suppress(ValueError, RecursionError):  # a kill may leave half a line
-            row = json.loads(line)
-            if isinstance(row, dict) and row.get("weights") == weights:
-                rows.append(row)
-    return rows
 
 
 def evaluate_random(

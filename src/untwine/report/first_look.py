@@ -47,7 +47,7 @@ def compare_runs(runs: Sequence[Numbers]) -> str | None:
     """One sentence on several runs: who leads on the evaluation, and whether that is certain."""
     if len(runs) < 2:
         return None
-    last = [{r["set"]: r for r in run["results"]} for run in runs]
+    last = [{r["set"]: r for r in _played(run)} for run in runs]
     common = [name for name in last[0] if all(name in results for results in last)]
     common = [s for s in common if all(r[s]["success_rate"] is not None for r in last)]
     if not common:
@@ -69,6 +69,14 @@ def compare_runs(runs: Sequence[Numbers]) -> str | None:
     )
 
 
+def _played(run: Numbers) -> list[Numbers]:
+    """The evaluations of a run, and those `untwine evaluate` made later on sets of their own."""
+    own = list(run["results"])
+    sets = {result["set"] for result in own}
+    later = [r for r in run["evaluated"] if r["decoding"] == "sampled" and not r["overrides"]]
+    return [r for r in later if r["set"] not in sets] + own
+
+
 def _rate(result: Numbers) -> str:
     text = percent(result["success_rate"])
     if result["success_interval"]:
@@ -87,7 +95,7 @@ def _certainty(before: Numbers, after: Numbers) -> str:
 
 
 def _result(run: Numbers) -> str:
-    results = [r for r in run["results"] if r["success_rate"] is not None]
+    results = [r for r in _played(run) if r["success_rate"] is not None]
     if results:
         after = results[-1]
         before = next((r for r in results if r["set"] == after["set"]), after)

@@ -146,6 +146,7 @@ def _run_numbers(run: RunData, label: str) -> dict[str, Any]:
         },
         "flawed_kinds": _kind_trends(run.rl),
         "results": _results(run.evaluate),
+        "evaluated": _evaluated(run),
         "outcome_by_task": _training_tasks(run.rl),
         "microscope": read_microscope(run, _credit_method(run.recipe)),
         "problems": list(run.problems),
@@ -280,6 +281,29 @@ def _results(rows: Sequence[Row]) -> list[dict[str, Any]]:
     names = list(dict.fromkeys(phase for phase, _ in last))
     order = sorted(names, key=lambda p: PHASES.index(p) if p in PHASES else len(PHASES))
     return sorted(last.values(), key=lambda r: (order.index(r["phase"]), r["set"]))
+
+
+def _evaluated(run: RunData) -> list[dict[str, Any]]:
+    """What `untwine evaluate` found for the policy the run ends with: the last row of every set,
+    way of playing and number of episodes."""
+    last: dict[tuple[object, ...], dict[str, Any]] = {}
+    for row in run.evaluated:
+        changes = row.get("overrides")
+        result = plain_evaluation(row) | {
+            "phase": "rl" if run.rl else "cold_start",
+            "decoding": str(row.get("decoding", "sampled")),
+            "overrides": [f"{key}={value}" for key, value in changes.items()]
+            if isinstance(changes, Mapping)
+            else [],
+            **{
+                key: number(row.get(key))
+                for key in ("flawed_rate", "invalid_rate", "repeated_rate")
+            },
+        }
+        key = result["set"], result["decoding"], *result["overrides"], result["episodes"]
+        last.pop(key, None)
+        last[key] = result
+    return sorted(last.values(), key=lambda r: (r["set"], r["decoding"] != "sampled"))
 
 
 def plain_evaluation(row: Row) -> dict[str, Any]:

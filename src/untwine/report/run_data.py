@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from untwine.errors import CheckpointError
+from untwine.evaluate.recorded import RECORDED, recorded_evaluations
 from untwine.records import Group
 
 Row = Mapping[str, Any]
@@ -32,6 +33,7 @@ class RunData:
     recipe       recipe.yaml as text, or ""
     cold_start, rl, evaluate
                  rows of metrics.jsonl by stage, one per step and in order
+    evaluated    what `untwine evaluate` found for the policy the run ends with, oldest first
     episodes     (iteration, file) of the recorded episodes, in order
     problems     one sentence for everything that could not be read
     """
@@ -43,6 +45,7 @@ class RunData:
     cold_start: tuple[Row, ...]
     rl: tuple[Row, ...]
     evaluate: tuple[Row, ...]
+    evaluated: tuple[Row, ...]
     episodes: tuple[tuple[int, Path], ...]
     problems: tuple[str, ...]
 
@@ -74,6 +77,11 @@ def load_run(path: str | Path) -> RunData:
     info = _read_info(path / "run.json", problems)
     recipe = _read_text(recipe_file, problems) or ""
     rows = _read_metrics(metrics, problems)
+    evaluated, others = recorded_evaluations(path)
+    if others:
+        problems.append(
+            f"Left out of {RECORDED}: {others} about another policy than the one the run ends with."
+        )
     return RunData(
         path=path,
         name=str(info.get("name") or path.resolve().name),
@@ -82,6 +90,7 @@ def load_run(path: str | Path) -> RunData:
         cold_start=_by_step(rows, "cold_start"),
         rl=_by_step(rows, "rl"),
         evaluate=_by_step(rows, "evaluate"),
+        evaluated=tuple(evaluated),
         episodes=_episode_files(path / "episodes"),
         problems=tuple(problems),
     )

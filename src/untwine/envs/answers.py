@@ -1,0 +1,94 @@
+"""What an environment of one's own answers, looked at before anything is learnt from it.
+
+Families that come with untwine are tested for it; for others a wrong answer would come out later
+and elsewhere, as a lost worker, a return of 1.7, or a file that cannot be written.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from untwine.envs.protocol import Env, Planner, Reset, Searcher
+from untwine.errors import EnvError
+from untwine.records import Observation
+
+
+class CheckedEnv:
+    """An environment whose answers are checked: EnvError names the method and what it returned."""
+
+    def __init__(self, name: str, env: Env) -> None:
+        self._name = name
+        self._env = env
+        self.snapshot = env.snapshot
+        self.close = env.close
+        if isinstance(env, Planner):
+            self.plan = lambda: self._commands("plan", env.plan())
+        if isinstance(env, Searcher):
+            self.search = env.search
+
+    def reset(self, task: str, variation: int) -> Reset:
+        found = self._env.reset(task, variation)
+        if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[0], str):
+            raise self._wrong(
+                "reset", f"returned {_said(found)}", "return Reset(goal, observation)"
+            )
+        return Reset(found[0], self._observation("reset", found[1]))
+
+    def step(self, command: str) -> Observation:
+        return self._observation("step", self._env.step(command))
+
+    def restore(self, snapshot: Any) -> Observation:
+        return self._observation("restore", self._env.restore(snapshot))
+
+    def admissible(self) -> tuple[str, ...]:
+        return self._commands("admissible", self._env.admissible()) or ()
+
+    def expert(self, task: str, variation: int) -> tuple[str, ...] | None:
+        return self._commands("expert", self._env.expert(task, variation))
+
+    def _observation(self, method: str, found: object) -> Observation:
+        if not isinstance(found, Observation):
+            raise self._wrong(method, f"returned {_said(found)}", "return an Observation")
+        for key, kinds in _FIELDS.items():
+            value = getattr(found, key)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                told = f"{key}={_said(value)}"
+                wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+                raise self._wrong(method, f"gave {told}", f"{key} must be {wanted}")
+        if not math.isfinite(found.score):
+            raise self._wrong(method, f"gave score={found.score}", "a score must be finite")
+        if not 0 <= found.outcome <= 1:
+            raise self._wrong(
+                method, f"gave outcome={found.outcome}", "an outcome must lie between 0 and 1"
+            )
+        if found.admissible is not None:
+            self._commands(f"{method} (admissible)", found.admissible)
+        return found
+
+    def _commands(self, method: str, found: object) -> tuple[str, ...] | None:
+        if found is None:
+            return None
+        if not isinstance(found, tuple | list) or not all(isinstance(text, str) for text in found):
+            raise self._wrong(method, f"returned {_said(found)}", "return a tuple of commands")
+        return tuple(found)
+
+    def _wrong(self, method: str, what: str, wanted: str) -> EnvError:
+        return EnvError(f"environment {self._name!r}: {method} {what}; {wanted}")
+
+
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "text": (str,),
+    "state_key": (str,),
+    "score": (float, int),
+    "outcome": (float, int),
+    "done": (bool,),
+    "success": (bool,),
+    "invalid": (str, type(None)),
+}
+
+
+def _said(value: object) -> str:
+    """A value with its type, cut short."""
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:60] + '…'} ({type(value).__name__})"
