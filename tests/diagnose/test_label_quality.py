@@ -158,10 +158,28 @@ def test_a_judge_is_asked_about_the_judged_steps_only(run: Path) -> None:
     assert judge["good"]["precision"]["value"] == pytest.approx(right / weight(good))
 
 
+def test_branch_is_drawn_anew(run: Path) -> None:
+    """It agrees with the truth, which it is drawn independently of, more often with more pairs."""
+
+    def measured(branches: int) -> dict[str, Any]:
+        gcd = {"branch": {"branches": branches, "delta": 0.05}}
+        recipe = make_recipe({**RECIPE, "gcd": gcd})
+        found = find_label_quality(run, recipe, Display(quiet=True), sources=["branch"])
+        assert found["cost"]["branch_steps"] == found["steps"] == 48
+        assert found["cost"]["branch_episodes"] > 0
+        return found
+
+    few, many = measured(4), measured(64)
+    assert few["cost"]["branch_episodes"] < many["cost"]["branch_episodes"]
+    few, many = few["sources"]["branch"], many["sources"]["branch"]
+    assert few["coverage"]["value"] < many["coverage"]["value"]
+    assert many["accuracy"]["value"] > 0.9
+    for verdict in ("good", "flawed"):
+        assert many[verdict]["recall"]["value"] > 0.5
+
+
 def test_what_is_lacking_is_said(run: Path, tmp_path: Path) -> None:
     recipe, display = make_recipe(RECIPE), Display(quiet=True)
-    with pytest.raises(ConfigError, match="leave it out"):
-        find_label_quality(run, recipe, display, sources=["branch"])
     bare = Path(shutil.copytree(run, tmp_path / "run"))
     shutil.rmtree(bare / "diagnose")
     with pytest.raises(ConfigError, match="train with branch in"):

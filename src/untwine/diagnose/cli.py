@@ -126,7 +126,7 @@ def labels(
     iteration: Iteration = None,
     sources: Annotated[
         str,
-        typer.Option(help="Sources to ask, separated by commas; expert and judge work here too."),
+        typer.Option(help="Sources to ask, separated by commas; expert, judge and branch work too."),
     ] = "rule,group",
     as_json: AsJson = False,
 ) -> None:

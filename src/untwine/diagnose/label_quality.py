@@ -8,6 +8,9 @@ With w the number of steps that a judged step stands for, and sums over judged s
     recall(verdict)     the same sum / where the truth does
     accuracy            sum of w where they agree / where the step is labelled and not neutral
 
+`branch` is asked anew like the others: each judged step is branched from once more, with the pairs
+that `gcd.branch` allows in training and other random numbers.
+
 A label on a neutral step counts against precision; `decided` precision leaves neutral steps out.
 Intervals are Wilson's at the effective sample size (sum w)^2 / sum w^2 (Kish, 1965).
 
@@ -31,16 +34,28 @@ from untwine.config import Recipe
 from untwine.diagnose.branching import Verdict3
 from untwine.diagnose.calibration import SIGNS, Judged, means_by_verdict
 from untwine.diagnose.output import results_folder, to_json, write_text
-from untwine.diagnose.recorded import chosen_files, read_recorded
-from untwine.diagnose.truth_file import TruthRow, files_with_truth, read_truth, truth_path
-from untwine.errors import ConfigError
+from untwine.diagnose.population import recorded_steps
+from untwine.diagnose.recorded import chosen_files, load_recorded_policy, read_recorded
+from untwine.diagnose.truth import TruthFinder, questions
+from untwine.diagnose.truth_file import (
+    Truth,
+    TruthRow,
+    branch_label,
+    files_with_truth,
+    read_truth,
+    truth_path,
+)
+from untwine.envs.pool import EnvPool
 from untwine.evaluate.statistics import wilson_interval
 from untwine.gcd.sources import Bench, Labeller, check_sources
+from untwine.gcd.sources.branch import branch_costs, branch_settings
 from untwine.progress import Display
 from untwine.records import Group, Verdict
-from untwine.workshop import open_pool
+from untwine.workshop import make_collector, open_pool
 
 _FREE = ("rule", "group")
+_OTHER_NUMBERS = 500_009
+"""Added to the seed of the truth for branches that are drawn anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +91,16 @@ def find_label_quality(
     """
     names = list(dict.fromkeys(sources or _FREE))
     check_sources(names)
-    if "branch" in names:
-        raise ConfigError("branch is what the others are compared with; leave it out")
     compared: dict[str, list[Compared]] = defaultdict(list)
     files = chosen_files(run, iteration)
     iterations = files_with_truth(run, files, "train with branch in gcd.labels")
     costs: dict[str, float] = defaultdict(float)
-    truths = {k: read_truth(truth_path(run, k), file).rows for k, file in iterations.items()}
-    judged = {(row.episode, row.step) for rows in truths.values() for row in rows}
+    truths = {k: read_truth(truth_path(run, k), file) for k, file in iterations.items()}
+    judged = {(row.episode, row.step) for truth in truths.values() for row in truth.rows}
     with open_pool(recipe.env, list_commands=recipe.lists_commands) as pool:
         bench = Bench(recipe, pool, None, run, display, wanted=judged)
-        labeller = Labeller(names, bench, recipe.gcd.min_confidence)  # as the run used them
+        asking = [name for name in names if name != "branch"]
+        labeller = Labeller(asking, bench, recipe.gcd.min_confidence)  # as the run used them
         for k, file in iterations.items():
             groups = read_recorded(file, recipe)
             asked, counts = labeller.label(groups, k)
@@ -94,9 +108,14 @@ def find_label_quality(
                 costs[name] += value
             on_record = _labels(groups)
             anew = _labels(asked)
-            for name in sorted({*names, *on_record} - {"branch"}):
+            for name in sorted({*asking, *on_record} - {"branch"}):
                 found = anew.get(name, {}) if name in names else on_record[name]
-                compared[name] += compare(truths[k], found, k)
+                compared[name] += compare(truths[k].rows, found, k)
+            if "branch" in names:
+                found, counts = branch_anew(run, recipe, k, groups, truths[k], pool, display)
+                for name, value in counts.items():
+                    costs[name] += value
+                compared["branch"] += compare(truths[k].rows, found, k)
     numbers = {
         "format": "untwine-labels-1",
         "iterations": sorted(iterations),
@@ -107,6 +126,33 @@ def find_label_quality(
     }
     write_text(results_folder(run) / "labels.json", to_json(numbers))
     return numbers
+
+
+def branch_anew(
+    run: Path,
+    recipe: Recipe,
+    iteration: int,
+    groups: Sequence[Group],
+    truth: Truth,
+    pool: EnvPool,
+    display: Display,
+) -> tuple[dict[tuple[str, int], Verdict], dict[str, float]]:
+    """What `branch` labels of `gcd.branch.branches` pairs say of the steps that `truth` judges, by
+    (episode, step), and what they cost. Drawn independently of the truth, from the same policy.
+
+    CheckpointError when that policy is no longer there.
+    """
+    at = {(row.episode, row.step): row.weight for row in truth.rows}
+    policy = load_recorded_policy(run, recipe, iteration, truth.header.get("checkpoint", "")).policy
+    population = recorded_steps(groups, pool.info)
+    drawn = [(s, at[key]) for s in population if (key := (s.episode.id, s.t)) in at]
+    settings = branch_settings(recipe, truth.header["settings"]["seed"] + _OTHER_NUMBERS)
+    finder = TruthFinder(recipe, make_collector(policy, pool, recipe), settings, display)
+    rows = finder.rows(drawn, questions(population, drawn, pooled=True))
+    labels = {(row.episode, row.step): branch_label(row) for row in rows}
+    least = recipe.gcd.min_confidence
+    sure = {key: x.verdict for key, x in labels.items() if x is not None and x.confidence >= least}
+    return sure, branch_costs(rows, finder)
 
 
 def compare(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from untwine.config import Recipe
 from untwine.diagnose.branching import Settings
 from untwine.diagnose.population import draw_steps, recorded_steps
 from untwine.diagnose.recorded import iteration_files
@@ -77,13 +78,7 @@ class BranchSource(Source):
         self, groups: Sequence[Group], iteration: int
     ) -> tuple[list[TruthRow], dict[str, float]]:
         recipe, config = self._bench.recipe, self._config
-        settings = Settings(
-            delta=config.delta,
-            error=round(1 - config.confidence, 9),
-            branches=config.branches,
-            returns=recipe.rl.returns,
-            seed=1_000_003 * recipe.seed + iteration,
-        )
+        settings = branch_settings(recipe, 1_000_003 * recipe.seed + iteration)
         assert self._bench.collector is not None
         population = recorded_steps(groups, self._bench.info)
         rng = random.Random(f"{recipe.seed}/branch/{iteration}")
@@ -101,18 +96,35 @@ class BranchSource(Source):
             return Truth(header, tuple(rows))
 
         self._last = (iteration, truth)
-        report = finder.report()
-        return rows, {
-            "branch_steps": len(rows),
-            "branch_episodes": report["branches_played"],
-            "branch_left_out": report["steps_left_out"],
-            "label_env_steps": report["env_steps"],
-            "label_tokens": report["sampled_tokens"] + report["computed_tokens"],
-        }
+        return rows, branch_costs(rows, finder)
 
     def _from_store(self, group: Group, g: int, t: int) -> Label | None:
         step = group.episodes[g].steps[t]
         return self._stored.get((str(group.ref), step.state_key, action_key(step)))
+
+
+def branch_settings(recipe: Recipe, seed: int) -> Settings:
+    """How `gcd.branch` has a step judged."""
+    config = recipe.gcd.branch
+    return Settings(
+        delta=config.delta,
+        error=round(1 - config.confidence, 9),
+        branches=config.branches,
+        returns=recipe.rl.returns,
+        seed=seed,
+    )
+
+
+def branch_costs(rows: Sequence[TruthRow], finder: TruthFinder) -> dict[str, float]:
+    """Counts for the metrics: what was judged, and what it cost."""
+    report = finder.report()
+    return {
+        "branch_steps": len(rows),
+        "branch_episodes": report["branches_played"],
+        "branch_left_out": report["steps_left_out"],
+        "label_env_steps": report["env_steps"],
+        "label_tokens": report["sampled_tokens"] + report["computed_tokens"],
+    }
 
 
 def stored_labels(runs: Sequence[Path]) -> dict[PairKey, Label]:
