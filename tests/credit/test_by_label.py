@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tests.builders import REF, make_episode, make_step
-from untwine.credit import credit_method
+from untwine.config import CreditConfig
+from untwine.credit import credit_method, trained_credit
 from untwine.credit.by_label import labels_alone, penalise, veto
 from untwine.records import Group, Label
 
@@ -56,6 +57,38 @@ def test_no_advantage_contradicts_the_labels() -> None:
     assert advantages(["flawed", "good"]) == [0.0, -0.5, 0.5, 0.0, 0.5, -0.5, None]
     assert advantages(["flawed", "good"], ["rule"])[4] == 0.0
     assert advantages(["flawed", "good"], ["group"])[:4] == [0.5, -0.5, 0.5, -0.5]
+
+
+def test_what_training_gives_goes_by_the_labels_that_teach() -> None:
+    """Method, then penalty, then veto; labels of other sources stay on record and count nowhere."""
+    other = Label("group", "flawed", "return")
+    steps = [
+        make_step(0, labels=(GOOD, other)),
+        make_step(1, labels=(other,)),
+        make_step(2, labels=(FLAWED,)),
+    ]
+    group = Group(REF, (make_episode(1.0, steps),))
+
+    def advantages(config: CreditConfig, *taught: str) -> list[float | None]:
+        (episode,) = trained_credit(config, taught)(group).episodes
+        assert [s.labels for s in episode.steps] == [s.labels for s in steps]
+        return [s.advantage for s in episode.steps]
+
+    alone = CreditConfig(name="labels")
+    assert advantages(alone) == [0.0, -1.0, -1.0]
+    assert advantages(alone, "rule") == [1.0, 0.0, -1.0]
+    punished = CreditConfig(name="labels", penalty=0.25)
+    assert advantages(punished) == [0.0, -1.25, -1.25]
+    assert advantages(punished, "rule") == [1.0, 0.0, -1.25]
+    assert advantages(punished, "group") == [-1.25, -1.25, 0.0]
+    group = Group(REF, (make_episode(1.0, steps), make_episode(0.0, [make_step(0)], id="b")))
+    vetoed = CreditConfig(name="grpo", options={"normalise": "none"}, veto=["flawed"])
+    assert advantages_of(trained_credit(vetoed, ["rule"])(group)) == [[0.5, 0.5, 0.0], [-0.5]]
+    assert advantages_of(trained_credit(vetoed)(group)) == [[0.5, 0.0, 0.0], [-0.5]]
+
+
+def advantages_of(group: Group) -> list[list[float | None]]:
+    return [[step.advantage for step in episode.steps] for episode in group.episodes]
 
 
 def test_labels_alone() -> None:

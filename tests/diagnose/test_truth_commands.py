@@ -23,6 +23,7 @@ from untwine.envs import registry
 from untwine.errors import ConfigError
 from untwine.progress import Display
 from untwine.records import Group
+from untwine.report import report_numbers
 from untwine.training.loop import train
 from untwine.training.run_dir import RunDir
 
@@ -163,6 +164,34 @@ def test_calibration_by_labels_and_of_new_methods(
                                                         "undo"}  # fmt: skip
     code, out, _ = diagnose("calibration", copy, "--labels", "rule")
     assert "fussy: not applicable, this run has no critic" in out
+
+
+def test_calibration_of_what_a_run_trains_with(
+    copy: Path, diagnose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method named by its place, and what a veto makes of its advantages."""
+    (tmp_path / "untwine_ones.py").write_text(
+        "def method(group):\n    return [[1.0] * e.length for e in group.episodes]"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = "untwine_ones:method"
+    code, out, err = diagnose(
+        "calibration",
+        copy,
+        f"credit.name={name}",
+        "credit.veto=[flawed]",
+        "--labels",
+        "rule",
+        "--json",
+    )
+    assert code == 0, err
+    methods = json.loads(out)["methods"]
+    assert list(methods)[-2:] == [name, "as trained"]
+    assert methods[name]["all"]["flawed_mean"]["value"] == 1.0
+    assert methods["as trained"]["options"] == {"penalty": 0.0, "veto": ["flawed"]}
+    assert methods["as trained"]["all"]["flawed_mean"]["value"] == 0.0
+    assert methods["as trained"]["all"]["good_mean"]["value"] == 1.0
+    assert report_numbers([copy])["runs"][0]["microscope"]["method"] == "as trained"
 
 
 def test_an_environment_that_drifts_is_reported_not_hidden(

@@ -278,6 +278,7 @@ def test_arms_may_differ_in_some_sets(recipe: Path, tmp_path: Path) -> None:
     [
         ("cold start", "rl.epochs=2", "has the name of the cold starts"),
         ("a", "policy.threads=2", "every run of a sweep has one thread"),
+        ("a", "cold_start.threads=2", "every run of a sweep has one thread"),
         ("a", "name=x", "name the arm instead"),
     ],
 )

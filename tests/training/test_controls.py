@@ -55,10 +55,34 @@ def test_credit_by_labels_alone_asks_for_them(tmp_path: Path) -> None:
     assert {s.advantage for s in steps} >= {-1.0, 1.0}
 
 
+def test_a_credit_method_of_ones_own_gets_the_labels_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "def method(group):\n    return [[len(s.labels) for s in e.steps] for e in group.episodes]"
+    )
+    (tmp_path / "untwine_counting.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    gcd = {"objective": "none", "labels": ["expert"], "min_confidence": 0.0}
+    train(recipe(1, gcd=gcd, credit={"name": "untwine_counting:method"}), tmp_path / "run", QUIET)
+    steps = [
+        step
+        for group in read_groups(episode_files(tmp_path / "run")[0])
+        for episode in group.episodes
+        for step in episode.steps
+        if step.advantage is not None
+    ]
+    assert {step.advantage for step in steps} == {0.0, 1.0}
+    assert all(step.advantage == len(step.labels) for step in steps)
+
+
 def test_credit_by_labels_needs_some(tmp_path: Path) -> None:
     credit = {"name": "labels", "options": {"sources": ["expert"]}}
     with pytest.raises(ConfigError, match=r"sources names expert, which gcd\.labels does not"):
         train(recipe(1, credit=credit, gcd={"labels": ["rule"]}), tmp_path / "a", QUIET)
+    taught = {"labels": ["rule", "expert"], "taught": ["rule"]}
+    with pytest.raises(ConfigError, match=r"sources names expert, which gcd\.taught does not"):
+        train(recipe(1, credit=credit, gcd=taught), tmp_path / "c", QUIET)
     none = {"objective": "none", "labels": []}
     with pytest.raises(ConfigError, match=r"goes by labels; name a source in gcd\.labels"):
         train(recipe(1, credit={"name": "labels"}, gcd=none), tmp_path / "b", QUIET)

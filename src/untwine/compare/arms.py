@@ -18,6 +18,7 @@ _NEUTRAL = {
     "evaluate": ...,
     "diagnose": ...,
     "policy": {"threads", "device"},
+    "cold_start": {"threads"},
     "env": {"workers", "sessions", "timeout_s"},
 }
 """Keys that do not make an arm: seed, names, and how and where the work is done."""

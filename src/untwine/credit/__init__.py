@@ -13,19 +13,25 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from untwine.config import PromptConfig
+from untwine.config import CreditConfig, PromptConfig
+from untwine.credit.by_label import penalise, veto
 from untwine.credit.grpo import grpo
 from untwine.credit.labels import labels
 from untwine.credit.rlvmr import rlvmr
 from untwine.errors import ConfigError, complaint, nearest
+from untwine.gcd.labels import only_from
 from untwine.own_code import own_module, place_of
 from untwine.records import Group
+
+AS_TRAINED = "as trained"
+"""What `trained_credit` is called beside the bare methods."""
 
 CreditMethod = Callable[..., Sequence[Sequence[float | None]]]
 
 _METHODS: dict[str, CreditMethod] = {"grpo": grpo, "labels": labels, "rlvmr": rlvmr}
 _READ_TAGS = {"rlvmr"}  # methods that reward reasoning tags
 _READ_LABELS = {"labels"}  # methods that go by labels
+_BLIND = {"grpo", "rlvmr"}  # methods that do not; those of one's own may
 
 
 def register_credit(name: str, method: CreditMethod) -> None:
@@ -42,6 +48,29 @@ def check_credit(name: str, prompt: PromptConfig) -> None:
 def reads_labels(name: str) -> bool:
     """Whether the method goes by the labels of the steps."""
     return name in _READ_LABELS
+
+
+def may_read_labels(name: str) -> bool:
+    """Whether the method may go by the labels of the steps; unknown of methods of one's own."""
+    return name not in _BLIND
+
+
+def trained_credit(config: CreditConfig, taught: Sequence[str] = ()) -> Callable[[Group], Group]:
+    """What training gives the steps of a group: the method, then penalty and veto.
+
+    taught  sources whose labels count in all of it; by default all
+    ConfigError as in `credit_method`.
+    """
+    method = credit_method(config.name, config.options)
+
+    def apply(group: Group) -> Group:
+        credited = method(only_from(group, taught))
+        group = group.with_advantages([[s.advantage for s in e.steps] for e in credited.episodes])
+        if config.penalty:
+            group = penalise(group, config.penalty, taught)
+        return veto(group, config.veto, taught) if config.veto else group
+
+    return apply
 
 
 def credit_names() -> tuple[str, ...]:

@@ -126,7 +126,9 @@ def labels(
     iteration: Iteration = None,
     sources: Annotated[
         str,
-        typer.Option(help="Sources to ask, separated by commas; expert, judge and branch work too."),
+        typer.Option(
+            help="Sources to ask, separated by commas; expert, judge and branch work too."
+        ),
     ] = "rule,group",
     as_json: AsJson = False,
 ) -> None:

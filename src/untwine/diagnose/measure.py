@@ -61,9 +61,9 @@ from untwine.policy.loading import Policy
 from untwine.progress import Display
 from untwine.records import Group
 
-CREDITS: Mapping[str, Callable[[Group], Group]] = {
-    "penalty of 0.3": lambda group: penalise(group, 0.3),
-    "veto": lambda group: veto(group, ("flawed", "good")),
+CREDITS: Mapping[str, Callable[[Group, Sequence[str]], Group]] = {
+    "penalty of 0.3": lambda group, sources: penalise(group, 0.3, sources),
+    "veto": lambda group, sources: veto(group, ("flawed", "good"), sources),
     "labels alone": labels_alone,
 }
 """What other uses of the labels would make of the advantages that were trained with."""
@@ -72,7 +72,8 @@ CREDITS: Mapping[str, Callable[[Group], Group]] = {
 @dataclass(frozen=True, slots=True)
 class CouplingOptions:
     """count: samples at most; batches: of other iterations, for the mean push, at most;
-    recompute, memory_mib and folder as in `coupling.gram`."""
+    recompute, memory_mib and folder as in `coupling.gram`; taught: sources whose labels other
+    credit would go by, by default all."""
 
     count: int = 128
     batches: int = 16
@@ -86,6 +87,7 @@ class CouplingOptions:
     parameters: ParameterChoice = None
     preconditioner: Mapping[str, torch.Tensor] | None = None
     offenders: int = 10
+    taught: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def find_coupling(
 ) -> dict[str, Any]:
     """Measure one iteration of a run, save what was found, and return the numbers.
 
-    options     mean, temperature and preconditioner are replaced by what the run has
+    options     mean, temperature, preconditioner and taught are replaced by what the run has
     iteration   by default the last one
     checkpoint  the policy; by default the one that played the episodes, or else RUN/model
     adam        in the metric of the optimizer at the checkpoint
@@ -121,6 +123,7 @@ def find_coupling(
         options,
         mean=recipe.loss.mean,
         temperature=recipe.sampling.temperature,
+        taught=recipe.gcd.taught,
         preconditioner=recorded_adam(found, recipe) if adam else None,
     )
     policy = in_float64(found.policy) if double else found.policy
@@ -215,7 +218,9 @@ def _weights_by_credit(
     """Weights of the chosen samples as they were trained with, and with other uses of labels."""
     found = {"as trained": [s.weight for s in chosen]}
     for name, credit in CREDITS.items():
-        samples = distinct_samples([credit(group) for group in groups], options.mean)
+        samples = distinct_samples(
+            [credit(group, options.taught) for group in groups], options.mean
+        )
         found[name] = [s.weight for s in draw_samples(samples, options.count, options.seed)]
     return found
 

@@ -6,15 +6,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from untwine.config import Recipe
-from untwine.credit import check_credit, credit_method, credit_names
+from untwine.config import PromptConfig, Recipe
+from untwine.credit import (
+    AS_TRAINED,
+    check_credit,
+    credit_method,
+    credit_names,
+    trained_credit,
+)
 from untwine.diagnose.calibration import SIGNS, Floats, Judged, calibrate, lemma_advantage
 from untwine.diagnose.output import results_folder, to_json, write_text
 from untwine.diagnose.plan_kinds import PlanKinds, plan_kinds
@@ -34,6 +41,7 @@ from untwine.progress import Display
 from untwine.records import Episode, Group, Step, Verdict
 
 _EPS = 1e-6
+Credit = Callable[[Group], Group]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +153,19 @@ def _methods(
     *,
     foreign: bool,
 ) -> dict[str, Any]:
-    """Every method by name; of another program's episodes also the advantages it recorded."""
-    recorded = {"recorded": _measures(_advantages(groups), {}, items, seed)} if foreign else {}
-    return recorded | {name: _method(name, recipe, groups, items, seed) for name in credit_names()}
+    """Every method by name, the recipe's own among them; where its advantages are changed by labels
+    afterwards, also what training made of them. Of another program's episodes also the advantages
+    it recorded."""
+    found = {"recorded": _measures(_advantages(groups), {}, items, seed)} if foreign else {}
+    for name in dict.fromkeys([*credit_names(), recipe.credit.name]):
+        options = recipe.credit.options if name == recipe.credit.name else {}
+        make = partial(_bare, name, options, recipe.prompt)
+        found[name] = _method(make, options, groups, items, seed)
+    if recipe.credit.penalty or recipe.credit.veto:
+        changed = {key: getattr(recipe.credit, key) for key in ("penalty", "veto")}
+        make = partial(trained_credit, recipe.credit, recipe.gcd.taught)
+        found[AS_TRAINED] = _method(make, changed, groups, items, seed)
+    return found
 
 
 def _files(run: Path, iteration: int | None, labels: str) -> dict[int, Path]:
@@ -233,18 +251,21 @@ def _deviation(returns_G: Sequence[float]) -> float:
     return math.sqrt(math.fsum((r - mean) ** 2 for r in returns_G) / (n - 1)) if n > 1 else 0.0
 
 
+def _bare(name: str, options: Mapping[str, Any], prompt: PromptConfig) -> Credit:
+    check_credit(name, prompt)
+    return credit_method(name, options)
+
+
 def _method(
-    name: str,
-    recipe: Recipe,
+    make: Callable[[], Credit],
+    options: Mapping[str, Any],
     groups: Mapping[int, Sequence[Group]],
     items: Sequence[_Item],
     seed: int,
 ) -> dict[str, Any]:
     """One method's measures, or why it does not apply."""
-    options = recipe.credit.options if name == recipe.credit.name else {}
     try:
-        check_credit(name, recipe.prompt)
-        credit = credit_method(name, options)
+        credit = make()
         credited = {k: [credit(group) for group in own] for k, own in groups.items()}
     except UntwineError as error:
         return {"options": options, "not_applicable": str(error)}

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from untwine.credit import AS_TRAINED
 from untwine.errors import UntwineError
 from untwine.report.key_numbers import key_numbers
 from untwine.report.run_data import Row, RunData
@@ -191,7 +192,8 @@ _SEPARATION = {
 def read_microscope(run: RunData, method: str) -> dict[str, Any]:
     """All that was measured on a run.
 
-    method  the credit method that the run trained with; its numbers stand for the run
+    method  the credit method that the run trained with; its numbers stand for the run, where no
+            penalty or veto changed what it gave
 
     Keys: one per topic (None, or for truth an empty list, where nothing is there), `key_numbers`
     (see key_numbers.py), `missing` (topic and the command that measures it), `problems`.
@@ -208,6 +210,8 @@ def read_microscope(run: RunData, method: str) -> dict[str, Any]:
         "judging": _read(folder, "judging", partial(_numbers, "judging", _JUDGING), problems),
         "separation": _read(folder, "separation", _separation, problems),
     }
+    if found["calibration"] and AS_TRAINED in found["calibration"]["methods"]:
+        method = AS_TRAINED
     where = shlex.quote(str(run.path))
     missing = [
         {"topic": topic, "command": f"untwine diagnose {topic} {where}"}

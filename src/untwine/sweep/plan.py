@@ -36,8 +36,10 @@ AFTER_COLD_START = (
 """Sections of a recipe that do not touch its cold start, but for the sentences of `correction`:
 arms that differ in nothing else share one."""
 
+_ONE_THREAD = "but every run of a sweep has one thread, so that it can be repeated"
 _NO_ARM = {
-    "policy.threads": "but every run of a sweep has one thread, so that it can be repeated",
+    "policy.threads": _ONE_THREAD,
+    "cold_start.threads": _ONE_THREAD,
     "name": "which changes nothing; name the arm instead",
 }
 """Keys that a sweep sets itself."""
@@ -302,7 +304,9 @@ def _differing(one: Mapping[str, str], other: Mapping[str, str]) -> str:
 
 def _changed(recipe: Recipe, name: str, seed: int) -> Recipe:
     policy = recipe.policy.model_copy(update={"threads": 1})
-    return recipe.model_copy(update={"name": name, "seed": seed, "policy": policy})
+    cold_start = recipe.cold_start.model_copy(update={"threads": 0})
+    changes = {"name": name, "seed": seed, "policy": policy, "cold_start": cold_start}
+    return recipe.model_copy(update=changes)
 
 
 def folder_name(text: str) -> str:

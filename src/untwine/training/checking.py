@@ -35,8 +35,10 @@ def _check_labels(recipe: Recipe) -> None:
         raise ConfigError(
             f"credit method {name!r} goes by labels; name a source in gcd.labels, such as rule"
         )
-    if unknown := set(recipe.credit.options.get("sources") or ()) - set(labels):
+    key = "gcd.taught" if recipe.gcd.taught else "gcd.labels"
+    known = recipe.gcd.taught or labels
+    if unknown := set(recipe.credit.options.get("sources") or ()) - set(known):
         raise ConfigError(
-            f"credit.options.sources names {', '.join(sorted(unknown))}, which gcd.labels does "
+            f"credit.options.sources names {', '.join(sorted(unknown))}, which {key} does "
             "not; add it there"
         )

@@ -21,8 +21,7 @@ import torch
 
 from untwine.batch import policy_rows
 from untwine.config import GCDConfig, OptimizerConfig, Recipe
-from untwine.credit import credit_method, reads_labels
-from untwine.credit.by_label import penalise, veto
+from untwine.credit import may_read_labels, trained_credit
 from untwine.diagnose.online import Findings, OnlineDiagnosis
 from untwine.errors import Interrupted, UntwineError
 from untwine.gcd.entering import closed_parameters
@@ -77,7 +76,7 @@ class _Training:
         self.display = display
         self.stop = stop
         check_recipe(recipe)
-        self.credit = credit_method(recipe.credit.name, recipe.credit.options)
+        self.credit = trained_credit(recipe.credit, recipe.gcd.taught)
         self.correction = Correction(recipe)
         splits = read_splits(recipe.env)
         refs = training_refs(recipe.env, splits, recipe.rl.variations)
@@ -152,7 +151,7 @@ class _Training:
         if objective is not None:  # said before the cold start, not after it
             closed_parameters(self.policy, gcd.gradient, gcd.from_layer)
         credit = recipe.credit
-        direct = credit.penalty > 0 or bool(credit.veto) or reads_labels(credit.name)
+        direct = credit.penalty > 0 or bool(credit.veto) or may_read_labels(credit.name)
         used = objective is not None or direct
         names = [name for name in gcd.labels if used or not costly(name)]
         bench = Bench(
@@ -328,26 +327,19 @@ class _Training:
         if self.recipe.rl.drop_constant_groups and len(set(group.returns_G)) == 1:
             self._warn_of_dropped(group)
             return group.with_advantages([[None] * e.length for e in group.episodes])
-        return self._with_credit(group)
+        return self.credit(group)
 
     def _warn_of_dropped(self, group: Group) -> None:
         """Say once that credit tells steps apart in groups that are not trained on."""
         if "dropped" in self.said:  # so that the credit is not computed again
             return
-        steps = [step for e in self._with_credit(group).episodes for step in e.steps]
+        steps = [step for e in self.credit(group).episodes for step in e.steps]
         if len({step.advantage for step in steps}) > 1:
             self._say_once(
                 "dropped",
                 "[yellow]credit:[/yellow] groups whose returns are all equal are not trained on, "
                 "though their steps differ in credit; rl.drop_constant_groups=false trains on them",
             )
-
-    def _with_credit(self, group: Group) -> Group:
-        group = self.credit(group)
-        config, taught = self.recipe.credit, self.recipe.gcd.taught
-        if config.penalty:
-            group = penalise(group, config.penalty, taught)
-        return veto(group, config.veto, taught) if config.veto else group
 
     def _update(
         self, updater: Updater, groups: Sequence[Group], iteration: int, progress: float
