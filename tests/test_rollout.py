@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from untwine.config import Recipe
+from untwine.envs import rooms
 from untwine.envs.pool import ResetRequest
-from untwine.errors import UntwineError
+from untwine.errors import EnvError, UntwineError
 from untwine.policy.choices import Later
 from untwine.policy.sampler import Sample, Sampler
 from untwine.progress import Display
@@ -58,6 +60,19 @@ def test_a_constrained_policy_says_admissible_commands_only() -> None:
             assert token in among
             assert (logprob == 0.0) == (len(among) == 1)
     assert stats.env_steps == len(steps)
+
+
+@pytest.mark.parametrize("left", [(), ("look",)], ids=["none", "blocked ones only"])
+def test_an_environment_that_lists_no_command_is_said(
+    left: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with workshop_of(sampling=CONSTRAINED) as workshop:
+        collector = workshop.collector
+        monkeypatch.setattr(rooms, "_admissible", lambda *_: left)
+        monkeypatch.setattr(collector, "info", dataclasses.replace(collector.info, blocked=left))
+        generator = torch.Generator().manual_seed(0)
+        with pytest.raises(EnvError, match="lists no admissible command at step 0; set"):
+            collector.collect(workshop.refs, 4, generator)
 
 
 def test_an_unconstrained_policy_from_scratch_says_what_nobody_understands() -> None:

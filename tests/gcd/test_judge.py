@@ -21,13 +21,16 @@ from tests.gcd.judge_server import (
     trickle,
     trickle_headers,
 )
+from untwine.batch import Row, distinct_tokens
 from untwine.config import JudgeConfig, PolicyConfig, PromptConfig
-from untwine.errors import ConfigError, ModelError
+from untwine.errors import ConfigError, ModelError, UntwineError
+from untwine.gcd.sources import opinions
 from untwine.gcd.sources.answers import AnswerFile
 from untwine.gcd.sources.endpoint import Completion, Endpoint, EndpointError
 from untwine.gcd.sources.opinions import LocalJudge, Opinion, RemoteJudge, read
 from untwine.policy.loading import Policy
 from untwine.prompting.prompter import JUDGE_SYSTEM, verdict_text
+from untwine.scoring import Targets, score
 
 TEXTS = [f"You are here.\n\nAction: {what}\nGood or bad?" for what in ("go north", "eat", "sit")]
 
@@ -395,6 +398,41 @@ def test_local_judge_compares_the_two_words(policy: Policy, tmp_path: Path) -> N
         assert opinion.verdict == ("good" if good > 0.5 else "flawed")
         assert opinion.confidence == pytest.approx(abs(2 * good - 1), abs=1e-4)
         assert opinion.tokens >= len(prompt)
+
+
+def test_local_judge_asks_less_at_once_when_memory_is_short(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy.save(tmp_path / "judge")
+    settings = JudgeConfig(model=str(tmp_path / "judge"))
+    judge = LocalJudge(settings, PolicyConfig(device="cpu"), budget=10**6)
+    expected = judge.ask(TEXTS, lambda: None)
+    sizes = []
+
+    def scarce(model: Policy, rows: list[Row], **options: Any) -> Targets:
+        sizes.append(distinct_tokens(rows))
+        if sizes[-1] > limit:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return score(model, rows, **options)
+
+    limit = judge_tokens = distinct_tokens_of(judge, TEXTS[:1])
+    monkeypatch.setattr(opinions, "score", scarce)
+    found = judge.ask(TEXTS, lambda: None)
+    assert [o.verdict for o in found] == [o.verdict for o in expected]
+    assert [o.confidence for o in found] == pytest.approx(
+        [o.confidence for o in expected], abs=1e-5
+    )
+    assert max(sizes) > judge_tokens >= min(sizes)
+    limit = 3
+    with pytest.raises(
+        UntwineError, match="does not fit into the memory of the GPU beside the pol"
+    ):
+        judge.ask(TEXTS, lambda: None)
+
+
+def distinct_tokens_of(judge: LocalJudge, texts: list[str]) -> int:
+    prompts = [judge._model.chat.opening(JUDGE_SYSTEM, text) for text in texts]
+    return max(map(len, prompts)) + 16
 
 
 def test_local_judge_abstains_from_what_it_has_no_positions_for(

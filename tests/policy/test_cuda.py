@@ -8,12 +8,21 @@ from typing import Any
 import pytest
 import torch
 
+from tests.exercises import plain_exercise
 from untwine.batch import completion_row
-from untwine.config import PolicyConfig, SamplingConfig, TinyConfig
+from untwine.config import (
+    GCDConfig,
+    LossConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    SamplingConfig,
+    TinyConfig,
+)
 from untwine.errors import ModelError
 from untwine.policy.loading import Policy, check_exactness, load_policy
 from untwine.policy.sampler import Sampler
 from untwine.scoring import score
+from untwine.training.update import Updater
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,6 +72,79 @@ def test_replies_scores_and_gradients(
             found.append(torch.cat(grads))
         assert (found[1] - found[0]).norm() <= near * 5 * found[0].norm()
         prompts = {s: [*prompts[s], *x.ids, 21, 22, 23] for s, x in samples.items()}
+
+
+@pytest.mark.parametrize("rank", [0, 4], ids=["all weights", "lora"])
+@pytest.mark.parametrize(
+    "mixing",
+    [{}, {"weight_of": "gradient", "weight": 0.3}, {"step": "own"}],
+    ids=["fixed", "held", "own"],
+)
+def test_optimizer_steps_of_both_losses(folder: Path, mixing: Any, rank: int) -> None:
+    """Verdict and policy loss, apart where their norms are measured: as on the CPU. Long and short
+    batches, so that more than one kernel is compiled."""
+    found = []
+    for device in ("cpu", "cuda"):
+        policy = on(device, folder, lora={"rank": rank})
+        worker = Updater(
+            policy,
+            OptimizerConfig(lr=1e-2),
+            LossConfig(kl=0.1, entropy=0.01),
+            temperature=1.0,
+            microbatch_tokens=300,
+            gcd=GCDConfig(objective="generative/ce", **mixing),
+        )
+        measures = []
+        for length in (8, 200):
+            rows = [
+                completion_row([5, 6, *range(9, length), 9 + k], [30 + k, 31], 1 / 4)
+                for k in range(4)
+            ]
+            for k, row in enumerate(rows):
+                row.advantages[:] = (-1.0) ** k
+            asked = [
+                completion_row([*row.ids[:-1], 7], [40 + k % 2], 1 / 4)
+                for k, row in enumerate(rows)
+            ]
+            exercise = plain_exercise(policy, asked)
+            measures.append(worker.step(rows, exercise, 0.3).values)
+        found.append(measures)
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        for key in ("policy_loss", "gcd_loss", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=2e-2, abs=1e-4)
+
+
+def test_budgets_are_halved_when_memory_is_short(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that really ends: what is free is taken but for a little."""
+    policy = on("cuda", folder, dtype="float32")
+    worker = Updater(
+        policy, OptimizerConfig(), LossConfig(), temperature=1.0, microbatch_tokens=10**6
+    )
+    positions = policy.max_positions - 8
+    rows = [
+        completion_row([5 + k % 90, *([9 + k % 80] * (positions - 40))], [30] * 8, 1 / 64)
+        for k in range(64)
+    ]
+    for k, row in enumerate(rows):
+        row.advantages[:] = (-1.0) ** k
+    worker.step(rows[:1])
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    worker.step(rows[:8])
+    need = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    share = (torch.cuda.memory_allocated() + need) / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+    try:
+        with pytest.warns(UserWarning, match="out of memory with .* tokens at once"):
+            measures = worker.step(rows)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert measures.values["out_of_memory"] >= 1
+    assert worker.microbatch_tokens < 10**6
 
 
 def test_heads_that_are_too_narrow_are_said(policy: Policy, tmp_path: Path) -> None:

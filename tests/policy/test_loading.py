@@ -171,6 +171,18 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(
     torch.testing.assert_close(rough, exact, atol=0.1, rtol=0)
 
 
+def test_logits_are_not_rounded_to_bfloat16(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path / "model")
+    loaded = load_policy(PolicyConfig(model=str(tmp_path / "model"), dtype="bfloat16"), tuple)
+    with torch.no_grad(), loaded.autocast():
+        hidden = loaded.hidden_states(torch.tensor([[5, 6, 7, 8]]), use_cache=False)
+        logits = loaded.project(hidden)
+    assert logits.dtype == torch.float32
+    exact = hidden.double() @ loaded.model.get_output_embeddings().weight.double().T
+    torch.testing.assert_close(logits.double(), exact, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
 def test_what_is_no_model(policy: Policy, tmp_path: Path) -> None:
     for name, words in (("./absent", "no model folder"), (str(tmp_path), "no config.json")):
         with pytest.raises(ModelError, match=words):

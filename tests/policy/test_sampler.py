@@ -18,7 +18,7 @@ from untwine.policy import sampler as sampler_module
 from untwine.policy.loading import Policy, check_exactness, load_policy
 from untwine.policy.packing import Packed
 from untwine.policy.row_cache import RowCache
-from untwine.policy.sampler import Sample, Sampler, _nucleus
+from untwine.policy.sampler import Sample, Sampler, _inverse, _nucleus
 
 
 def plain_logprobs(
@@ -228,6 +228,25 @@ def test_replies_end_at_the_end_token_or_at_their_longest(policy: Policy) -> Non
         ended += sample.ids[-1] in policy.chat.end_ids
         assert sample.ids[-1] in policy.chat.end_ids or len(sample.ids) == 40
     assert ended > 20
+
+
+def test_draws_on_a_device_have_the_probabilities() -> None:
+    """By inversion of the cumulated probabilities: shares within four standard errors, nothing of
+    probability 0, and the ends of [0, 1) go to the first and the last that can be drawn."""
+    probs = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    count = 20_000
+    uniform = torch.rand(count, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = _inverse(probs.expand(count, -1), uniform)[:, 0]
+    shares = drawn.bincount(minlength=6).double() / count
+    assert ((shares - probs.double()).abs() <= 4 * (probs * (1 - probs) / count).sqrt()).all()
+    ends = torch.tensor([[0.0], [0.5], [1 - 1e-16], [1.0]], dtype=torch.float64)
+    assert _inverse(probs.expand(4, -1), ends)[:, 0].tolist() == [1, 3, 4, 4]
+    assert _inverse(3 * probs.expand(4, -1), ends)[:, 0].tolist() == [
+        1,
+        3,
+        4,
+        4,
+    ]  # need not sum to 1
 
 
 def test_top_p_draws_from_the_nucleus_with_logprobs_of_the_whole(policy: Policy) -> None:

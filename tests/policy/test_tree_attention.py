@@ -22,7 +22,12 @@ from untwine.policy import tree_attention
 from untwine.policy.attention import NAME, packed_hidden_states
 from untwine.policy.loading import Policy, load_policy
 from untwine.policy.sampler import Sampler
-from untwine.policy.tree_attention import TreePlan, flash_tree, flex_tree
+from untwine.policy.tree_attention import (
+    TreePlan,
+    compile_twice_differentiable,
+    flash_tree,
+    flex_tree,
+)
 from untwine.policy.trie import PackedTrie, build_trie
 from untwine.prompting.chat import Chat
 
@@ -168,11 +173,16 @@ def test_the_block_mask_is_the_one_that_looking_at_every_pair_gives(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_cuda_results_and_gradients_are_those_of_dense_attention() -> None:
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize("own", [1, 90, 900])
+def test_on_cuda_results_and_gradients_are_those_of_dense_attention(group: int, own: int) -> None:
+    """Short and long, one to eight query heads for each key head."""
     rng = np.random.default_rng(0)
     head = rng.integers(0, 9, 200)
-    trie = build_trie([np.concatenate([head[:n], rng.integers(9, 20, 90)]) for n in (200, 150, 9)])
-    qkv = [x.detach().cuda().requires_grad_() for x in operands(trie.size, torch.float32, D=32)]
+    rows = [np.concatenate([head[:n], rng.integers(9, 20, own)]) for n in (own, min(own, 150), 9)]
+    trie = build_trie(rows)
+    made = operands(trie.size, torch.float32, H=2 * group, K=2, D=32)
+    qkv = [x.detach().cuda().requires_grad_() for x in made]
     out = flex_tree(*qkv, TreePlan(trie, torch.device("cuda")), 0.3)
     local = [x.detach().cpu().requires_grad_() for x in qkv]
     wanted = dense(local, trie, 0.3)
@@ -183,6 +193,28 @@ def test_on_cuda_results_and_gradients_are_those_of_dense_attention() -> None:
         strict=True,
     ):
         assert gap(a.cpu(), b) < 5e-3
+
+
+@pytest.mark.slow
+def test_a_compiled_function_has_two_backward_passes_of_one_graph() -> None:
+    """As a verdict loss and the policy loss that share a forward pass need them. FlexAttention
+    itself has no backward pass on a CPU."""
+
+    def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x @ w, -1).pow(2).sum()
+
+    before = torch._functorch.config.donated_buffer
+    try:
+        compiled = compile_twice_differentiable(function)
+        x, w = (torch.randn(shape).requires_grad_() for shape in ((5, 7), (7, 9)))
+        value = compiled(x, w)
+        first = torch.autograd.grad(value, [x, w], retain_graph=True)
+        second = torch.autograd.grad(value, [x, w])
+    finally:
+        torch._functorch.config.donated_buffer = before
+    wanted = torch.autograd.grad(function(x, w), [x, w])
+    for found in (first, second):
+        torch.testing.assert_close(found, wanted)
 
 
 def small_model(policy: Policy, implementation: str, family: str = "llama", **extra: Any) -> Any:

@@ -102,6 +102,45 @@ def test_gradients_and_measures_are_those_of_enough_memory(
     assert "out_of_memory" not in with_less.values
 
 
+def test_a_gradient_kept_apart_is_not_counted_twice(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that ends while a second micro-batch is added to what the first has left."""
+
+    asked = [completion_row([50 + k, 5, 6], [7 + k % 2], 1 / 6) for k in range(6)]
+
+    def apart() -> tuple[list[torch.Tensor], Measures]:
+        worker, found = updater(policy, 8), []  # two of the rows at once
+
+        def accumulate(measures: Measures) -> None:
+            exercise = plain_exercise(policy, asked)
+            found[:] = worker.add_apart(policy_batch(), exercise, measures)
+
+        return found, worker.gather(accumulate)
+
+    class NoRoom:
+        def __add__(self, other: torch.Tensor) -> torch.Tensor:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    real, calls = update.Aside.add, []
+
+    def add(self: update.Aside, loss: torch.Tensor) -> None:
+        calls.append(len(self.values))
+        if len(calls) == 2:
+            assert all(value is not None for value in self.values)
+            self.values[len(self.values) // 2] = NoRoom()  # type: ignore[call-overload]
+        real(self, loss)
+
+    expected, _ = apart()
+    monkeypatch.setattr(update.Aside, "add", add)
+    with pytest.warns(UserWarning, match="out of memory"):
+        found, measures = apart()
+    assert len(calls) > 2
+    assert measures.values["out_of_memory"] == 1
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
 def test_micro_batches_that_were_done_are_not_done_again(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,8 +92,12 @@ class Policy:
             return hidden_states_along(self.model.base_model, trie, self.device, wanted_U)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Vocabulary logits, in float32 at least, of hidden states (..., D)."""
-        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        """Vocabulary logits, in float32 at least, of hidden states (..., D). Always computed in the
+        type of the weights: rounded to bfloat16, logits of 16 come in steps of 1/8, and what was
+        sampled would not be what is scored."""
+        head = self.model.get_output_embeddings()
+        with torch.autocast(self.device.type, enabled=False):
+            logits: torch.Tensor = head(hidden.to(head.weight.dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @property

@@ -205,8 +205,11 @@ class Sampler:
         pieces += reply_pieces(self._held, replies, self._twin)
         self._held.update(prompts)
         self._held.update({slot: self._held[slot] + ids for slot, ids in replies.items()})
-        self._cache.reserve(prompts, max(map(len, self._held.values())))
-        self._cache.copy(copies)
+        try:
+            self._cache.reserve(prompts, max(map(len, self._held.values())))
+            self._cache.copy(copies)
+        except torch.cuda.OutOfMemoryError:
+            raise UntwineError(self._no_room()) from None
         packed = pack(pieces)
         self._twin = dict(packed.last)
         ends_B = np.array([packed.last[slot] for slot in sorted([*prompts, *replies])])
@@ -232,16 +235,19 @@ class Sampler:
     def _halve(self, tokens: int) -> None:
         size = min(self._pass_tokens, tokens)
         if size <= _FEWEST:
-            raise UntwineError(
-                f"a rollout of {len(self._held)} episodes side by side does not fit into the "
-                "memory of the GPU; lower env.sessions, or set policy.dtype=bfloat16"
-            )
+            raise UntwineError(self._no_room())
         self._pass_tokens = size // 2
         warnings.warn(
             f"out of memory with {size} tokens at once; sampling goes on with {size // 2}",
             stacklevel=2,
         )
         torch.cuda.empty_cache()
+
+    def _no_room(self) -> str:
+        return (
+            f"a rollout of {len(self._held)} episodes side by side does not fit into the "
+            "memory of the GPU; lower env.sessions, or set policy.dtype=bfloat16"
+        )
 
     def _forward(self, part: Packed, wanted_U: np.ndarray) -> torch.Tensor:
         device = self.policy.device
@@ -271,10 +277,14 @@ class Sampler:
         if self.greedy:
             drawn = scaled.argmax(-1, keepdim=True)
         else:
-            probs = scaled.exp().float().cpu()
+            probs = scaled.exp().float()
             if self.config.top_p < 1.0:
                 probs = _nucleus(probs, self.config.top_p)
-            drawn = torch.multinomial(probs, 1, generator=self.generator).to(scaled.device)
+            if probs.device.type == "cpu":
+                drawn = torch.multinomial(probs, 1, generator=self.generator)
+            else:  # one number for each row crosses over, not a vocabulary
+                uniform = torch.rand(len(probs), 1, generator=self.generator, dtype=torch.float64)
+                drawn = _inverse(probs, uniform.to(probs.device))
         tokens = ids_BC.gather(-1, drawn) if ids_BC.numel() else drawn
         return tokens[:, 0], scaled.gather(-1, drawn)[:, 0]
 
@@ -284,6 +294,15 @@ def _children(nodes: Sequence[Node | None]) -> torch.Tensor:
     children = [list(node or ()) for node in nodes]
     width = max(map(len, children))
     return torch.tensor([ids + [-1] * (width - len(ids)) for ids in children], dtype=torch.long)
+
+
+def _inverse(probs_BV: torch.Tensor, uniform_B1: torch.Tensor) -> torch.Tensor:
+    """Draws (B, 1) by inverting the cumulated probabilities at numbers in [0, 1). What has
+    probability 0 is never drawn."""
+    cumulated_BV = probs_BV.double().cumsum(-1)
+    drawn_B1 = torch.searchsorted(cumulated_BV, uniform_B1 * cumulated_BV[:, -1:], right=True)
+    last_B1 = (probs_BV > 0).double().cumsum(-1).argmax(-1, keepdim=True)
+    return torch.minimum(drawn_B1, last_B1)
 
 
 def _nucleus(probs_BV: torch.Tensor, top_p: float) -> torch.Tensor:

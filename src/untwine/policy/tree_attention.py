@@ -29,6 +29,9 @@ from untwine.policy.tree_layout import Bucket, Layout, Part, wanted_layout, whol
 from untwine.policy.trie import PackedTrie
 
 _BLOCK = 128  # queries and keys of a block of FlexAttention's mask
+_KERNEL = {"FORCE_USE_FLEX_ATTENTION": True}
+"""Short sequences would get a kernel of their own, made for decoding, which some numbers of query
+heads for each key head do not fit into."""
 _FEW = 0.8  # a larger share of wanted tokens is not worth a last layer of their own
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -131,7 +134,13 @@ def flex_tree(
     attention = _flex_attention(compiled)
     grouped = query.shape[1] != key.shape[1]
     out_HND = attention(
-        query, key, value, block_mask=plan.block_mask, scale=scale, enable_gqa=grouped
+        query,
+        key,
+        value,
+        block_mask=plan.block_mask,
+        scale=scale,
+        enable_gqa=grouped,
+        kernel_options=_KERNEL,
     )[0]
     return out_HND.transpose(0, 1)
 
@@ -141,7 +150,18 @@ def _flex_attention(compiled: bool) -> Callable[..., torch.Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     plain: Callable[..., Any] = flex_attention
-    return torch.compile(plain, dynamic=True) if compiled else plain
+    return compile_twice_differentiable(plain) if compiled else plain
+
+
+def compile_twice_differentiable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` for shapes that change, whose graph may be kept for a second backward pass,
+    as where two losses share a forward pass: buffers of the first may then not be given away. The
+    two settings hold for the process; the second is for a call in many modes (gradient or none,
+    types, head shapes), which would be run uncompiled beyond eight of them."""
+    torch._functorch.config.donated_buffer = False
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 64)
+    return torch.compile(function, dynamic=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ sum has one backward pass, and two gradients that are to be kept apart have one 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 import warnings
@@ -53,6 +52,17 @@ class _Again(Exception):
     """The gradients gathered so far are spoilt."""
 
 
+class _Spoilt(Exception):
+    """Memory ran out when a part of a gradient had been added."""
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Aside:
     """The gradient of a loss, kept apart from what `.grad` holds.
 
@@ -67,13 +77,16 @@ class Aside:
 
     def add(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss`, whose graph is kept for another backward pass."""
-        started = time.perf_counter()
+        started = _clock(loss.device)
         found = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
-        for k, new in enumerate(found):
-            if new is not None:
-                before = self.values[k]
-                self.values[k] = new if before is None else before + new
-        self.seconds += time.perf_counter() - started
+        try:
+            for k, new in enumerate(found):
+                if new is not None:
+                    before = self.values[k]
+                    self.values[k] = new if before is None else before + new
+        except torch.cuda.OutOfMemoryError:
+            raise _Spoilt from None
+        self.seconds += _clock(loss.device) - started
 
 
 class Updater:
@@ -169,9 +182,9 @@ class Updater:
         def loss(batch: Sequence[Row], measures: Measures) -> torch.Tensor:
             return reading.loss(batch, self._score(batch, reading), measures)
 
-        started = time.perf_counter()
+        started = _clock(self.policy.device)
         self._backward(rows, loss, measures)
-        measures.add(seconds_policy=time.perf_counter() - started)
+        measures.add(seconds_policy=_clock(self.policy.device) - started)
 
     def _score(self, rows: Sequence[Row], reading: Reading) -> Targets:
         return score(
@@ -187,7 +200,7 @@ class Updater:
     ) -> None:
         """Add `weight` times the gradient of the verdict loss, or its plain gradient `aside`. With
         weight 0 the loss is only measured."""
-        started = time.perf_counter()
+        started = _clock(self.policy.device)
 
         def loss(batch: Sequence[Row], measures: Measures) -> torch.Tensor:
             with torch.set_grad_enabled(weight > 0 or aside is not None):
@@ -204,7 +217,7 @@ class Updater:
             return value.detach()
 
         self._backward(exercise.rows, loss, measures)
-        measures.add(seconds_gcd=time.perf_counter() - started)
+        measures.add(seconds_gcd=_clock(self.policy.device) - started)
 
     def extra_state(self) -> dict[str, dict[str, torch.Tensor]]:
         """What a checkpoint must hold beside policy and main optimizer, by name."""
@@ -319,10 +332,10 @@ class Updater:
             measures.add(gcd_tokens=added, gcd_update_tokens=added, both=tokens + added)
             return value
 
-        started = time.perf_counter()
+        started = _clock(self.policy.device)
         found = Measures()
         self._backward([*rows, *asked], loss, found)
-        seconds = time.perf_counter() - started
+        seconds = _clock(self.policy.device) - started
         share = found.sums["gcd_tokens"] / found.sums.pop("both")
         alone = aside.seconds if aside else 0.0
         policy = (1 - share) * (seconds - alone)
@@ -339,7 +352,8 @@ class Updater:
         reference_N = None
         if self.reference is not None:
             with torch.no_grad():
-                reference_N = score(self.reference, rows, self.temperature).logprobs_N
+                frozen = score(self.reference, rows, self.temperature, entropies=False)
+                reference_N = frozen.logprobs_N
         result = policy_loss(
             targets.entropies_N,
             targets.logprobs_N,
@@ -370,10 +384,17 @@ class Updater:
         while waiting:
             found = Measures()
             value = None
-            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            spoilt = False
+            try:
                 value = loss(waiting[0], found)
+            except torch.cuda.OutOfMemoryError:
+                pass
+            except _Spoilt:
+                spoilt = True
             if value is None:  # the traceback no longer holds the tensors
                 self._halve(waiting[0])
+                if spoilt:
+                    raise _Again
                 left = [row for batch in waiting for row in batch]
                 waiting = list(microbatches(left, self.microbatch_tokens))
                 continue

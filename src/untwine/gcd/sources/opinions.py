@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -13,9 +14,9 @@ from typing import Literal, Protocol
 
 import torch
 
-from untwine.batch import Row, completion_row, microbatches
+from untwine.batch import Row, completion_row, distinct_tokens, microbatches
 from untwine.config import JudgeConfig, PolicyConfig
-from untwine.errors import ModelError
+from untwine.errors import ModelError, UntwineError
 from untwine.gcd.sources.answers import AnswerFile, question_key
 from untwine.gcd.sources.endpoint import Completion, Endpoint, EndpointError, shortened
 from untwine.policy.loading import Policy, load_policy
@@ -149,9 +150,18 @@ class LocalJudge:
         rows = [row for own, fits in zip(asked, fitting, strict=True) if fits for row in own]
         numbers = {id(row): i for i, row in enumerate(rows)}
         logprobs = [0.0] * len(rows)
-        for batch in microbatches(rows, self._budget):
+        waiting = list(microbatches(rows, self._budget))
+        while waiting:
             on_progress()
-            found_N = score(self._model, batch).logprobs_N.double().tolist()
+            batch, found_N = waiting[0], None
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                found_N = score(self._model, batch, entropies=False).logprobs_N.double().tolist()
+            if found_N is None:
+                self._halve(batch)
+                left = [row for batch in waiting for row in batch]
+                waiting = list(microbatches(left, self._budget))
+                continue
+            del waiting[0]
             ends = [0]
             for row in batch:
                 ends.append(ends[-1] + len(row.targets))
@@ -167,6 +177,17 @@ class LocalJudge:
                 reason = f"a question is longer than the {most} positions of gcd.judge.model"
                 opinions.append(Opinion("skipped", reason=reason))
         return opinions
+
+    def _halve(self, batch: Sequence[Row]) -> None:
+        """Fewer tokens at once from now on: memory ran out with those of this batch."""
+        if len(batch) == 1:
+            raise UntwineError(
+                f"a question of {batch[0].length} tokens to the local judge does not fit into the "
+                "memory of the GPU beside the policy; name a smaller gcd.judge.model, or one "
+                "behind an endpoint (gcd.judge.url)"
+            )
+        self._budget = max(1, min(self._budget, distinct_tokens(batch)) // 2)
+        torch.cuda.empty_cache()
 
     def complaint(self) -> str:
         return ""
