@@ -2,6 +2,7 @@
 
     python benchmarks/update.py [--turns 10 20 30] [--thoughts] [--repeats 3] [--padded-share 0.1]
     python benchmarks/update.py --growth
+    python benchmarks/update.py --device cuda --dtype bfloat16 --model qwen-1.5b --arms trie episode
 
 trie       what the trainer does: every distinct token of the group once (policy/trie.py), the last
            layer only where it is read (policy/last_layer.py)
@@ -14,14 +15,16 @@ padded     the same steps as a rectangle, padded on the left, with transformers'
 A group is G episodes of one task, of T turns each: a prompt of 300 tokens, then observations of
 about 40 and actions of 8 tokens, with --thoughts after a thought of about 60. What the environment
 says is a function of the actions so far; the agent takes its favourite of 8 actions with
-probability --peak, so episodes part sooner or later. The model is a Llama of random weights.
+probability --peak, so episodes part sooner or later. The model is a Llama of random weights, or by
+--model one of the shape of Qwen2.5, SmolLM2, or any other.
 
-Times are medians of CPU seconds over the repetitions (wall clock with more than one thread). The
-slow arms may be timed on a share of their micro-batches, evenly spread, and scaled by tokens; the
-table says so. The gradient error is that of a full pass, against every step by itself in float64
-with transformers' own attention: |g - g64| / |g64|. For a layout that was timed on a share it is
-left out. The share of the matrix rate is operations counted (6 per weight and token, 14 x width
-per pair) over time, against the best rate of a plain float32 product of like shape.
+Times are medians of CPU seconds over the repetitions (wall clock with more than one thread, and on
+a GPU, which is waited for). Tokens per second are those of the episodes, each once. The slow arms
+may be timed on a share of their micro-batches, evenly spread, and scaled by tokens; the table says
+so. The gradient error is that of a full pass, against every step by itself in float64 with
+transformers' own attention: |g - g64| / |g64|. For a layout that was timed on a share it is left
+out. The share of the matrix rate is operations counted (6 per weight and token, 14 x width per
+pair) over time, against the best rate of a plain product of like shape and type.
 """
 
 from __future__ import annotations
@@ -38,15 +41,35 @@ import numpy as np
 import torch
 from arms.last_layer import last_layer_everywhere
 from arms.machine import clock, heading
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from untwine.batch import Row, microbatches
-from untwine.policy.loading import Policy
+from untwine.config import PolicyConfig
+from untwine.policy.loading import Policy, load_policy
 from untwine.policy.trie import Layout
 from untwine.scoring import pack, score
 
 VOCABULARY = 4096
 ARMS = ("trie", "episode", "varlen", "padded")
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+QWEN: Any = {"vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True}
+SHAPES = {
+    "qwen-0.5b": Qwen2Config(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        **QWEN,
+    ),
+    "qwen-1.5b": Qwen2Config(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        **QWEN,
+    ),
+}
+"""The shapes of Qwen2.5-0.5B and Qwen2.5-1.5B (their config.json)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,23 +126,28 @@ def make_row(ids: np.ndarray, spans: Sequence[tuple[int, int]], advantage: float
     return Row(ids, targets, ones, 0 * ones, advantage * ones)
 
 
-def make_policy(layers: int, width: int, dtype: str) -> Policy:
+def make_policy(args: argparse.Namespace) -> Policy:
+    """By --model: of random weights in a known shape, or loaded. On the device."""
     torch.manual_seed(0)
-    heads = width // 32
-    config = LlamaConfig(
+    device = torch.device(args.device)
+    if args.model and args.model not in SHAPES:
+        config = PolicyConfig(model=args.model, device=args.device, dtype=args.dtype)
+        return load_policy(config, tuple)
+    heads = args.width // 32
+    shape: Any = SHAPES.get(args.model) or LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=int(width * 2.6875),
-        num_hidden_layers=layers,
+        hidden_size=args.width,
+        intermediate_size=int(args.width * 2.6875),
+        num_hidden_layers=args.layers,
         num_attention_heads=heads,
         num_key_value_heads=heads // 2,
         max_position_embeddings=8192,
         tie_word_embeddings=False,
     )
-    model: Any = LlamaForCausalLM(config).eval()
-    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    with device:
+        model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
     unused: Any = None
-    return Policy(model, unused, unused, torch.device("cpu"), kind, "benchmark")
+    return Policy(model, unused, unused, device, TYPES[args.dtype], args.model or "benchmark")
 
 
 # The four arms: each gives the seconds of a pass and leaves its gradient in the model
@@ -130,9 +158,10 @@ def packed_arm(
 ) -> Timing:
     if layout != "separate":
         batches = list(microbatches(rows, budget))
-        return timed(batches, share, lambda batch: packed_pass(policy, batch, layout))
+        return timed(policy, batches, share, lambda batch: packed_pass(policy, batch, layout))
     with last_layer_everywhere(policy.model):
-        return timed(fixed(rows, budget), share, lambda batch: packed_pass(policy, batch, layout))
+        batches = fixed(rows, budget)
+        return timed(policy, batches, share, lambda batch: packed_pass(policy, batch, layout))
 
 
 def packed_pass(policy: Policy, batch: Sequence[Row], layout: Layout) -> int:
@@ -155,7 +184,7 @@ def padded_arm(policy: Policy, rows: Sequence[Row], size: int, share: float) -> 
     order = np.random.default_rng(0).permutation(len(rows))
     batches = [[rows[i] for i in order[a : a + size]] for a in range(0, len(rows), size)]
     longest = max(row.length for row in rows)
-    return timed(batches, share, lambda batch: padded_pass(policy, batch, longest))
+    return timed(policy, batches, share, lambda batch: padded_pass(policy, batch, longest))
 
 
 def padded_pass(policy: Policy, batch: Sequence[Row], longest: int) -> int:
@@ -167,6 +196,7 @@ def padded_pass(policy: Policy, batch: Sequence[Row], longest: int) -> int:
         real[b, longest - row.length :] = 1
         trained[b, longest - row.length + row.targets] = True
         weight[b] = float(row.advantages[0])
+    ids, real, trained, weight = (x.to(policy.device) for x in (ids, real, trained, weight))
     position = (real.cumsum(-1) - 1).clamp_min(0)
     with policy.autocast():
         hidden = policy.hidden_states(
@@ -179,12 +209,14 @@ def padded_pass(policy: Policy, batch: Sequence[Row], longest: int) -> int:
     return ids.numel()
 
 
-def timed(batches: Sequence[list[Row]], share: float, run: Callable[[list[Row]], int]) -> Timing:
+def timed(
+    policy: Policy, batches: Sequence[list[Row]], share: float, run: Callable[[list[Row]], int]
+) -> Timing:
     """Run a share of the micro-batches, evenly spread, and scale by their tokens."""
     count = max(1, round(share * len(batches)))
     spread = (np.arange(count) + 0.5) * len(batches) / count
     taken = [batches[int(i)] for i in spread]
-    now = clock(torch.get_num_threads())
+    now = clock(torch.get_num_threads(), policy.device.type)
     started = now()
     tokens = sum(run(batch) for batch in taken)
     seconds = now() - started
@@ -205,17 +237,21 @@ def reference(policy: Policy, rows: Sequence[Row]) -> torch.Tensor:
     model.set_attn_implementation("sdpa")
     model.zero_grad()
     for row in rows:
-        ids = torch.from_numpy(row.ids)
+        ids = torch.from_numpy(row.ids).to(policy.device)
         logits = model(input_ids=ids[None], use_cache=False).logits[0, row.targets - 1]
         logprobs = logits.log_softmax(-1)[range(len(row.targets)), ids[row.targets]]
         (-float(row.advantages[0]) * logprobs).sum().backward()
     return gradient(model)
 
 
-def matrix_rate(width: int) -> float:
-    """Best rate of a float32 product of 2048 tokens, operations per second."""
-    a, b = torch.randn(2048, width), torch.randn(width, round(width * 2.6875))
-    best, now = math.inf, clock(torch.get_num_threads())
+def matrix_rate(policy: Policy) -> float:
+    """Best rate of a product of 2048 tokens (on a GPU 8192) in the type of the passes, operations
+    per second."""
+    config, device = policy.model.config, policy.device
+    count = 2048 if device.type == "cpu" else 8192
+    a = torch.randn(count, config.hidden_size, dtype=policy.dtype, device=device)
+    b = torch.randn(a.shape[1], config.intermediate_size, dtype=policy.dtype, device=device)
+    best, now = math.inf, clock(torch.get_num_threads(), device.type)
     for _ in range(40):
         started = now()
         for _ in range(10):
@@ -232,7 +268,8 @@ def operations(policy: Policy, rows: Sequence[Row], layout: Layout) -> float:
         np.concatenate([p[r.targets - 1] for p, r in zip(trie.paths, rows, strict=True)])
     )
     layer = policy.costs.token * trie.size + policy.costs.pair * trie.pairs
-    key_values = 12.0 * config.hidden_size * config.num_key_value_heads * config.head_dim
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key_values = 12.0 * config.hidden_size * config.num_key_value_heads * width
     last = policy.costs.token * len(nodes) + policy.costs.pair * (trie.depth_N[nodes] + 1).sum()
     last += key_values * (trie.size - len(nodes))
     head = 6.0 * config.hidden_size * config.vocab_size * len(nodes)
@@ -266,6 +303,7 @@ def compare(policy: Policy, turns: int, args: argparse.Namespace, rate: float) -
                 errors[arm] = float((gradient(policy.model) - exact).norm() / exact.norm())
     seconds = {arm: statistics.median(t.seconds for t in found[arm]) for arm in args.arms}
     needed = operations(policy, work.episodes, "auto")
+    played = sum(row.length for row in work.episodes)
     for arm in args.arms:
         first = found[arm][0]
         ratios = [
@@ -277,7 +315,8 @@ def compare(policy: Policy, turns: int, args: argparse.Namespace, rate: float) -
         times = " ".join(f"{t.seconds:.2f}" for t in found[arm])
         print(
             f"| {turns} | {arm} | {first.tokens:,} | {100 * first.share:.0f} % | "
-            f"{seconds[arm]:.2f} | {times} | {ratios[0]} | {ratios[1]} | {error} | {busy} |",
+            f"{seconds[arm]:.2f} | {times} | {played / seconds[arm]:,.0f} | {ratios[0]} | "
+            f"{ratios[1]} | {error} | {busy} |",
             flush=True,
         )
 
@@ -313,7 +352,9 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=0.8, help="probability of the favourite")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--model", default="", help=f"{', '.join(SHAPES)}, or what loads")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", choices=tuple(TYPES), default="float32")
     parser.add_argument("--budget", type=int, default=8192, help="tokens per forward pass")
     parser.add_argument("--padded-batch", type=int, default=8, help="padded rows per forward pass")
     parser.add_argument("--padded-share", type=float, default=1.0, help="share that is timed")
@@ -324,15 +365,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    policy = make_policy(args.layers, args.width, args.dtype)
-    rate = matrix_rate(args.width)
+    policy = make_policy(args)
+    rate = matrix_rate(policy)
+    shape = policy.model.config
+    device = "CPU" if args.device == "cpu" else torch.cuda.get_device_name()
     print(
         heading(
             "update.py",
-            f"{args.layers} layers of width {args.width}, {args.groups} groups of {args.size} "
-            f"episodes, favourite taken with probability {args.peak}, {args.dtype}; seed "
-            f"{args.seed}, {args.threads} threads, {args.repeats} repeats; matrix product "
-            f"{rate / 1e9:.0f} GFLOP/s",
+            f"{policy.name}: {shape.num_hidden_layers} layers of width {shape.hidden_size}, "
+            f"{args.groups} groups of {args.size} episodes, favourite taken with probability "
+            f"{args.peak}, {args.dtype} on {device}; seed {args.seed}, {args.threads} threads, "
+            f"{args.repeats} repeats; matrix product {rate / 1e9:,.0f} GFLOP/s",
         ),
         flush=True,
     )
@@ -342,8 +385,9 @@ def main() -> None:
     warm = make_work(1, 2, 2, False, args.peak, args.seed)
     for arm in args.arms:  # kernels and memory are set up before anything is timed
         run_arm(arm, policy, warm, args)
-    print("| T | layout | tokens | timed | s | each | x padded | x varlen | error | of rate |")
-    print("|---:|---|---:|---:|---:|---|---:|---:|---:|---:|")
+    columns = ["T", "layout", "tokens", "timed", "s", "each", "tokens/s", "x padded", "x varlen"]
+    print(f"| {' | '.join([*columns, 'error', 'of rate'])} |")
+    print("|---:|---|---:|---:|---:|---|---:|---:|---:|---:|---:|")
     for turns in args.turns:
         compare(policy, turns, args, rate)
 

@@ -97,6 +97,18 @@ def test_scienceworld_loads_runs() -> None:
         assert ratio == pytest.approx(ordinary / ours, rel=0.1)
 
 
+def test_update_runs() -> None:
+    """All layouts, whose gradients are those of separate samples; and a model that is loaded."""
+    small = ["--layers", "2", "--width", "64", "--turns", "2", "--size", "2", "--repeats", "1"]
+    rows = [line.strip("| ").split(" | ") for line in run("update.py", *small).splitlines()]
+    rows = [row for row in rows if row[0] == "2"]
+    assert [row[1] for row in rows] == ["trie", "episode", "varlen", "padded"]
+    assert all(float(row[9]) < 1e-5 for row in rows)
+    tokens = [int(row[2].replace(",", "")) for row in rows]
+    assert tokens[0] < tokens[1] < tokens[2] < tokens[3]
+
+
+@pytest.mark.slow
 def test_rollout_runs() -> None:
     # the script itself stops when its arms do not say the same
     size = [

@@ -24,10 +24,19 @@ def heading(script: str, *facts: str) -> str:
     return "  \n".join(lines) + "\n"
 
 
-def clock(threads: int) -> Callable[[], float]:
+def clock(threads: int, device: str = "cpu") -> Callable[[], float]:
     """Seconds. Of one thread, those of the processor: other processes disturb them less. They are
-    those of the wall on a quiet machine."""
+    those of the wall on a quiet machine. On a GPU those of the wall, once it has done its work."""
+    if device == "cuda":
+        return _when_done
     return time.process_time if threads == 1 else time.perf_counter
+
+
+def _when_done() -> float:
+    import torch
+
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def peak_bytes() -> int:
