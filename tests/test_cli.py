@@ -182,6 +182,8 @@ def test_damaged_checkpoints_are_named_and_nothing_is_lost(  # type: ignore[no-u
     shutil.rmtree(run / "checkpoints")
     assert_refused(untwine("train", "--resume", run), 5, "no checkpoint")
     assert_refused(untwine("train", "--resume", tmp_path / "nowhere"), 5, "no run directory")
+    both = untwine("train", "--resume", run, "--run", tmp_path / "other")
+    assert_refused(both, 2, "leave --run out")
 
 
 def test_evaluate_prints_numbers_for_machines(untwine, finished: Path) -> None:  # type: ignore[no-untyped-def]

@@ -28,6 +28,12 @@ def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
     )
 
 
+def test_an_override_changes_one_of_two_sections_that_share_an_alias(tmp_path: Path) -> None:
+    text = "cold_start: {optimizer: &o {lr: 1.0e-3}}\nrl: {optimizer: *o}\n"
+    recipe = load_recipe(write(tmp_path, text), ["rl.optimizer.lr=1e-4"])
+    assert (recipe.cold_start.optimizer.lr, recipe.rl.optimizer.lr) == (1e-3, 1e-4)
+
+
 def test_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, "env: {tasks: [fetch]}\n"))
     assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
@@ -114,6 +120,22 @@ def test_a_base_that_is_none(tmp_path: Path, text: str, message: str) -> None:
         ("kl: 1\n", [], "Did you mean 'loss.kl'"),
         ("enviroment: {}\n", [], "Did you mean 'env'"),
         ("gcd: {wieght: 1}\n", [], "Did you mean 'gcd.weight'"),
+        (
+            "cold_start: {lessons: [take]}\n",
+            [],
+            "lessons.0 is a section with keys of its own, such as",
+        ),
+        (
+            "cold_start: {lessons: [{steps: 3, commands: [take], step: 1}]}\n",
+            [],
+            "unknown key 'cold_start.lessons.0.step'",
+        ),
+        (
+            "rl: {optimizer: {betas: [0.9, 1.0]}}\n",
+            [],
+            "rl.optimizer.betas.1: input should be less",
+        ),
+        ("env: {timeout_s: .inf}\n", [], "env.timeout_s: input should be less than or equal"),
         ("seed: 3\n", ["seed"], "not of the form section.key=value"),
         ("seed: 3\n", ["rl.lr.x=1"], "unknown key 'rl.lr'"),
         ("seed: 3\n", ["seed.x=1"], "'seed' holds a value, not a section"),

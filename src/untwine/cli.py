@@ -71,6 +71,8 @@ def train(
             if "=" not in str(recipe):
                 raise ConfigError("--resume takes the recipe from the run; leave the recipe out")
             changes.insert(0, str(recipe))
+        if run is not None:
+            raise ConfigError("--resume goes on in the run's own folder; leave --run out")
         settings, path = resumed_recipe(resume, changes), resume
     elif recipe is None:
         raise ConfigError("name a recipe (recipes/smoke.yaml is the smallest) or --resume RUN")
@@ -100,7 +102,9 @@ def evaluate(
     model: Annotated[
         str, typer.Option(help="A checkpoint, another model folder or id, or `random`.")
     ] = "",
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sampling \\[default: that of the run].")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Play the fixed evaluation sets with the policy of a run; kept in RUN/evaluations.jsonl.
@@ -128,7 +132,7 @@ def evaluate(
             display,
             model=model,
             decodings=decodings,
-            seed=seed,
+            seed=recipe.seed if seed is None else seed,
         )
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -173,6 +177,8 @@ def report(
     from untwine.report import build_report, report_numbers
 
     if as_json:
+        if out is not None:
+            raise ConfigError("--json prints the numbers and writes no page; leave --out out")
         print(json.dumps(report_numbers(runs), indent=2))
         return
     target = build_report(runs, out or runs[0] / "report.html")

@@ -29,7 +29,7 @@ from untwine.training.run_dir import metric_rows, run_info
 from untwine.training.signals import StopRequest
 
 _ARMS = {"GRPO": "grpo", "GRPO + GCD": "gcd"}
-_OBJECTIVES = {"grpo": "none", "gcd": "generative/ce"}
+_OBJECTIVE = "generative/ce"
 
 
 def run_demo(recipe_path: Path, out: Path, overrides: Sequence[str]) -> None:
@@ -38,13 +38,15 @@ def run_demo(recipe_path: Path, out: Path, overrides: Sequence[str]) -> None:
         raise CheckpointError(f"{out} already exists; delete it or choose another --out")
     started = time.perf_counter()
     recipe = load_recipe(recipe_path, overrides)
+    own = recipe.gcd.objective
+    objectives = {"grpo": "none", "gcd": _OBJECTIVE if own == "none" else own}
     with Display() as display:
         tasks = ", ".join(recipe.env.tasks)
         display.line(f"tasks: {tasks}\n[bold]1/3[/bold] cold start on expert episodes")
         cold = recipe.model_copy(update={"rl": recipe.rl.model_copy(update={"iterations": 0})})
         train(cold, out / "cold", display)
         display.line("[bold]2/3[/bold] GRPO and GRPO + GCD from this cold start, side by side")
-        jobs = [_job(recipe, out, name, _OBJECTIVES[name]) for name in _ARMS.values()]
+        jobs = [_job(recipe, out, name, objective) for name, objective in objectives.items()]
         with Crew(jobs, len(jobs)) as crew:
             crew.tend()
             random_rows = evaluate_random(recipe, recipe.evaluate.sets, 64, display)

@@ -73,7 +73,8 @@ def play_experts(
 
     noise   chance of an error at each step. Where the environment `replans`, the expert errs and
             then plans anew (envs/wandering.py); elsewhere another command of the same plan is put
-            before the right one. A plan that fails because of it is played again without.
+            before the right one, so that such a demonstration may be longer than `max_steps`. A
+            plan that fails because of it is played again without.
     valid_only  an expert that plans anew errs with commands that are valid, for policies that
                 choose among these
     expert  who plays (EnvError where there is none such)

@@ -118,4 +118,6 @@ def _java() -> tuple[str, str]:
         ).stderr
     except OSError as error:
         return "[yellow]not runnable[/yellow]", f"{source}: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return "[yellow]not runnable[/yellow]", f"{source}: no answer within 20 s"
     return (shown.splitlines() or ["unknown"])[0], source

@@ -102,5 +102,8 @@ def _options(pairs: list[str]) -> dict[str, object]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise EnvError(f"option {pair!r} is not of the form KEY=VALUE")
-        options[key] = yaml.safe_load(value)
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise EnvError(f"the value of option {pair!r} is not valid YAML") from error
     return options

@@ -4,9 +4,9 @@ is taken out has the effect that the Gram of the first batch says.
     S=runs/gcd-scienceworld-second
     python studies/gcd/cause.py $S --out $S/cause
 
-Probes are the punished steps of the first batch of a run of `grpo` that the rules call invalid and
-that begin with --word. For every arm with credit taken out, and every seed that it has in common
-with `grpo`:
+Probes are the punished steps of the first batch of a run of `grpo` that the rules call invalid, no
+other label on record contradicting them, and that begin with --word. For every arm with credit
+taken out, and every seed that it has in common with `grpo`:
 
 predicted  first-order change of log pi of the probes in one step with the arm's weights, minus that
            with the weights of `grpo`; mean over the probes, in units of what they do to themselves
@@ -54,14 +54,17 @@ Credit = Callable[[Group], Group]
 
 
 def credit_of(recipe: Recipe) -> Credit | None:
-    """What an arm makes of the advantages of `grpo`; None where it leaves them."""
+    """What an arm makes of the advantages of `grpo`; None where it leaves them, or makes its own by
+    another method."""
     credit = recipe.credit
     if credit.name == "studies.gcd.without:without":
         return lambda group: group.with_advantages(taken_out(group, **credit.options))
     if credit.name == "studies.gcd.without:rules_only":
         return lambda group: labels_alone(group, ["rule"])
-    if credit.veto:
-        taught = recipe.gcd.taught
+    taught = recipe.gcd.taught
+    if credit.name == "labels":
+        return lambda group: labels_alone(group, credit.options.get("sources") or taught)
+    if credit.name == PLAIN and (credit.veto or credit.penalty):
         return lambda group: veto(penalise(group, credit.penalty, taught), credit.veto, taught)
     return None
 

@@ -5,10 +5,11 @@
     python studies/gcd/directions.py $S --arm wrong.grpo --out $S/directions
 
 From the Gram of the first batch of every run: the push, along each direction, on the steps that
-begin with --word, those that the rules call good and those that they call invalid. Only what comes
-from samples with other prompts counts, since what was not sampled is to be learnt, too. Directions
-have equal length, and pushes are in units of what a direction of that length can do to a step,
-the mean over samples of the norm of their gradients.
+begin with --word, those that the rules call good and those that they call invalid, where no other
+label on record contradicts them (`group` labels do for about one invalid step in twelve). Only what
+comes from samples with other prompts counts, since what was not sampled is to be learnt, too.
+Directions have equal length, and pushes are in units of what a direction of that length can do to a
+step, the mean over samples of the norm of their gradients.
 
     grpo       the policy's own gradient
     penalty    the same, less .3 for steps that the rules call flawed

@@ -172,7 +172,8 @@ def draw_lifters(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 def draw(found: Found, path: Path) -> None:
     """The flawed kinds in the looks: what the first batch does to them, and what training did."""
-    kinds = [k for k in found["share"] if k in found[LIFTED] and found["advantage"][k]["first"] < 0]
+    advantage = found["advantage"]
+    kinds = [k for k in found[LIFTED] if k in advantage and advantage[k]["first"] < 0]
     kinds.sort(key=lambda kind: found[LIFTED][kind]["difference"])
     panels = (
         (LIFTED, "lifted by the first batch, minus chance", False),

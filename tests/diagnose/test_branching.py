@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.diagnose.conftest import MakeCollector
 from tests.diagnose.untwine_chain_env import MOVES, ChainEnv
 from tests.policy.test_choices import plain_choice_logprob
 from untwine.config import SamplingConfig
+from untwine.diagnose import branching
 from untwine.diagnose.branching import Brancher, Estimate, Occurrence, Settings
 from untwine.diagnose.population import RecordedStep, action_logprobs, recorded_steps
 from untwine.diagnose.restoring import restore_points
@@ -173,12 +175,15 @@ def test_the_same_seed_gives_the_same_answers(make_chain: MakeCollector) -> None
 
 def test_steps_left_count_from_the_position(make_chain: MakeCollector) -> None:
     """At the last step nothing follows: the value is the outcome of the command itself."""
+    last = 0
     for found, _, answer in estimate(make_chain(), branches=16):
         assert answer is not None
         if all(step.t == STEPS - 1 for step, _ in found):
             command, position = found[0][0].step.command, int(found[0][0].step.state_key)
             assert command is not None
             assert answer.action_value in (None, float(position + MOVES[command] >= 2))
+            last += answer.action_value is not None
+    assert last
 
 
 def test_an_environment_that_stops_repeating_gives_no_answer(make_chain: MakeCollector) -> None:
@@ -187,6 +192,17 @@ def test_an_environment_that_stops_repeating_gives_no_answer(make_chain: MakeCol
     assert [answer for _, _, answer in estimate(collector, branches=16)] == [None] * len(
         estimate(make_chain(), branches=16)
     )
+
+
+def test_values_stand_in_the_order_of_the_draws() -> None:
+    """Also those that are known at once, since the reply was the action itself."""
+    tally = branching._Tally([], random.Random(0), known_q=False)
+    first = tally.reserve()
+    tally.values.append(0.0)
+    second = tally.reserve()
+    tally.fill(second, 0.25, 1.0)
+    tally.fill(first, 1.0, 0.5)
+    assert tally.values == [0.5, 0.0, -0.75]
 
 
 def test_looks_double_up_to_the_last() -> None:

@@ -221,6 +221,8 @@ def test_an_iteration_whose_policy_is_gone(untwine, finished: Path) -> None:  # 
     )
     assert numbers["policy"].endswith("/model")
     assert numbers["drift"]["largest"] > 1e-4
+    muon = untwine("coupling", finished, "rl.optimizer.name=muon", "--metric", "adam")
+    assert_refused(muon, 2, "needs a run trained with AdamW")
     result = untwine("coupling", finished, "--iteration", 1, "--metric", "adam")
     assert_refused(result, 5, "needs the checkpoint", "checkpoint.keep")
     first = json.loads(untwine("coupling", finished, "--iteration", 0, "--json").out)

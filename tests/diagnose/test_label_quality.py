@@ -16,11 +16,21 @@ from tests.gcd.judge_server import serving
 from untwine.cli import main
 from untwine.config import make_recipe
 from untwine.diagnose.label_quality import Compared, find_label_quality, quality
-from untwine.diagnose.truth_file import TruthRow, read_truth, truth_path
+from untwine.diagnose.recorded import read_recorded
+from untwine.diagnose.truth_file import (
+    Truth,
+    TruthRow,
+    checksum,
+    read_truth,
+    truth_path,
+    write_truth,
+)
 from untwine.envs import registry
+from untwine.episodes import write_groups
 from untwine.errors import ConfigError
 from untwine.evaluate.statistics import wilson_interval
 from untwine.progress import Display
+from untwine.records import Label
 from untwine.training.loop import train
 
 STEPS = [
@@ -156,6 +166,28 @@ def test_a_judge_is_asked_about_the_judged_steps_only(run: Path) -> None:
     good = [row for k in (0, 1) for row in read_truth(truth_path(run, k), episodes(run, k)).rows]
     right = weight([row for row in good if row.label == "good"])
     assert judge["good"]["precision"]["value"] == pytest.approx(right / weight(good))
+
+
+def test_a_source_that_is_silent_for_an_iteration_covers_none_of_it(
+    run: Path, tmp_path: Path
+) -> None:
+    """Labels on record in one of two iterations, as of a judge whose budget is spent."""
+    partly = Path(shutil.copytree(run, tmp_path / "run"))
+    recipe = make_recipe(RECIPE)
+    groups = read_recorded(episodes(partly, 0), recipe)
+    label = Label("judge", "good", "judge", 0.9)
+    rows = [[[(*s.labels, label) for s in e.steps] for e in g.episodes] for g in groups]
+    told = [group.with_labels(own) for group, own in zip(groups, rows, strict=True)]
+    write_groups(episodes(partly, 0), told)
+    truth = read_truth(truth_path(run, 0), episodes(run, 0))
+    header = {**truth.header, "episodes_sha256": checksum(episodes(partly, 0))}
+    write_truth(truth_path(partly, 0), Truth(header, truth.rows))
+    found = find_label_quality(partly, recipe, Display(quiet=True))
+    both = [read_truth(truth_path(run, k), episodes(run, k)).rows for k in (0, 1)]
+    assert found["steps"] == sum(map(len, both))
+    coverage = found["sources"]["judge"]["coverage"]
+    assert coverage["value"] == pytest.approx(weight(both[0]) / weight([*both[0], *both[1]]))
+    assert coverage["steps"] == found["steps"]
 
 
 def test_branch_is_drawn_anew(run: Path) -> None:

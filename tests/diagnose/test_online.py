@@ -101,7 +101,7 @@ def test_every_second_iteration_is_diagnosed(watched: tuple[Path, str]) -> None:
 
     totals = report_numbers([run])["runs"][0]["totals"]
     assert totals["seconds_diagnose"] == first["seconds_diagnose"] + third["seconds_diagnose"]
-    everything = sum(totals[f"seconds_{x}"] for x in ("rollout", "update", "diagnose"))
+    everything = sum(totals[f"seconds_{x}"] for x in ("rollout", "labels", "update", "diagnose"))
     assert totals["diagnose_share"] == pytest.approx(totals["seconds_diagnose"] / everything)
 
 

@@ -197,6 +197,19 @@ def test_going_to_the_ball_ends_the_episode() -> None:
     assert (again.state_key, again.done, again.outcome) == (last.state_key, True, 1.0)
 
 
+def test_a_late_success_is_one() -> None:
+    """minigrid would give it less than nothing: its own limit does not count here."""
+    env = babyai()
+    env.reset("GoToObjS6", 0)
+    plan = env.expert("GoToObjS6", 0)
+    assert plan
+    for _ in range(4 * 50):  # full turns
+        assert not env.step("turn left").done
+    for command in plan:
+        last = env.step(command)
+    assert (last.done, last.success, last.outcome) == (True, True, 1.0)
+
+
 @pytest.mark.parametrize("command", ["", "go", "go north", "pick up ball", "done", "<b>drop</b>"])
 def test_unknown_commands_are_invalid_and_change_nothing(command: str) -> None:
     env = babyai()

@@ -194,4 +194,7 @@ def test_as_many_episodes_as_the_recipe_says(
         json.loads(untwine("evaluate", str(run), "--json", "--episodes", "2"))[0]["episodes"] == 2
     )
     assert [row["episodes"] for row in recorded(run)] == [3, 2]
+    untwine("evaluate", str(run), "--seed", "5")
+    own = run_recipe(run).seed
+    assert [row["identity"]["seed"] for row in recorded(run)] == [own, own, 5]
     assert "evaluate.episodes" in untwine("evaluate", "--help")

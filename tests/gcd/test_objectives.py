@@ -229,13 +229,16 @@ def test_replies_are_drawn_from_the_two_words_at_their_probabilities(policy: Pol
 
 def test_the_budget_of_replies_counts_every_reply(policy: Policy) -> None:
     longest = VERDICTS.words(Prompter(policy.chat, PromptConfig())).longest
+    asked = []
     for budget in (150, 400, 1000):
         objective = made(policy, "generative/rl", token_budget=budget, replies=4)
         drawn = objective.exercise([episode()], random.Random(0), torch.Generator().manual_seed(1))
+        asked.append(drawn.counts["verdicts"] if drawn else 0)
         if drawn is None:
             continue
         prompts = {tuple(r.ids[: int(r.targets[0])]) for r in drawn.rows}
         assert sum(map(len, prompts)) <= budget - 4 * longest * len(prompts)
+    assert asked[0] < asked[-1]
 
 
 def test_verdict_in_free_text(policy: Policy) -> None:

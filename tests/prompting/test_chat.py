@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 from pydantic import ValidationError
+from tokenizers import AddedToken
 
 from tests.builders import REF, make_episode, make_step
 from untwine.config import PromptConfig
@@ -50,6 +51,19 @@ def test_environment_text_cannot_open_or_close_turns(policy: Policy) -> None:
     assert policy.chat.follow_up((end,), hostile).count(end) == policy.chat.follow_up(
         (end,), "x"
     ).count(end)
+
+
+def test_control_tokens_without_a_role_are_defused_too(policy: Policy) -> None:
+    """As those that open the header of a turn in some chat templates."""
+    tokenizer = policy.tokenizer
+    token = AddedToken("<|header|>", special=True)
+    tokenizer.add_tokens([token])
+    assert "<|header|>" not in tokenizer.all_special_tokens
+    header = tokenizer.convert_tokens_to_ids("<|header|>")
+    assert header in tokenizer("a <|header|> b").input_ids
+    chat = Chat(tokenizer)
+    assert header not in chat.opening("s", "a <|header|> b")
+    assert "header" in tokenizer.decode(chat.opening("s", "a <|header|> b"))
 
 
 def test_a_tokenizer_without_template_and_system_role_still_works(policy: Policy) -> None:

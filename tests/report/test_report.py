@@ -16,6 +16,7 @@ from synthetic_runs import HOSTILE, make_groups
 
 from untwine.errors import CheckpointError, UntwineError
 from untwine.evaluate.recorded import record_evaluation
+from untwine.evaluate.statistics import wilson_interval
 from untwine.report import build_report, load_run, report_numbers
 from untwine.report.episode_data import LONGEST_TEXT, plain_episode, take_episodes
 from untwine.report.first_look import first_look
@@ -128,6 +129,22 @@ def test_numbers_are_json_and_hold_the_last_evaluation_of_each_phase(make_run: M
     assert len(run["first_look"]) == 3
 
 
+def test_tasks_are_as_sure_as_their_instances_are_many(tmp_path: Path) -> None:
+    """Four episodes of one instance do not pass for four."""
+    cell = {"episodes": 4, "outcome_mean": 1.0, "success_rate": 1.0}
+    row = {"stage": "evaluate", "step": 1, "set": "L0", "episodes": 8, "success_rate": 1.0}
+    row |= {"by_task": {"boil": cell, "a/b": cell}}
+    row |= {"per_instance": {"boil/9": [1.0, 1.0], "a/b/1": [1.0, 1.0], "a/b/2": [1.0, 1.0]}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row))
+    tasks = report_numbers([tmp_path])["runs"][0]["results"][0]["by_task"]
+    assert [tasks[name]["instances"] for name in ("boil", "a/b")] == [1, 2]
+    assert tasks["boil"]["success_interval"] == pytest.approx(list(wilson_interval(1, 1)))
+    assert tasks["a/b"]["success_interval"] == pytest.approx(list(wilson_interval(2, 2)))
+    page = page_of(tmp_path / "o", tmp_path)
+    assert "n = 2" in page.text
+    assert "n = 4" not in page.text
+
+
 def test_what_was_played_afterwards_is_shown(tmp_path: Path, make_run: MakeRun) -> None:
     run = make_run(iterations=4)
     weights = run / "model" / "model.safetensors"
@@ -149,7 +166,7 @@ def test_what_was_played_afterwards_is_shown(tmp_path: Path, make_run: MakeRun) 
     assert found["evaluated"][0]["success_interval"] == pytest.approx([0.352, 0.648], abs=1e-3)
     page = page_of(tmp_path, run)
     assert "Played afterwards" in page.text
-    assert "n = 40" in page.text
+    assert "n\xa0=\xa040" in page.text
     assert "Left out of evaluations.jsonl: 1 about another policy" in page.text
     assert "img" not in dict(page.elements)
     assert f"prompt.history=3{HOSTILE}" in page.text

@@ -92,6 +92,17 @@ def test_arms_share_the_cold_start_of_a_seed(recipe: Path, tmp_path: Path) -> No
     assert len({one.job.run for one in planned}) == 6
 
 
+def test_how_long_an_expert_episode_may_be_belongs_to_the_cold_start(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """A budget that the longer prompts of an arm need."""
+    long = Arm("long", ("prompt.max_tokens=20000", "rl.microbatch_tokens=32768"))
+    planned = plan_sweep(recipe, [], [Arm("usual"), long], 1, tmp_path / "out")
+    colds = [one.job.recipe for one in planned if one.job.after is None]
+    assert [cold.rl.microbatch_tokens for cold in colds][1:] == [32768]
+    assert len(colds) == 2
+
+
 def test_arms_that_differ_before_have_cold_starts_of_their_own(
     recipe: Path, tmp_path: Path
 ) -> None:

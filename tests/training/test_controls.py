@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
@@ -74,6 +76,32 @@ def test_a_credit_method_of_ones_own_gets_the_labels_it_names(
     ]
     assert {step.advantage for step in steps} == {0.0, 1.0}
     assert all(step.advantage == len(step.labels) for step in steps)
+
+
+@pytest.mark.parametrize("credit", [{"penalty": 0.3}, {"veto": ["flawed"]}])
+def test_penalty_and_veto_need_labels(tmp_path: Path, credit: dict[str, Any]) -> None:
+    none = {"objective": "none", "labels": []}
+    with pytest.raises(ConfigError, match=r"goes by labels; name a source in gcd\.labels"):
+        train(recipe(1, credit=credit, gcd=none), tmp_path / "run", QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_share_of_no_gradient_teaches_nothing_and_costs_nothing(tmp_path: Path) -> None:
+    """Where all groups are constant, held GCD neither steps nor asks."""
+    held = {**GCD, "weight_of": "gradient", "weight": 0.3}
+    (tmp_path / "untwine_nothing.py").write_text(
+        "def method(group):\n    return [[None] * e.length for e in group.episodes]"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        credit = {"name": "untwine_nothing:method"}
+        train(recipe(2, gcd=held, credit=credit), tmp_path / "run", QUIET)
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert [row["optimizer_steps"] for row in rows(tmp_path / "run")] == [0, 0]
+    assert not any(row.get("gcd_tokens") or row["verdicts"] for row in rows(tmp_path / "run"))
+    begun = load_file(tmp_path / "run" / "initial" / "model.safetensors")
+    assert {name: value.tobytes() for name, value in begun.items()} == weights(tmp_path / "run")
 
 
 def test_credit_by_labels_needs_some(tmp_path: Path) -> None:

@@ -51,6 +51,20 @@ def test_they_end_where_no_more_fits(positions: bool, tmp_path: Path) -> None:
     assert data.cut == sum(own[-1] > longest for own in ends) > 0
 
 
+def test_told_copies_end_where_no_more_fits() -> None:
+    """What is told makes their prompts longer."""
+    longest = 200
+    with Workshop(wandering(longest, instructed=1.0), Display(quiet=True)) as workshop:
+        data = cold_start_of(workshop)
+    told = [e for e in data.episodes if e.told]
+    assert told
+    assert all(
+        len(s.prompt_ids) + len(s.action_ids) <= longest for e in data.episodes for s in e.steps
+    )
+    plain = {e.ref: e.length for e in data.episodes if not e.told}
+    assert any(e.length < plain[e.ref] for e in told)
+
+
 def test_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(wandering(220, verdict_weight=0.2), tmp_path / "run", Display())
     assert "expert episodes are longer than the model" in " ".join(capsys.readouterr().err.split())

@@ -134,10 +134,19 @@ def test_the_ratio_is_that_of_the_weights_that_act(policy: Policy) -> None:
 
 
 def test_held_ratio_without_one_of_the_losses(policy: Policy) -> None:
+    """A share of no gradient is none: the momentum of earlier steps does not go on, either."""
     worker = updater(policy, weight_of="gradient")
+    for group in worker.optimizer.param_groups:
+        group["lr"] = 1e-3
+    worker.config = worker.config.model_copy(update={"lr": 1e-3})
     exercise = plain_exercise(policy, verdict_batch())
+    begun = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    worker.step(policy_batch(), exercise, 0.4)
+    assert norm(of(policy)) > 0
+    stepped = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    assert all(not torch.equal(stepped[name], begun[name]) for name in begun)
     assert worker.step([], exercise, 0.4).values["gcd_lambda"] == 0.0
-    assert norm(of(policy)) == 0.0
+    assert all(torch.equal(p, stepped[name]) for name, p in policy.model.named_parameters())
     worker.step(policy_batch(), None, 0.4)
     assert norm(of(policy)) > 0
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.runs import assert_same_weights, rows, steady
+from untwine.errors import CheckpointError
 
 RECIPE = {
     "name": "resume",
@@ -123,6 +126,19 @@ def test_killed_run_continues_bit_for_bit(
         assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
     assert finish(start("--resume", str(run))) == 0
     assert_same(run, reference)
+
+
+def test_two_processes_do_not_work_on_one_run(unbroken: tuple[Path, Path], tmp_path: Path) -> None:
+    _, reference = unbroken
+    run = Path(shutil.copytree(reference, tmp_path / "run"))
+    before = (run / "recipe.yaml").read_bytes(), (run / "metrics.jsonl").read_bytes()
+    with (run / "metrics.jsonl").open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        process = start("--resume", str(run), "rl.iterations=9")
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == CheckpointError.exit_code
+        assert b"another process is at work" in said
+    assert ((run / "recipe.yaml").read_bytes(), (run / "metrics.jsonl").read_bytes()) == before
 
 
 def test_a_finished_run_can_be_extended(unbroken: tuple[Path, Path], tmp_path: Path) -> None:

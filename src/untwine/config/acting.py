@@ -26,7 +26,9 @@ class EnvConfig(Section):
     max_steps: Positive = Field(20, description="step limit of an episode")
     workers: Natural = Field(0, description="worker processes; 0 runs in this process")
     sessions: Positive = Field(16, description="episodes that one worker holds at once")
-    timeout_s: float = Field(60.0, gt=0, description="seconds before a silent worker is replaced")
+    timeout_s: float = Field(
+        60.0, gt=0, le=86_400, description="seconds before a silent worker is replaced"
+    )
 
 
 class PromptConfig(Section):

@@ -38,7 +38,7 @@ class BranchConfig(Section):
     steps: Natural = Field(16, description="steps judged on line per iteration; 0 judges none")
     branches: int = Field(64, ge=2, description="pairs of branches per judged action, at most")
     delta: Fraction = Field(0.05, description="|A*| up to this is neutral")
-    confidence: float = Field(0.95, ge=0.5, lt=1.0, description="of each interval")
+    confidence: float = Field(0.95, ge=0.5, le=0.9999, description="of each interval")
     runs: list[str] = Field(
         default_factory=list, description="run directories whose truth files are used as well"
     )

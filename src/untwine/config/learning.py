@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,13 +10,16 @@ from untwine.config.base import Fraction, Natural, Positive, Rate, Section
 from untwine.envs.protocol import ExpertKind
 from untwine.records import Verdict
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""Of a running mean."""
+
 
 class OptimizerConfig(Section):
     name: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: orthogonal steps for the matrices of the layers, else AdamW"
     )
     lr: float = Field(3e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     weight_decay: Rate = 0.0
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
     warmup: Natural = Field(0, description="steps of linear warm-up")

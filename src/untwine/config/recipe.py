@@ -134,12 +134,21 @@ def make_recipe(
     tree: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()
 ) -> Recipe:
     """Check a tree of plain values, with overrides applied to it; `source` names it in errors."""
+    tree = _unshared(tree)
     for override in overrides:
         _apply_override(tree, override)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_first_problem(error)}") from error
+
+
+def _unshared(tree: Any) -> Any:
+    """A copy in which no two keys hold the same section, as they do where YAML has an alias: an
+    override of one would change the other."""
+    if isinstance(tree, dict):
+        return {key: _unshared(value) for key, value in tree.items()}
+    return [_unshared(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -160,15 +169,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _first_key(section: str) -> str:
-    return keys_below(Recipe, section.split("."))[0]
+def _such_as(section: Sequence[str]) -> str:
+    """A key of a section, for an example; a list of sections is one."""
+    keys = keys_below(Recipe, [part for part in section if not part.isdecimal()])
+    return f", such as {'.'.join([*section, keys[0]])}" if keys else ""
 
 
 def nearest_key(parents: Sequence[str], word: str) -> str:
     """A hint at the key that was meant: one of this section whose name is nearly the same, the same
     name in other sections, or whatever is most like it."""
     section = "".join(f"{parent}." for parent in parents)
-    own, everywhere = keys_below(Recipe, parents), all_keys(Recipe)
+    named = [parent for parent in parents if not parent.isdecimal()]
+    own, everywhere = keys_below(Recipe, named), all_keys(Recipe)
     begun = [key for key in own if len(key) > 2 and word.startswith(key)]
     if near := begun[:1] or closest(word, own, 0.75):
         return meant([section + key for key in near])
@@ -190,5 +202,5 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "list_type" and isinstance(problem["input"], str):
         return f"{where}: a list is wanted; write [{problem['input']}]"
     if problem["type"] == "model_type":
-        return f"{where} is a section with keys of its own, such as {where}.{_first_key(where)}"
+        return f"{where} is a section with keys of its own{_such_as(where.split('.'))}"
     return f"{where}: {complaint(problem)}"

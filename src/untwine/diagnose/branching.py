@@ -30,6 +30,7 @@ V = q Q + (1 - q) E[return | another reply] and A* = Q - V.
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -203,9 +204,15 @@ class _Tally:
         """Mean over the occurrences."""
         return sum(o.q for o in self.occurrences) / len(self.occurrences)
 
-    def add(self, after_action: float, after_other: float) -> None:
+    def reserve(self) -> int:
+        """The place of a value that is still to be played for, so that values stand in the order
+        of the draws, whatever they are: the bounds need that."""
+        self.values.append(math.nan)
+        return len(self.values) - 1
+
+    def fill(self, place: int, after_action: float, after_other: float) -> None:
         share = 1.0 - self.q if self.known_q else 1.0
-        self.values.append(share * (after_action - after_other))
+        self.values[place] = share * (after_action - after_other)
         self.after_action.append(after_action)
 
     def judge(self, settings: Settings) -> Estimate:
@@ -217,6 +224,7 @@ class _Pair:
     """A reply that differs from the action, waiting to be played beside it."""
 
     tally: _Tally
+    place: int
     occurrence: Occurrence
     other: Sample
 
@@ -270,7 +278,7 @@ class Brancher:
             self._play(pairs)
             for tally in live:
                 out_of_draws = len(tally.values) < n
-                tally.closed = out_of_draws or tally.judge(self.settings).clear
+                tally.closed = tally.failed or out_of_draws or tally.judge(self.settings).clear
         return [None if tally.failed else tally.judge(self.settings) for tally in tallies]
 
     def _draw(self, tallies: Sequence[_Tally], n: int) -> list[_Pair]:
@@ -292,7 +300,7 @@ class Brancher:
                 if missing[i] <= 0:
                     continue
                 if sample.ids != occurrence.action.ids:
-                    pairs.append(_Pair(tally, occurrence, sample))
+                    pairs.append(_Pair(tally, tally.reserve(), occurrence, sample))
                 elif self._known_q:
                     continue
                 else:
@@ -326,7 +334,7 @@ class Brancher:
                 if action is None or other is None:
                     pair.tally.failed = True
                 else:
-                    pair.tally.add(self._return(action), self._return(other))
+                    pair.tally.fill(pair.place, self._return(action), self._return(other))
 
     def _return(self, episode: Episode) -> float:
         return Group(episode.ref, (episode,), self.settings.returns).returns_G[0]

@@ -30,7 +30,7 @@ Checkpoint = Annotated[
         "if it is still there, otherwise RUN/model]."
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the draw of samples.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the draw of samples.")]
 Chunk = Annotated[int, typer.Option(min=1, help="Samples per forward pass; memory, not results.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -97,7 +97,7 @@ def calibration(
     labels: Annotated[
         str, typer.Option(help="Without truth files: whose labels to take, such as group.")
     ] = "",
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Compare the advantages of every credit method with the truth.

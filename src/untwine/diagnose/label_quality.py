@@ -101,15 +101,16 @@ def find_label_quality(
         bench = Bench(recipe, pool, None, run, display, wanted=judged)
         asking = [name for name in names if name != "branch"]
         labeller = Labeller(asking, bench, recipe.gcd.min_confidence)  # as the run used them
-        for k, file in iterations.items():
-            groups = read_recorded(file, recipe)
+        recorded = {k: read_recorded(file, recipe) for k, file in iterations.items()}
+        on_record = {k: _labels(groups) for k, groups in recorded.items()}
+        known = {name for labels in on_record.values() for name in labels} - {"branch"}
+        for k, groups in recorded.items():
             asked, counts = labeller.label(groups, k)
             for name, value in counts.items():
                 costs[name] += value
-            on_record = _labels(groups)
             anew = _labels(asked)
-            for name in sorted({*asking, *on_record} - {"branch"}):
-                found = anew.get(name, {}) if name in names else on_record[name]
+            for name in sorted({*asking, *known}):
+                found = (anew if name in asking else on_record[k]).get(name, {})
                 compared[name] += compare(truths[k].rows, found, k)
             if "branch" in names:
                 found, counts = branch_anew(run, recipe, k, groups, truths[k], pool, display)
@@ -119,7 +120,7 @@ def find_label_quality(
     numbers = {
         "format": "untwine-labels-1",
         "iterations": sorted(iterations),
-        "steps": len(next(iter(compared.values()))),
+        "steps": sum(len(truth.rows) for truth in truths.values()),
         "asked": names,
         "sources": {name: quality(steps) for name, steps in compared.items()},
         "cost": dict(costs),

@@ -42,8 +42,8 @@ def true_advantages(
     steps_left     actions until the step limit, the judged one included
     probabilities  pi(a|s) of each question, where known: intervals are narrower
     settings       what counts as clear, and what it may cost
-    UntwineError when lengths differ, a return is outside [0, 1], or the policy never does
-    anything else at a state (its pi(a|s) is then 1, and A* is 0).
+    UntwineError when lengths differ or a return is outside [0, 1]. Where the policy never does
+    anything else at a state, the answer is neutral: its pi(a|s) is 1, and A* is 0.
     """
     settings = settings or Settings()
     count = len(questions)

@@ -15,7 +15,7 @@ from untwine.diagnose.parameters import adam_preconditioner
 from untwine.envs.protocol import EnvInfo
 from untwine.envs.registry import get_catalogue
 from untwine.episodes import read_groups
-from untwine.errors import CheckpointError
+from untwine.errors import CheckpointError, ConfigError
 from untwine.policy.loading import Policy, load_policy
 from untwine.records import Group
 from untwine.training.checkpoint import load_optimizer, load_weights, read_position
@@ -163,6 +163,11 @@ def recorded_adam(found: RecordedPolicy, recipe: Recipe) -> dict[str, torch.Tens
             "longer there; take the last iteration, or keep more with checkpoint.keep"
         )
     model, settings = found.policy.model, recipe.rl.optimizer
+    if settings.name != "adamw":
+        raise ConfigError(
+            f"--metric adam needs a run trained with AdamW, and its rl.optimizer.name is "
+            f"{settings.name}; leave --metric out"
+        )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=settings.betas)
     load_optimizer(found.checkpoint, optimizer)

@@ -99,12 +99,12 @@ def summarise(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
     take the task instances as the sample, so playing one twice does not pass for two. Rates of
     flawed, invalid and repeated steps are per step."""
     episodes = [episode for group in groups for episode in group.episodes]
-    by_task: dict[str, list[Episode]] = defaultdict(list)
-    for episode in episodes:
-        by_task[episode.ref.task].append(episode)
     by_ref: dict[TaskRef, list[Episode]] = defaultdict(list)
     for episode in episodes:
         by_ref[episode.ref].append(episode)
+    by_task: dict[str, list[list[Episode]]] = defaultdict(list)
+    for ref, own in by_ref.items():
+        by_task[ref.task].append(own)
     outcomes = [mean([e.outcome for e in own]) for own in by_ref.values()]
     successes = sum(mean([e.success for e in own]) for own in by_ref.values())
     n = len(by_ref)
@@ -118,11 +118,11 @@ def summarise(groups: Sequence[Group], info: EnvInfo) -> dict[str, Any]:
         **step_measures(groups, info),
         "by_task": {
             task: {
-                "episodes": len(own),
-                "outcome_mean": sum(e.outcome for e in own) / len(own),
-                "success_rate": sum(e.success for e in own) / len(own),
+                "episodes": sum(map(len, instances)),
+                "outcome_mean": mean([mean([e.outcome for e in own]) for own in instances]),
+                "success_rate": mean([mean([e.success for e in own]) for own in instances]),
             }
-            for task, own in sorted(by_task.items())
+            for task, instances in sorted(by_task.items())
         },
         "per_instance": {
             f"{ref.task}/{ref.variation}": [

@@ -36,7 +36,8 @@ class Chat:
         self.tokenizer = tokenizer
         self._template = None if tokenizer.chat_template else PLAIN_TEMPLATE
         self._encode = functools.lru_cache(_REMEMBERED)(self._tokenised)
-        self._special_tokens = [t for t in tokenizer.all_special_tokens if len(t) > 1]
+        special = _special(tokenizer)
+        self._special_tokens = [text for text in special.values() if len(text) > 1]
         self._system_role = self._accepts_system()
         text = self._render(
             [
@@ -57,7 +58,7 @@ class Chat:
         ends = {i for i in extra_end_ids if i is not None}
         if tokenizer.eos_token_id is not None:
             ends.add(tokenizer.eos_token_id)
-        if turn_end and turn_end[0] in tokenizer.all_special_ids:
+        if turn_end and turn_end[0] in special:
             ends.add(turn_end[0])
         if not ends:
             raise ModelError("this tokenizer names no end-of-sequence token, so replies cannot end")
@@ -125,3 +126,11 @@ class Chat:
 
     def _tokenised(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _special(tokenizer: Any) -> dict[int, str]:
+    """Control tokens by id: those with a role, and others that the tokenizer marks as special, such
+    as what opens the header of a turn."""
+    named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return dict(named) | {i: token.content for i, token in added.items() if token.special}

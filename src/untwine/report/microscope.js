@@ -8,12 +8,13 @@ const tagged = (p) => `${p.verdict ?? "no label"}${p.kind ? `, ${p.kind}` : ""}`
 function truthPlots(truths) {
   return truths.flatMap((truth) => {
     const name = truths.length > 1 ? `, iteration ${truth.iteration}` : "";
+    const confidence = short(100 * (1 - (truth.settings?.error ?? 0.05)));
     const rows = truth.rows.map((row) => ({ ...row, verdict: row.label, y: row.advantage }))
       .sort((a, b) => a.advantage - b.advantage);
     const read = (p) => [p.name, `A* ${nats(p.advantage)} [${short(p.low)}, ${short(p.high)}], ${p.label}`, p.kind, `\u03c0 = ${short(p.q)}, ${p.n} pairs of branches`];
     const some = truth.of > rows.length ? ` ${rows.length} of ${truth.of}, spread evenly.` : "";
     return [
-      new Scatter({ title: `True advantage of each step${name}`, note: `from worst to best, with 95 % intervals.${some}`, ranked: true, whiskers: true, points: rows.map((row, x) => ({ ...row, x })), read }),
+      new Scatter({ title: `True advantage of each step${name}`, note: `from worst to best, with ${confidence} % intervals.${some}`, ranked: true, whiskers: true, points: rows.map((row, x) => ({ ...row, x })), read }),
       new Scatter({ title: `True advantage and probability${name}`, note: "|A*| cannot be above 1 \u2212 \u03c0: what is done nearly always looks harmless", x: "\u03c0(a|s)", points: rows.map((row) => ({ ...row, x: row.q })), read }),
     ];
   });

@@ -20,7 +20,7 @@ from untwine.credit import AS_TRAINED
 from untwine.errors import UntwineError
 from untwine.report.key_numbers import key_numbers
 from untwine.report.run_data import Row, RunData
-from untwine.report.shape import each, maybe, shaped
+from untwine.report.shape import each, maybe, shaped, share
 
 TOPICS = ("truth", "labels", "calibration", "coupling", "judging", "separation")
 _TRUTH_FILE = re.compile(r"truth-iter-(\d+)\.jsonl")
@@ -34,6 +34,7 @@ _TRUTH_HEAD = {
     "steps_left_out": int,
     "mismatches": [object],
     "policy_gap": maybe(float),
+    "settings": maybe({"error": share}),
     "branches_played": int,
     "env_steps": int,
 }

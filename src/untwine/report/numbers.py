@@ -6,6 +6,7 @@ left out; nothing is guessed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,8 @@ def _diagnose_share(totals: Mapping[str, float | None]) -> float | None:
     spent = totals["seconds_diagnose"]
     if not spent:
         return None
-    rest = sum(totals[key] or 0.0 for key in ("seconds_rollout", "seconds_update"))
+    others = ("seconds_rollout", "seconds_labels", "seconds_update")
+    rest = sum(totals[key] or 0.0 for key in others)
     return spent / (spent + rest)
 
 
@@ -319,7 +321,7 @@ def plain_evaluation(row: Row) -> dict[str, Any]:
         "success_rate": success,
         "success_interval": _interval(row.get("success_interval")) or _wilson(success, episodes),
         "cost": cost_text(row),
-        "by_task": _by_task(row.get("by_task")),
+        "by_task": _by_task(row.get("by_task"), row.get("per_instance")),
     }
 
 
@@ -336,16 +338,22 @@ def _wilson(rate: float | None, episodes: float | None) -> list[float] | None:
     return list(wilson_interval(rate * episodes, int(episodes)))
 
 
-def _by_task(value: object) -> dict[str, dict[str, Any]]:
+def _by_task(value: object, per_instance: object) -> dict[str, dict[str, Any]]:
+    """One task a row. Intervals take the instances as the sample, as those of whole sets do;
+    episodes where a row does not tell instances apart."""
     tasks: dict[str, dict[str, Any]] = {}
+    names = per_instance if isinstance(per_instance, Mapping) else ()
+    instances = Counter(str(name).rpartition("/")[0] for name in names)
     for task, cell in value.items() if isinstance(value, Mapping) else ():
         if isinstance(cell, Mapping):
             episodes, rate = number(cell.get("episodes")), number(cell.get("success_rate"))
+            sample = instances.get(str(task), episodes)
             tasks[str(task)] = {
                 "episodes": None if episodes is None else int(episodes),
+                "instances": None if sample is None else int(sample),
                 "outcome_mean": number(cell.get("outcome_mean")),
                 "success_rate": rate,
-                "success_interval": _wilson(rate, episodes),
+                "success_interval": _wilson(rate, sample),
             }
     return tasks
 

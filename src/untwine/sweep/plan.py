@@ -33,8 +33,9 @@ AFTER_COLD_START = (
     *("rl", "credit", "loss", "gcd", "correction", "evaluate"),
     *("diagnose", "checkpoint", "name"),
 )
-"""Sections of a recipe that do not touch its cold start, but for the sentences of `correction`:
-arms that differ in nothing else share one."""
+_BEFORE = ("correction.sentences", "rl.microbatch_tokens")
+"""Sections of a recipe that do not touch its cold start, but for these keys (what is told, and how
+long an expert episode may be): arms that differ in nothing else share one."""
 
 _ONE_THREAD = "but every run of a sweep has one thread, so that it can be repeated"
 _NO_ARM = {
@@ -78,7 +79,7 @@ class Arm:
         return tuple(
             o
             for o in self.overrides
-            if _section(o) not in AFTER_COLD_START or o.startswith("correction.sentences")
+            if _section(o) not in AFTER_COLD_START or _key(o).startswith(_BEFORE)
         )
 
 

@@ -27,8 +27,13 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def _check_labels(recipe: Recipe) -> None:
-    """That a credit method which goes by labels gets some."""
+    """That credit which goes by labels gets some."""
     name, labels = recipe.credit.name, recipe.gcd.labels
+    for key in ("penalty", "veto"):
+        if getattr(recipe.credit, key) and not labels:
+            raise ConfigError(
+                f"credit.{key} goes by labels; name a source in gcd.labels, such as rule"
+            )
     if not reads_labels(name):
         return
     if not labels:

@@ -87,8 +87,11 @@ def save_checkpoint(
     }
     (scratch / "state.json").write_text(json.dumps(state), encoding="utf-8")
     _sync(scratch)
-    shutil.rmtree(target, ignore_errors=True)
+    aside = folder / f".old-{os.getpid()}"  # one of them is whole at any moment
+    if target.exists():
+        target.rename(aside)
     scratch.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target

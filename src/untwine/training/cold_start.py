@@ -89,6 +89,8 @@ class ColdStart:
             )
         sentences = instructed(episodes, info, recipe)
         again = [entry for entry in zip(transcripts, sentences, strict=True) if entry[1]]
+        fitting = [(_cut(entry[0], played(*entry), longest), entry[1]) for entry in again]
+        again = [entry for entry in fitting if entry[0].moves]  # told, prompts are longer
         self.episodes = [*episodes, *(played(*entry) for entry in again)]
         self._looks = [
             [move.command.looks for move in transcript.moves]

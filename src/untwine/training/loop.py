@@ -355,14 +355,21 @@ class _Training:
         # Questions that follow replies go with their minibatch, all others with every one.
         follow = self.recipe.prompt.verdict == "after"
         taken: list[Measures] = []
-        exercises = [] if follow else [self._exercise(groups, weight, taken)]
-        tokens = 0
+        held = gcd.weight_of == "gradient"
+        idle = held and not any(
+            step.advantage is not None for g in groups for e in g.episodes for step in e.steps
+        )
+        exercises = [] if follow or idle else [self._exercise(groups, weight, taken)]
+        tokens, left_out = 0, False
         for _ in range(rl.epochs):
             for part in self._minibatches(groups):
-                if follow:
-                    exercises.append(self._exercise(part, weight, taken))
                 rows = policy_rows(part, self.recipe.loss.mean)
                 tokens += sum(row.length for row in rows)
+                if not rows and held:
+                    left_out = True  # a share of no gradient is none, and nothing is asked
+                    continue
+                if follow:
+                    exercises.append(self._exercise(part, weight, taken))
                 if rows or exercises[-1]:
                     taken.append(updater.step(rows, exercises[-1], weight))
         found = averaged(taken)
@@ -374,7 +381,7 @@ class _Training:
                 "at .3",
             )
         asked = [Measures(dict(exercise.counts)) for exercise in exercises if exercise]
-        if weight and not asked:
+        if weight and not asked and not left_out:
             self._explain_none(groups, iteration)
         return found, {
             "policy_tokens": tokens,

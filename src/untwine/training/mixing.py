@@ -126,8 +126,8 @@ def _summed(
         other = _norm(verdicts[:acting])
         weight = weigh(norm, other)
         for k, (p, gradient) in enumerate(zip(updater.parameters, verdicts, strict=True)):
-            if gradient is not None:
-                factor = weight if k < acting else extra
+            factor = weight if k < acting else extra
+            if gradient is not None and factor:  # a gradient of 0 would be a step by momentum
                 p.grad = factor * gradient if p.grad is None else p.grad + factor * gradient
         measures.add(grad_norm_policy=norm, grad_norm_gcd=other, gcd_lambda=weight)
         if norm > 0:

@@ -17,6 +17,7 @@ RUN/
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -65,6 +66,7 @@ class RunDir:
         self._lines = _count_lines(path / "metrics.jsonl")
         self._totals: Counter[str] = Counter()
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        _claim(self._metrics, path)
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(path / "tensorboard"))
@@ -104,14 +106,17 @@ class RunDir:
 
     @classmethod
     def resume(cls, path: Path, recipe: Recipe, metric_lines: int, first_iteration: int) -> RunDir:
-        """Reopen a directory and take back what was written after the checkpoint."""
-        _replace_text(path / "recipe.yaml", recipe.to_yaml())
+        """Reopen a directory and take back what was written after the checkpoint. CheckpointError
+        when another process is at work in it."""
         if not (path / "metrics.jsonl").is_file():
             raise CheckpointError(
                 f"{path} has lost its metrics.jsonl; put it back, or make an empty file to go on "
                 "without what was measured"
             )
-        lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        with (path / "metrics.jsonl").open("rb") as stream:
+            _claim(stream, path)
+            lines = stream.read().splitlines(keepends=True)
+        _replace_text(path / "recipe.yaml", recipe.to_yaml())
         _replace(path / "metrics.jsonl", b"".join(lines[:metric_lines]))
         for file in [*path.glob("episodes/iter-*"), *path.glob("diagnose/*-iter-*")]:
             if int(file.name.partition("iter-")[2][:6]) >= first_iteration:
@@ -192,6 +197,16 @@ def resumed_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def episode_files(path: Path) -> list[Path]:
     """Episode files of a run directory, oldest first."""
     return sorted((path / "episodes").glob("iter-*.jsonl.gz"))
+
+
+def _claim(stream: IO[Any], path: Path) -> None:
+    """Hold a lock on the metrics of a run as long as they are open."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CheckpointError(
+            f"another process is at work in {path}; wait for its end, or stop it"
+        ) from error
 
 
 def replace_folder(new: Path, target: Path) -> None:

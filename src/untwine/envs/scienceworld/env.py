@@ -100,11 +100,11 @@ class ScienceWorldEnv:
         command = " ".join(command.split())
         if is_blocked(command):
             return self._observe(f"The command {command!r} is not allowed here.", "blocked")
+        self._choices = ""
         try:
             feedback = self._session.step(command)
         except SimulatorError:
             return self._observe("The simulator cannot make sense of that.", "simulator_error")
-        self._choices = ""
         if feedback.startswith(_UNKNOWN):
             return self._observe("No known action matches that input.", "unknown_command")
         if feedback.startswith(_AMBIGUOUS):
