@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from typing import Any
 
@@ -129,6 +130,95 @@ def test_gradient_equals_separate_steps_in_double_precision(
     gap = sum(float(((got[n] - want[n]) ** 2).sum()) for n in want) ** 0.5
     size = sum(float((want[n] ** 2).sum()) for n in want) ** 0.5
     assert size > 0
+    assert gap / size < 1e-5
+
+
+TERMS: Any = {"clip_low": 0.1, "clip_high": 0.4, "kl": 0.3, "entropy": 0.1}
+HEAT = 0.7
+
+
+def heated_logprobs(model: Any, step: Step) -> torch.Tensor:
+    """Log-probabilities (n, V) at the tokens of a reply, at the temperature."""
+    ids = torch.tensor([step.prompt_ids + step.action_ids])
+    n = len(step.action_ids)
+    logits = model(input_ids=ids, use_cache=False).logits[0, -n - 1 : -1]
+    return (logits / HEAT).log_softmax(-1)
+
+
+def full_loss_gradient(
+    model: Any, frozen: Any, groups: list[Group], mean: str
+) -> tuple[dict[str, torch.Tensor], list[tuple[float, float]]]:
+    """The whole loss from its definition, step by step in double precision: clipped surrogate, k3
+    to the reference, entropy bonus; and every (ratio, advantage)."""
+    episodes = [e for g in groups for e in g.episodes]
+    all_tokens = sum(len(s.action_ids) for e in episodes for s in e.steps)
+    seen = []
+    for episode in episodes:
+        own_tokens = sum(len(s.action_ids) for s in episode.steps)
+        for step in episode.steps:
+            unit = {"token": 1 / all_tokens, "episode": 1 / (len(episodes) * own_tokens)}[mean]
+            logprobs = heated_logprobs(model, step)
+            picked = torch.tensor(step.action_ids)[:, None]
+            own = logprobs.gather(-1, picked)[:, 0]
+            with torch.no_grad():
+                gap = heated_logprobs(frozen, step).gather(-1, picked)[:, 0] - own
+            a = step.advantage
+            assert a is not None
+            ratio = (own - torch.tensor(step.logprobs).double()).exp()
+            surrogate = -torch.minimum(ratio * a, ratio.clamp(0.9, 1.4) * a)
+            gap = gap + own.detach() - own  # its gradient goes through the policy
+            spread = -(logprobs.exp() * logprobs).sum(-1)
+            loss = surrogate + 0.3 * (gap.exp() - gap - 1) - 0.1 * spread
+            (loss.sum() * unit).backward()
+            seen += [(float(r), a) for r in ratio.detach()]
+    return {name: p.grad for name, p in model.named_parameters()}, seen
+
+
+@pytest.mark.parametrize("mean", ["token", "episode"])
+@pytest.mark.parametrize("budget", [60, 100_000])
+def test_every_term_of_the_loss_equals_separate_steps_in_double_precision(
+    policy: Policy, mean: Any, budget: int
+) -> None:
+    """At a temperature, with unequal clips, of a policy that has moved away from its reference, and
+    with ratios on either side of the clips for good and for bad actions."""
+    updater = Updater(
+        policy,
+        OptimizerConfig(lr=1e-12, grad_clip=1e9),
+        LossConfig(mean=mean, **TERMS),
+        temperature=HEAT,
+        microbatch_tokens=budget,
+    )
+    frozen = copy.deepcopy(policy.model).double()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p += 0.02 * torch.randn_like(p)
+    moved, rng = copy.deepcopy(policy.model).double(), random.Random(0)
+
+    def sampled(step: Step) -> Step:
+        with torch.no_grad():
+            found = heated_logprobs(moved, step)
+        own = found[range(len(step.action_ids)), step.action_ids].tolist()
+        return dataclasses.replace(step, logprobs=tuple(x + rng.gauss(0, 0.4) for x in own))
+
+    groups = []
+    for seed in range(3):
+        group = random_group(seed, True, len(policy.tokenizer))
+        group = group.with_advantages(grpo(group))
+        episodes = [
+            dataclasses.replace(e, steps=tuple(map(sampled, e.steps))) for e in group.episodes
+        ]
+        groups.append(dataclasses.replace(group, episodes=tuple(episodes)))
+    want, seen = full_loss_gradient(moved, frozen, groups, mean)
+    for sign in (-1, 1):
+        ratios = [r for r, a in seen if sign * a > 0]
+        assert min(ratios) < 0.9
+        assert max(ratios) > 1.4
+        assert any(0.9 < r < 1.4 for r in ratios)
+    updater.step(policy_rows(groups, mean))
+    got = {name: p.grad.double() for name, p in policy.model.named_parameters()}
+    gap = sum(float(((got[n] - want[n]) ** 2).sum()) for n in want) ** 0.5
+    size = sum(float((want[n] ** 2).sum()) for n in want) ** 0.5
     assert gap / size < 1e-5
 
 

@@ -16,6 +16,7 @@ from tests.training.test_resume import RECIPE
 from untwine.cli import main
 from untwine.config import load_recipe
 from untwine.envs.alfworld.generate import generate
+from untwine.envs.registry import make_env
 from untwine.envs.splits import load_splits
 
 TINY = {
@@ -236,6 +237,12 @@ def test_play_lists_tasks_and_plays(untwine, monkeypatch: pytest.MonkeyPatch) ->
     result = untwine("play", "rooms", "fetch", "3")
     assert result.code == 0
     assert "unknown_command" in result.out
+    env = make_env("rooms")
+    plan = env.expert("fetch", 3)
+    env.reset("fetch", 3)
+    assert plan
+    assert plan[0] in result.out
+    assert all(command in result.out for command in env.admissible())
     assert_refused(untwine("play", "rooms", "fetch", "99999"), 3, "99999")
     assert_refused(untwine("play", "rooms", "jump"), 3, "jump")
     assert_refused(untwine("play", "roms"), 3, "Did you mean 'rooms'")

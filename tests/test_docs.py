@@ -66,12 +66,31 @@ def test_yaml_blocks_are_recipes(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_overrides_in_commands_are_known(path: Path, tmp_path: Path) -> None:
-    keys = set(all_keys(Recipe))
+    for line, key in overrides_in(path):
+        assert key in KEYS or key.startswith("env.options."), line
+
+
+KEYS = set(all_keys(Recipe))
+COMMAND = r"untwine (?:train|evaluate|sweep|demo|diagnose) [^;]*"
+OVERRIDE = r"[ ',](?!-)([a-z_]+(?:\.[a-z_]+)*)="
+
+
+def overrides_in(path: Path) -> list[tuple[str, str]]:
+    """(command, key) of every `section.key=` of an `untwine` command of a page, loops included."""
+    found = []
     for block in blocks(path, "sh"):
-        for line in block.splitlines():
-            if re.match(r"untwine (train|evaluate) ", line):
-                for key in re.findall(r"[ '](?!-)([a-z_.]+)=", line):
-                    assert key in keys or key.startswith("env.options."), line
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in re.findall(COMMAND, line):
+                text = re.sub(r"--arm ['\"]?\w+:", " ", command)
+                found += [(line, key) for key in re.findall(OVERRIDE, text)]
+    return found
+
+
+def test_overrides_are_looked_for_in_every_kind_of_command() -> None:
+    commands = {line for path in TEXTS for line, _ in overrides_in(path)}
+    for kind in ("train", "evaluate", "sweep", "diagnose"):
+        assert any(f"untwine {kind} " in line for line in commands), kind
+    assert len(commands) > 12
 
 
 def test_readme_shows_two_set_up_commands() -> None:

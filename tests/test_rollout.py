@@ -75,6 +75,16 @@ def test_an_environment_that_lists_no_command_is_said(
             collector.collect(workshop.refs, 4, generator)
 
 
+def test_what_is_not_admissible_is_refused_where_only_that_counts() -> None:
+    groups, _ = collected(prompt={"only_admissible": True, "list_admissible": True})
+    steps = [step for group in groups for episode in group.episodes for step in episode.steps]
+    said = [step for step in steps if step.command is not None and step.invalid is None]
+    assert all(step.command in (step.admissible or ()) for step in said)
+    loose, _ = collected(prompt={"list_admissible": True})
+    reasons = [{s.invalid for g in x for e in g.episodes for s in e.steps} for x in (groups, loose)]
+    assert "not_admissible" in reasons[0] - reasons[1]
+
+
 def test_an_unconstrained_policy_from_scratch_says_what_nobody_understands() -> None:
     groups, _ = collected()
     steps = [step for group in groups for episode in group.episodes for step in episode.steps]

@@ -88,6 +88,7 @@ def test_changes_are_those_of_small_real_steps(trained: Path, microbatch: int) -
         assert found[name]["difference"] == pytest.approx(means["good"] - means["flawed"], abs=0.03)
     assert len(found["permuted"]) == 2
     assert found["permuted"][0] != found["verdict"]
+    assert found["permuted"][0] != found["permuted"][1]
     inner = sum(float((acting[n] * verdict[n]).sum()) for n in verdict)
     sizes = torch.cat([g.flatten() for g in verdict.values()]).norm() * length
     assert found["cosine"] == pytest.approx(inner / float(sizes), abs=1e-4)

@@ -18,6 +18,7 @@ from untwine.compare.numbers import compare_runs
 from untwine.config import Recipe, make_recipe
 from untwine.errors import CheckpointError, ConfigError, EnvError
 from untwine.evaluate.command import evaluate_run
+from untwine.evaluate.protocol import evaluation_refs, examine_set
 from untwine.progress import Display
 from untwine.training.checkpoint import Position, choices_state, save_checkpoint
 from untwine.training.run_dir import RunDir, metric_rows, run_cost, run_info, run_recipe
@@ -68,6 +69,24 @@ def play(run: Path, *overrides: str, model: str = "", **changes: Any) -> list[di
 def recorded(run: Path) -> list[dict[str, Any]]:
     file = run / "evaluations.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_a_set_is_played_as_it_is_to_be(run: Path) -> None:
+    """Greedily, or at the temperature of evaluations: what is recorded is what is done."""
+    recipe = run_recipe(run)
+    cold = {**recipe.evaluate.model_dump(), "temperature": 1e-7}
+    frozen = make_recipe({**recipe.model_dump(), "evaluate": cold})
+    with Workshop(recipe, Display(quiet=True), run / "model") as workshop:
+        refs = evaluation_refs(recipe.env, "L0", 6)
+
+        def texts(own: Recipe, greedy: bool, seed: int = 0) -> list[list[str]]:
+            groups, _ = examine_set(workshop.collector, own, "L0", refs, seed, greedy=greedy)
+            return [[s.text for s in e.steps] for g in groups for e in g.episodes]
+
+        greedy = texts(recipe, True)
+        assert texts(frozen, False) == greedy == texts(recipe, True, 1)
+        assert texts(recipe, False) != greedy
+        assert texts(recipe, False) != texts(recipe, False, 1)
 
 
 def test_overrides_of_the_agent_are_recorded_and_not_compared(run: Path) -> None:

@@ -47,6 +47,20 @@ def test_an_instance_played_twice_counts_once_in_the_intervals() -> None:
         assert twice[key] == once[key]
 
 
+def test_tasks_are_means_over_their_instances() -> None:
+    """One instance played twice, another once, a third of another task."""
+    other = dataclasses.replace(REF, task="tidy")
+    episode = dataclasses.replace(make_episode(1.0, [make_step()]), ref=other)
+    groups = [played(0, 1.0), played(0, 0.0), played(1, 0.5), Group(other, (episode,))]
+    found = summarise(groups, INFO)
+    assert found["by_task"] == {
+        REF.task: {"episodes": 3, "outcome_mean": 0.5, "success_rate": 0.25},
+        "tidy": {"episodes": 1, "outcome_mean": 1.0, "success_rate": 1.0},
+    }
+    assert found["success_rate"] == pytest.approx(0.5)
+    assert found["outcome_mean"] == pytest.approx(2 / 3)
+
+
 def test_gains_are_paired_by_instance() -> None:
     before = summarise([played(v, outcome) for v, outcome in enumerate([1.0, 0.0, 0.0, 0.5])], INFO)
     after = summarise([played(v, outcome) for v, outcome in enumerate([1.0, 1.0, 1.0, 0.0])], INFO)

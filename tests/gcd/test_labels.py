@@ -34,6 +34,16 @@ def test_every_rule() -> None:
     assert rules(make_step(state="a", after="b")) == [None]
 
 
+def test_the_first_rule_that_applies_counts() -> None:
+    """In the order of docs/concepts.md: invalid, progress, fatal, setback, then the rest."""
+    both = make_step(command=None, invalid="empty", reward=0.2)
+    assert rules(both) == [("flawed", "invalid")]
+    assert rules(make_step(reward=0.2, done=True)) == [("good", "progress")]
+    assert rules(make_step(reward=-0.2, done=True)) == [("flawed", "fatal")]
+    assert rules(make_step(state="a", after="a", reward=-0.2)) == [("flawed", "setback")]
+    assert rules(make_step(state="a", after="a", reward=0.2)) == [("good", "progress")]
+
+
 def test_repeat_needs_the_same_command_in_the_same_state() -> None:
     push = make_step(0, state="a", after="a", command="push")
     assert rules(push, push) == [("flawed", "no_effect"), ("flawed", "repeat")]

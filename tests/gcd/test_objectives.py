@@ -227,6 +227,34 @@ def test_replies_are_drawn_from_the_two_words_at_their_probabilities(policy: Pol
     assert abs(share - 0.5) < 4 * math.sqrt(0.25 / 240) + 0.1
 
 
+@pytest.mark.parametrize("rationale", [0, 6])
+@pytest.mark.parametrize("name", ["generative/rl", "pairwise/rl"])
+def test_the_right_verdict_is_rewarded(policy: Policy, name: str, rationale: int) -> None:
+    objective: Any = made(policy, name, rationale_tokens=rationale)
+    quiz = VERDICTS if name == "generative/rl" else PAIRS
+    ids = quiz.words(Prompter(policy.chat, PromptConfig())).ids
+    assert len(ids) == 2
+    for answer in ids:
+        for said, reply in ids.items():
+            sample = Sample(reply, (0.0,) * len(reply), None)
+            assert objective.reward(Question((5, 6), answer, "x"), sample) == (said == answer)
+
+
+def test_replies_in_free_text_are_learnt_from(policy: Policy) -> None:
+    """Random weights never say a verdict, so what is rewarded here is an even first token."""
+    settings = {"rationale_tokens": 5, "replies": 8, "token_budget": 10**6}
+    objective: Any = made(policy, "generative/rl", **settings)
+    objective.reward = lambda _, reply: float(reply.ids[0] % 2 == 0)
+    drawn = objective.exercise([episode()], random.Random(0), torch.Generator().manual_seed(0))
+    assert drawn.counts["verdicts"] == 6
+    assert 48 < drawn.counts["gcd_sampled_tokens"] <= 48 * 5
+    assert len(drawn.rows) > 20
+    for row in drawn.rows:
+        assert row.choices is None
+        assert row.length - int(row.targets[0]) == len(row.targets) <= 5
+        assert (row.advantages[0] > 0) == (row.ids[row.targets[0]] % 2 == 0)
+
+
 def test_the_budget_of_replies_counts_every_reply(policy: Policy) -> None:
     longest = VERDICTS.words(Prompter(policy.chat, PromptConfig())).longest
     asked = []

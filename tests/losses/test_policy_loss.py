@@ -40,6 +40,20 @@ def test_entropy_of_known_distributions() -> None:
     assert entropy(logits).tolist() == pytest.approx([math.log(4), 0.0], abs=1e-6)
 
 
+def test_what_is_measured_by_hand() -> None:
+    """Ratios 1.5, 1 and .5: the outer two lie beyond the clips, with .2 + .5 of the weight."""
+    logp = torch.tensor([1.5, 1.0, 0.5]).log()
+    weights, spread = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([1.0, 2.0, 4.0])
+    found = policy_loss(
+        spread, logp, torch.zeros(3), torch.tensor([1.0, 1.0, -1.0]), weights, logp + 0.2,
+        clip_low=0.2, clip_high=0.3, kl_weight=0.0, entropy_weight=0.0,
+    )  # fmt: skip
+    assert float(found.clip_fraction) == pytest.approx(0.7)
+    assert float(found.ratio_max) == pytest.approx(1.5)
+    assert float(found.entropy) == pytest.approx(0.2 + 0.6 + 2.0)
+    assert float(found.kl) == pytest.approx(math.exp(0.2) - 1.2, rel=1e-4)
+
+
 def test_terms_add_up_with_their_weights() -> None:
     torch.manual_seed(0)
     logits = torch.randn(3, 5, requires_grad=True)

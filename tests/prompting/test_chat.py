@@ -12,7 +12,7 @@ from tests.builders import REF, make_episode, make_step
 from untwine.config import PromptConfig
 from untwine.policy.loading import Policy
 from untwine.prompting.chat import Chat
-from untwine.prompting.prompter import Prompter
+from untwine.prompting.prompter import Prompter, system_text
 
 
 def test_a_growing_chat_equals_the_template_rendered_at_once(policy: Policy) -> None:
@@ -51,6 +51,12 @@ def test_environment_text_cannot_open_or_close_turns(policy: Policy) -> None:
     assert policy.chat.follow_up((end,), hostile).count(end) == policy.chat.follow_up(
         (end,), "x"
     ).count(end)
+
+
+def test_instructions_stand_between_the_form_of_replies_and_what_is_told() -> None:
+    text = system_text(PromptConfig(instructions="RULES OF THE HOUSE"), ("Do not sing.",))
+    form = system_text(PromptConfig())
+    assert text == f"{form}\n\nRULES OF THE HOUSE Do not sing."
 
 
 def test_control_tokens_without_a_role_are_defused_too(policy: Policy) -> None:

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.builders import REF, make_episode, make_step
 from tests.compare.finished_runs import row, write_run
 from tests.sweep.test_plan import RECIPE
 from untwine.config import CorrectionConfig, load_recipe
 from untwine.credit import check_credit, credit_method
+from untwine.episodes import write_groups
 from untwine.errors import ConfigError
 from untwine.progress import Display
 from untwine.prompting.corrections import instructions
+from untwine.records import Group, Label
 from untwine.sweep.crew import Job
 from untwine.sweep.looks import Look, missing_looks, take_looks
 from untwine.sweep.plan import Arm, Planned, plan_sweep
@@ -218,3 +221,26 @@ def test_looks_are_taken_once_and_failures_are_said(tmp_path: Path) -> None:
     assert [file.name for file in (run / "looks").iterdir()] == ["found.log"]
     look.file(run).write_text(json.dumps({}))
     assert missing_looks(planned, [look]) == {}
+
+
+def test_a_look_is_kept_whole(tmp_path: Path) -> None:
+    """A real command on real episodes."""
+    run = write_run(tmp_path / "run", [row({"a": 0.5})])
+    (run / "episodes").mkdir()
+    write_groups(run / "episodes" / "iter-000000.jsonl.gz", [labelled_group()])
+    planned = [Planned(Job("run", load_recipe(run / "recipe.yaml"), run), "gcd", 0)]
+    look = Look("found", ("calibration", "--labels", "rule"))
+    assert take_looks(planned, [look], Display(quiet=True), 1) == {}
+    found = json.loads(look.file(run).read_text())
+    assert found["flawed"] == 1
+    assert "grpo" in found["methods"]
+    assert sorted(file.name for file in (run / "looks").iterdir()) == ["found.json", "found.log"]
+
+
+def labelled_group() -> Group:
+    flawed, good = Label("rule", "flawed", "undo"), Label("rule", "good", "progress")
+    steps = [
+        make_step(0, state="a", after="a", advantage=0.5, labels=(flawed,)),
+        make_step(1, state="a", after="b", advantage=0.5, labels=(good,), reward=0.5),
+    ]
+    return Group(REF, (make_episode(1.0, steps),))

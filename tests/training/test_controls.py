@@ -11,12 +11,14 @@ from safetensors.numpy import load_file
 
 from tests.gcd.test_training import recipe
 from tests.runs import rows, steady
+from untwine.batch import policy_rows
 from untwine.compare.runs import find_runs
 from untwine.episodes import read_groups
 from untwine.errors import ConfigError
 from untwine.gcd.labels import agreed_verdict
 from untwine.progress import Display
 from untwine.training.loop import train
+from untwine.training.measures import Measures, averaged
 from untwine.training.run_dir import episode_files, run_info
 
 QUIET = Display(quiet=True)
@@ -44,6 +46,31 @@ def test_iterations_end_with_the_one_that_reaches_the_budget(tmp_path: Path) -> 
         assert [key[0] for key in found.results] == ["L0"]
         train(recipe(3, gcd=GCD, rl={"token_budget": budget}), run, QUIET, resume=True)
         assert len(rows(run)) == done
+
+
+def test_epochs_and_minibatches(tmp_path: Path) -> None:
+    """Every group in every epoch once, in as many steps as there are minibatches."""
+    rl = {"epochs": 3, "minibatches": 2, "drop_constant_groups": False, "groups": 4}
+    train(recipe(1, gcd={"objective": "none"}, rl=rl), tmp_path / "run", QUIET)
+    (found,) = rows(tmp_path / "run")
+    assert found["optimizer_steps"] == 6
+    groups = list(read_groups(episode_files(tmp_path / "run")[0]))
+    own = [sum(row.length for row in policy_rows([group], "token")) for group in groups]
+    assert found["policy_tokens"] == 3 * sum(own)
+    assert found["update_tokens"] < found["policy_tokens"]
+
+
+def test_numbers_of_several_steps() -> None:
+    """Tokens, questions and seconds are summed, ratios are the largest, all else is a mean."""
+    first, second = Measures(), Measures()
+    first.add(gcd_tokens=3, verdicts=2, seconds_gcd=1.0, policy_loss=1.0, out_of_memory=1)
+    second.add(gcd_tokens=5, verdicts=4, seconds_gcd=2.0, policy_loss=2.0)
+    first.top(ratio_max=1.5)
+    second.top(ratio_max=1.2)
+    assert averaged([first, second]) == {
+        "gcd_tokens": 8, "verdicts": 6, "seconds_gcd": 3.0, "policy_loss": 1.5,
+        "out_of_memory": 1, "ratio_max": 1.5,
+    }  # fmt: skip
 
 
 def test_credit_by_labels_alone_asks_for_them(tmp_path: Path) -> None:

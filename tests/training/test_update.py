@@ -11,7 +11,7 @@ import torch
 
 from tests import exercises
 from tests.exercises import plain_exercise
-from untwine.batch import Row, completion_row, distinct_tokens
+from untwine.batch import Row, _with_text, completion_row, distinct_tokens
 from untwine.config import LossConfig, OptimizerConfig
 from untwine.errors import UntwineError
 from untwine.policy.loading import Policy
@@ -174,6 +174,54 @@ def test_one_sequence_that_does_not_fit_is_said(
         updater(policy, 10_000).step(policy_batch())
 
 
+def test_the_rate_warms_up_and_decays(policy: Policy) -> None:
+    """Worked out by hand: four steps of warm-up, a tenth left after ten steps."""
+    config = OptimizerConfig(lr=2.0, warmup=4, final=0.1)
+    worker = Updater(
+        policy, config, LossConfig(), temperature=1.0, microbatch_tokens=100, total_steps=10
+    )
+    rates = []
+    for step in (0, 1, 3, 5, 10, 12):
+        worker.steps = step
+        rates.append(worker._learning_rate())
+    assert rates == pytest.approx([0.5, 0.91, 1.46, 1.1, 0.2, 0.2])
+    for p in policy.model.parameters():
+        p.grad = torch.zeros_like(p)
+    worker.steps = 1
+    worker.take(worker.optimizer, 0.5)
+    assert {group["lr"] for group in worker.optimizer.param_groups} == {0.455}
+
+
+def test_gradients_are_clipped_and_their_norm_is_told(policy: Policy) -> None:
+    worker = updater(policy, 10_000)
+    free = worker.step(policy_batch()).values["grad_norm"]
+    worker.config = worker.config.model_copy(update={"grad_clip": free / 4})
+    assert worker.step(policy_batch()).values["grad_norm"] == pytest.approx(free, rel=1e-4)
+    norm = torch.stack([p.grad.norm() for p in policy.model.parameters()]).norm()
+    assert float(norm) == pytest.approx(free / 4, rel=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(policy: Policy) -> None:
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    rows = policy_batch()
+    rows[3].advantages[:] = np.inf
+    with pytest.raises(UntwineError, match="gradient is not finite after 0 optimizer steps"):
+        updater(policy, 10_000).step(rows)
+    assert all(map(torch.equal, policy.model.parameters(), before))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weights_decay(policy: Policy, name: str) -> None:
+    config = OptimizerConfig(name=name, lr=0.1, weight_decay=0.5)
+    worker = Updater(policy, config, LossConfig(), temperature=1.0, microbatch_tokens=10_000)
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    for p in policy.model.parameters():
+        p.grad = torch.zeros_like(p)
+    worker.take(worker.optimizer)
+    for p, old in zip(policy.model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), 0.95 * old)
+
+
 def test_imitation_is_a_weighted_mean(policy: Policy) -> None:
     """Loss and gradient against plain forward passes over each row alone."""
     weights = [[2.0, 2.0], [0.5], [1.0, 1.0, 3.0]]
@@ -181,19 +229,30 @@ def test_imitation_is_a_weighted_mean(policy: Policy) -> None:
     for k, own in enumerate(weights):
         made = completion_row([5, 6, *range(20 + k, 28)], list(range(30, 30 + len(own))), 1.0)
         rows.append(dataclasses.replace(made, weights=np.array(own), advantages=np.ones(len(own))))
+    weighted, text_weight = len(rows), 0.1
+    for k in range(2):  # all tokens of these are text but the last two
+        made = completion_row([7, 8, *range(40 + k, 45)], [50, 51], 2.0)
+        rows.append(_with_text(dataclasses.replace(made, advantages=np.ones(2)), text_weight))
+    weights += [[1.0, 1.0], [1.0, 1.0]]
     worker = updater(policy, 100)
     measures = worker.imitate(rows, None, 0.0)
     found = [p.grad.clone() for p in policy.model.parameters()]
 
     policy.model.zero_grad()
-    total = torch.zeros(())
+    total, text = torch.zeros(()), torch.zeros(())
+    count = sum(len(row.ids) - 3 for row in rows[weighted:])  # neither the first one nor the reply
     for row, own in zip(rows, weights, strict=True):
         ids = torch.from_numpy(row.ids)
         logprobs = policy.model(ids[None]).logits[0].log_softmax(-1)
-        for position, weight in zip(row.targets.tolist(), own, strict=True):
-            total = total - weight * logprobs[position - 1, ids[position]] / 9.5
-    total.backward()
+        reply = row.targets.tolist()[-len(own) :]
+        for position, weight in zip(reply, own, strict=True):
+            total = total - weight * logprobs[position - 1, ids[position]] / 13.5
+        for position in row.targets.tolist()[: -len(own)]:
+            text = text - text_weight * logprobs[position - 1, ids[position]] / count
+    (total + text).backward()
+    assert text.item() > 0.1
     assert measures.values["loss"] == pytest.approx(total.item(), rel=1e-5)
+    assert measures.values["text_loss"] == pytest.approx(text.item(), rel=1e-5)
     for gradient, p in zip(found, policy.model.parameters(), strict=True):
         assert p.grad is not None
         torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-6)
