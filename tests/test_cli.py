@@ -18,6 +18,9 @@ from untwine.config import load_recipe
 from untwine.envs.alfworld.generate import generate
 from untwine.envs.registry import make_env
 from untwine.envs.splits import load_splits
+from untwine.episodes import read_groups
+from untwine.gcd.labels import agreed_verdict
+from untwine.report.numbers import RL_KEYS
 
 TINY = {
     **RECIPE,
@@ -228,6 +231,38 @@ def test_report(untwine, finished: Path, tmp_path: Path) -> None:  # type: ignor
     numbers = json.loads(untwine("report", finished, "--json").out)
     assert numbers
     assert_refused(untwine("report", tmp_path / "nothing"), 5, "does not exist")
+
+
+def test_what_a_run_records_is_documented_and_read_by_the_report(finished: Path) -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    pages = [docs / "run-directory.md", docs / "evaluation.md"]
+    text = "".join(page.read_text("utf-8") for page in pages)
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    keys = {(row["stage"], key) for row in rows for key in row}
+    unknown = {
+        key
+        for _, key in keys
+        if f"`{key}`" not in text and not key.startswith(("labels_", "per_instance"))
+    }
+    assert not unknown
+    (last,) = [row for row in rows if row["stage"] == "rl"][-1:]
+    always = {"outcome_mean", "success_rate", "episode_length", "flawed_rate", "invalid_rate",
+              "groups_kept", "policy_tokens", "env_steps",
+              "seconds_rollout", "seconds_update"}  # fmt: skip
+    assert always <= last.keys() & set(RL_KEYS)
+    file = finished / "episodes" / f"iter-{last['step']:06d}.jsonl.gz"
+    groups = list(read_groups(file))
+    steps = [s for g in groups for e in g.episodes for s in e.steps]
+    assert last["env_steps"] == len(steps)
+    kept = [g for g in groups if any(s.advantage is not None for e in g.episodes for s in e.steps)]
+    assert last["groups_kept"] == len(kept)
+    flawed = [
+        s.advantage for s in steps if s.advantage is not None and agreed_verdict(s) == "flawed"
+    ]
+    if flawed:
+        assert last["advantage_flawed"] == pytest.approx(sum(flawed) / len(flawed))
+    outcomes = [e.outcome for g in groups for e in g.episodes]
+    assert last["outcome_mean"] == pytest.approx(sum(outcomes) / len(outcomes))
 
 
 def test_play_lists_tasks_and_plays(untwine, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

@@ -21,7 +21,14 @@ from tests.test_cli import TINY, assert_refused
 from untwine.cli import main
 from untwine.config import load_recipe
 from untwine.diagnose.analysis import parted
-from untwine.diagnose.run_samples import RunSample, distinct_samples, draw_samples
+from untwine.diagnose.recorded import episode_file, load_recorded_policy, read_recorded
+from untwine.diagnose.run_samples import (
+    RunSample,
+    distinct_samples,
+    draw_samples,
+    labelled_samples,
+)
+from untwine.diagnose.separation import separations
 from untwine.episodes import read_groups
 from untwine.gcd.labels import agreed_verdict
 from untwine.policy.loading import load_policy
@@ -30,6 +37,7 @@ from untwine.report import build_report, report_numbers
 from untwine.theory.regions import read_points
 from untwine.training.checkpoint import load_weights
 from untwine.training.loop import train
+from untwine.training.run_dir import run_recipe
 
 
 def trained_run(folder: Path, **changes: Any) -> Path:
@@ -281,6 +289,25 @@ def test_separation(untwine, finished: Path) -> None:  # type: ignore[no-untyped
     assert [row["layer"] for row in numbers["layers"]] == [0, 1]
     assert numbers["samples"] == len(numbers["sample_list"])
     assert 0 < numbers["flawed"] < numbers["samples"]
+    recipe = run_recipe(finished)
+    iteration, file = episode_file(finished, None)
+    policy = load_recorded_policy(finished, recipe, iteration, "", or_last=True).policy
+    groups = read_recorded(file, recipe)
+    chosen = draw_samples(labelled_samples(groups), numbers["samples"], numbers["seed"])
+    assert numbers["flawed"] == sum(s.verdict == "flawed" for s in chosen)
+    states = []
+    with torch.no_grad():
+        for s in chosen:  # each alone, with transformers' own way through the model
+            ids = torch.tensor([[*s.sample.prompt_ids, *s.sample.action_ids]])
+            every = policy.model(input_ids=ids, output_hidden_states=True).hidden_states
+            states.append(torch.stack([x[0, -len(s.sample.action_ids) :].mean(0) for x in every]))
+    flawed = torch.tensor([s.verdict == "flawed" for s in chosen])
+    tasks = [s.task for s in chosen]
+    wanted = separations(torch.stack(states, 1), flawed, tasks, metric="cosine", seed=0)
+    for row, own in zip(numbers["layers"], wanted, strict=True):
+        assert row["margin"] == pytest.approx(own.margin, rel=1e-3)
+        assert row["balanced"] == pytest.approx(own.balanced, abs=0.02)
+        assert row["silhouette"] == pytest.approx(own.silhouette, abs=1e-4)
     maps = load_file(finished / "diagnose" / "separation.safetensors")["maps_SN2"]
     assert maps.shape == (2, numbers["samples"], 2)
     result = untwine("separation", finished, "--pool", "last", "--distance", "euclidean")

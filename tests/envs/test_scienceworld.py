@@ -14,6 +14,7 @@ import pytest
 from untwine.envs.pool import EnvPool, Lost, ResetRequest, StepRequest
 from untwine.envs.protocol import Catalogue, Env, Reset
 from untwine.envs.registry import get_family, make_env
+from untwine.envs.scienceworld import env as env_module
 from untwine.envs.scienceworld import experts, jvm
 from untwine.envs.scienceworld.catalogue import CATALOGUE_FILE, ask_server
 from untwine.envs.scienceworld.env import ScienceWorldEnv, is_blocked
@@ -232,14 +233,16 @@ def test_quick_loads_are_left_where_the_server_is_another(cache: Path) -> None:
 
 
 @java
-def test_gold_path_solves_and_is_kept(env: ScienceWorldEnv, cache: Path) -> None:
+def test_gold_path_solves_and_is_kept(
+    env: ScienceWorldEnv, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for task, variation in [("find-animal", 3), ("grow-plant", 0)]:
         commands = env.expert(task, variation)
         assert commands is not None
         assert "look around" not in commands
-        begin = time.monotonic()
-        assert env.expert(task, variation) == commands
-        assert time.monotonic() - begin < 0.1
+        with monkeypatch.context() as without:
+            without.setattr(env_module, "search", None)  # what is kept is not looked for again
+            assert env.expert(task, variation) == commands
         _, seen = env.reset(task, variation)
         scores = [seen.score]
         for command in commands:
@@ -429,10 +432,9 @@ def test_killed_process_loses_its_episodes_and_leaves_nothing_behind(
         assert worker is not None
         (virtual_machine,) = java_children(worker)
         os.kill(virtual_machine if victim == "jvm" else worker, signal.SIGKILL)
-        begin = time.monotonic()
         answers = pool.call({0: StepRequest("look around")})
         assert isinstance(answers[0], Lost)
-        assert time.monotonic() - begin < 10
+        assert "no answer" not in answers[0].reason  # it is noticed, not waited for
         assert gone(virtual_machine)
         assert isinstance(pool.call({1: StepRequest("look around")})[1], Lost)
         pool.call({0: ResetRequest("boil", 0)})
