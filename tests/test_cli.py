@@ -253,7 +253,7 @@ def test_what_a_run_records_is_documented_and_read_by_the_report(finished: Path)
     file = finished / "episodes" / f"iter-{last['step']:06d}.jsonl.gz"
     groups = list(read_groups(file))
     steps = [s for g in groups for e in g.episodes for s in e.steps]
-    assert last["env_steps"] == len(steps)
+    assert last["env_steps"] == sum(step.command is not None for step in steps)
     kept = [g for g in groups if any(s.advantage is not None for e in g.episodes for s in e.steps)]
     assert last["groups_kept"] == len(kept)
     flawed = [
