@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms.machine import heading
+from arms.machine import clock, heading
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from untwine.diagnose.coupling import gram, head_gram, off_diagonal_correlation
@@ -126,11 +126,10 @@ def work(name: str, tied: bool, device: str, memory: Sequence[float], pipe: Any)
             most = peak.most
         else:
             torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
+            now = clock(1, device)
+            start = now()
             arm(model, samples)
-            torch.cuda.synchronize()
-            took, most = time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**20
+            took, most = now() - start, torch.cuda.max_memory_allocated() / 2**20
         pipe.send((took, max(0.0, most - before)))
 
 

@@ -45,13 +45,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from untwine.batch import Row, microbatches
 from untwine.config import PolicyConfig
-from untwine.policy.loading import Policy, load_policy
+from untwine.policy.loading import DTYPES, Policy, head_width, load_policy
 from untwine.policy.trie import Layout
 from untwine.scoring import pack, score
 
 VOCABULARY = 4096
 ARMS = ("trie", "episode", "varlen", "padded")
-TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QWEN: Any = {"vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True}
 SHAPES = {
     "qwen-0.5b": Qwen2Config(
@@ -147,7 +146,7 @@ def make_policy(args: argparse.Namespace) -> Policy:
     with device:
         model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
     unused: Any = None
-    return Policy(model, unused, unused, device, TYPES[args.dtype], args.model or "benchmark")
+    return Policy(model, unused, unused, device, DTYPES[args.dtype], args.model or "benchmark")
 
 
 # The four arms: each gives the seconds of a pass and leaves its gradient in the model
@@ -268,8 +267,7 @@ def operations(policy: Policy, rows: Sequence[Row], layout: Layout) -> float:
         np.concatenate([p[r.targets - 1] for p, r in zip(trie.paths, rows, strict=True)])
     )
     layer = policy.costs.token * trie.size + policy.costs.pair * trie.pairs
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    key_values = 12.0 * config.hidden_size * config.num_key_value_heads * width
+    key_values = 12.0 * config.hidden_size * config.num_key_value_heads * head_width(config)
     last = policy.costs.token * len(nodes) + policy.costs.pair * (trie.depth_N[nodes] + 1).sum()
     last += key_values * (trie.size - len(nodes))
     head = 6.0 * config.hidden_size * config.vocab_size * len(nodes)
@@ -354,7 +352,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--model", default="", help=f"{', '.join(SHAPES)}, or what loads")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", choices=tuple(TYPES), default="float32")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--budget", type=int, default=8192, help="tokens per forward pass")
     parser.add_argument("--padded-batch", type=int, default=8, help="padded rows per forward pass")
     parser.add_argument("--padded-share", type=float, default=1.0, help="share that is timed")

@@ -259,8 +259,8 @@ def test_what_a_run_records_is_documented_and_read_by_the_report(finished: Path)
     flawed = [
         s.advantage for s in steps if s.advantage is not None and agreed_verdict(s) == "flawed"
     ]
-    if flawed:
-        assert last["advantage_flawed"] == pytest.approx(sum(flawed) / len(flawed))
+    mean = sum(flawed) / len(flawed) if flawed else None
+    assert last["advantage_flawed"] == (pytest.approx(mean) if flawed else None)
     outcomes = [e.outcome for g in groups for e in g.episodes]
     assert last["outcome_mean"] == pytest.approx(sum(outcomes) / len(outcomes))
 

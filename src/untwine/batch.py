@@ -87,6 +87,16 @@ def completion_row(prompt_ids: Sequence[int], completion_ids: Sequence[int], wei
     )
 
 
+def halved(budget: int, batch: Sequence[Row]) -> int:
+    """A budget of half of what these rows, which did not fit, have in distinct tokens."""
+    return max(1, min(budget, distinct_tokens(batch)) // 2)
+
+
+def split_again(waiting: Sequence[Sequence[Row]], budget: int) -> list[list[Row]]:
+    """Micro-batches that are still to be done, by another budget."""
+    return list(microbatches([row for batch in waiting for row in batch], budget))
+
+
 def microbatches(rows: Sequence[Row], budget: int) -> Iterator[list[Row]]:
     """Rows in the order of their trie, at most `budget` distinct tokens at a time (a longer row
     stands alone). A beginning that rows of two micro-batches share is computed in both."""

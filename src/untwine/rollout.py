@@ -210,9 +210,8 @@ class Collector:
         if self.choices is None or live.observation.done:
             return self.sampling.max_new_tokens
         free = self.sampling.max_new_tokens if self.prompt.reasons else 0
-        commands = self._commands(
-            live.observation.admissible
-        )  # without any, `choices_among` says so
+        commands = self._commands(live.observation.admissible)
+        # without any, `choices_among` says so
         return free + (self.choices.longest(commands) if commands else 0)
 
     def _no_room(self, ref: TaskRef, live: _Live) -> str:

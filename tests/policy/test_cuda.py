@@ -114,9 +114,7 @@ def test_optimizer_steps_of_both_losses(folder: Path, mixing: Any, rank: int) ->
             assert ours[key] == pytest.approx(theirs[key], rel=2e-2, abs=1e-4)
 
 
-def test_budgets_are_halved_when_memory_is_short(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_budgets_are_halved_when_memory_is_short(folder: Path) -> None:
     """Memory that really ends: what is free is taken but for a little."""
     policy = on("cuda", folder, dtype="float32")
     worker = Updater(

@@ -241,12 +241,8 @@ def test_draws_on_a_device_have_the_probabilities() -> None:
     assert ((shares - probs.double()).abs() <= 4 * (probs * (1 - probs) / count).sqrt()).all()
     ends = torch.tensor([[0.0], [0.5], [1 - 1e-16], [1.0]], dtype=torch.float64)
     assert _inverse(probs.expand(4, -1), ends)[:, 0].tolist() == [1, 3, 4, 4]
-    assert _inverse(3 * probs.expand(4, -1), ends)[:, 0].tolist() == [
-        1,
-        3,
-        4,
-        4,
-    ]  # need not sum to 1
+    threefold = 3 * probs.expand(4, -1)  # they need not sum to 1
+    assert _inverse(threefold, ends)[:, 0].tolist() == [1, 3, 4, 4]
 
 
 def test_top_p_draws_from_the_nucleus_with_logprobs_of_the_whole(policy: Policy) -> None:

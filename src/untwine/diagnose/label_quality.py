@@ -91,7 +91,6 @@ def find_label_quality(
     """
     names = list(dict.fromkeys(sources or _FREE))
     check_sources(names)
-    compared: dict[str, list[Compared]] = defaultdict(list)
     files = chosen_files(run, iteration)
     iterations = files_with_truth(run, files, "train with branch in gcd.labels")
     costs: dict[str, float] = defaultdict(float)
@@ -101,22 +100,27 @@ def find_label_quality(
         bench = Bench(recipe, pool, None, run, display, wanted=judged)
         asking = [name for name in names if name != "branch"]
         labeller = Labeller(asking, bench, recipe.gcd.min_confidence)  # as the run used them
-        recorded = {k: read_recorded(file, recipe) for k, file in iterations.items()}
-        on_record = {k: _labels(groups) for k, groups in recorded.items()}
-        known = {name for labels in on_record.values() for name in labels} - {"branch"}
-        for k, groups in recorded.items():
+        said: dict[int, dict[str, dict[tuple[str, int], Verdict]]] = {}
+        for k, file in iterations.items():
+            groups = read_recorded(file, recipe)
             asked, counts = labeller.label(groups, k)
-            for name, value in counts.items():
-                costs[name] += value
             anew = _labels(asked)
-            for name in sorted({*asking, *known}):
-                found = (anew if name in asking else on_record[k]).get(name, {})
-                compared[name] += compare(truths[k].rows, found, k)
+            said[k] = _labels(groups) | {name: anew.get(name, {}) for name in asking}
+            said[k].pop("branch", None)  # on record it is the truth itself
+            spent = [counts]
             if "branch" in names:
-                found, counts = branch_anew(run, recipe, k, groups, truths[k], pool, display)
+                said[k]["branch"], counts = branch_anew(
+                    run, recipe, k, groups, truths[k], pool, display
+                )
+                spent.append(counts)
+            for counts in spent:
                 for name, value in counts.items():
                     costs[name] += value
-                compared["branch"] += compare(truths[k].rows, found, k)
+    known = {name for labels in said.values() for name in labels}
+    compared = {
+        name: [x for k in said for x in compare(truths[k].rows, said[k].get(name, {}), k)]
+        for name in sorted(known, key=lambda name: (name == "branch", name))
+    }
     numbers = {
         "format": "untwine-labels-1",
         "iterations": sorted(iterations),

@@ -33,6 +33,7 @@ from untwine.policy.trie import Costs, PackedTrie, build_trie
 from untwine.prompting.chat import Chat
 
 PRESETS = ("tiny", "smollm2")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 _NARROWEST = 16  # dimensions of a head that compiled FlexAttention takes
 _TOLERANCE = 2e-3  # of logits, in float32, relative to the largest
@@ -113,7 +114,7 @@ class Policy:
             sum(p.numel() for name, p in self.model.base_model.named_parameters() if p.dim() == 2)
             - self.model.get_input_embeddings().weight.numel()
         )
-        width = config.num_attention_heads * _head_width(config)
+        width = config.num_attention_heads * head_width(config)
         return Costs.of_layer(linear / config.num_hidden_layers, width, self.device.type)
 
     def save(self, folder: Path) -> None:
@@ -134,7 +135,7 @@ def load_policy(config: PolicyConfig, texts: Callable[[], Iterable[str]], seed: 
     if config.threads:
         torch.set_num_threads(config.threads)
     device = _device(config.device)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    dtype = DTYPES[config.dtype]
     if config.model == "tiny":
         tokenizer = build_tokenizer(texts(), config.tiny.vocab_size)
         model = build_model(config.tiny, tokenizer, seed)
@@ -144,7 +145,7 @@ def load_policy(config: PolicyConfig, texts: Callable[[], Iterable[str]], seed: 
         model, tokenizer = _load_pretrained(config.model)
     extra_ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = tuple(extra_ends) if isinstance(extra_ends, list) else (extra_ends,)
-    if device.type == "cuda" and (width := _head_width(model.config)) < _NARROWEST:
+    if device.type == "cuda" and (width := head_width(model.config)) < _NARROWEST:
         raise ModelError(
             f"the heads of {config.model!r} have {width} dimensions, and a GPU's attention kernels "
             f"want {_NARROWEST} or more; use policy.device=cpu, or a model with fewer heads"
@@ -165,7 +166,8 @@ def load_policy(config: PolicyConfig, texts: Callable[[], Iterable[str]], seed: 
     return policy
 
 
-def _head_width(config: Any) -> int:
+def head_width(config: Any) -> int:
+    """Dimensions of an attention head."""
     return int(
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )

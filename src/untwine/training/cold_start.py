@@ -43,6 +43,9 @@ from untwine.training.critic import (
 from untwine.training.measures import Measures
 from untwine.training.update import Updater
 
+Entry = tuple[Transcript, tuple[str, ...]]
+"""A transcript, and what its prompts tell besides."""
+
 _QUIZZES = {"generative/ce": VERDICTS, "pairwise": PAIRS}
 
 
@@ -73,15 +76,24 @@ class ColdStart:
             )
             return judged(episode, info, imitate_noise=noisy)
 
-        episodes = [played(transcript) for transcript in transcripts]
-        _check_room(episodes, recipe)
         longest = min(policy.max_positions, recipe.rl.microbatch_tokens)
-        whole = transcripts
-        transcripts = [_cut(*entry, longest) for entry in zip(whole, episodes, strict=True)]
-        self.cut = sum(a is not b for a, b in zip(whole, transcripts, strict=True))
-        if self.cut:
-            transcripts = [transcript for transcript in transcripts if transcript.moves]
-            episodes = [played(transcript) for transcript in transcripts]
+
+        def fitted(entries: Sequence[Entry]) -> tuple[list[Entry], list[Episode], int]:
+            """The entries up to where no more fits, played, and how many end there."""
+            episodes = [played(*entry) for entry in entries]
+            _check_room(episodes, recipe)
+            fitting = [
+                (_cut(transcript, episode, longest), told)
+                for (transcript, told), episode in zip(entries, episodes, strict=True)
+            ]
+            cut = sum(a is not b for (a, _), (b, _) in zip(entries, fitting, strict=True))
+            if not cut:
+                return fitting, episodes, 0
+            fitting = [entry for entry in fitting if entry[0].moves]
+            return fitting, [played(*entry) for entry in fitting], cut
+
+        plain, episodes, self.cut = fitted([(transcript, ()) for transcript in transcripts])
+        transcripts = [transcript for transcript, _ in plain]
         if not episodes:
             raise ConfigError(
                 f"no step of an expert fits into {longest} tokens, the positions of the model or "
@@ -89,9 +101,8 @@ class ColdStart:
             )
         sentences = instructed(episodes, info, recipe)
         again = [entry for entry in zip(transcripts, sentences, strict=True) if entry[1]]
-        fitting = [(_cut(entry[0], played(*entry), longest), entry[1]) for entry in again]
-        again = [entry for entry in fitting if entry[0].moves]  # told, prompts are longer
-        self.episodes = [*episodes, *(played(*entry) for entry in again)]
+        again, told, _ = fitted(again)  # their prompts are longer
+        self.episodes = [*episodes, *told]
         self._looks = [
             [move.command.looks for move in transcript.moves]
             for transcript in [*transcripts, *(transcript for transcript, _ in again)]

@@ -47,7 +47,7 @@ from untwine.training.checkpoint import (
 from untwine.training.cold_start import ColdStart
 from untwine.training.correction import Correction
 from untwine.training.examination import examine
-from untwine.training.measures import Measures, averaged, rollout_measures
+from untwine.training.measures import Measures, averaged, is_trained, rollout_measures
 from untwine.training.mixing import DROWNED
 from untwine.training.run_dir import RunDir, finish_replacing, metric_rows, replace_folder
 from untwine.training.signals import StopRequest
@@ -356,9 +356,7 @@ class _Training:
         follow = self.recipe.prompt.verdict == "after"
         taken: list[Measures] = []
         held = gcd.weight_of == "gradient"
-        idle = held and not any(
-            step.advantage is not None for g in groups for e in g.episodes for step in e.steps
-        )
+        idle = held and not any(map(is_trained, groups))
         exercises = [] if follow or idle else [self._exercise(groups, weight, taken)]
         tokens, left_out = 0, False
         for _ in range(rl.epochs):

@@ -58,6 +58,11 @@ def averaged(taken: Sequence[Measures]) -> dict[str, float]:
     return result
 
 
+def is_trained(group: Group) -> bool:
+    """Whether any of its steps is."""
+    return any(step.advantage is not None for e in group.episodes for step in e.steps)
+
+
 def rollout_measures(groups: Sequence[Group], stats: RolloutStats, info: EnvInfo) -> dict[str, Any]:
     """What the episodes of an iteration were like, and what they cost."""
     episodes = [episode for group in groups for episode in group.episodes]
@@ -75,9 +80,7 @@ def rollout_measures(groups: Sequence[Group], stats: RolloutStats, info: EnvInfo
         "success_rate": sum(e.success for e in episodes) / len(episodes),
         **step_measures(groups, info),
         **{f"advantage_{k}": sum(v) / len(v) if v else None for k, v in advantages.items()},
-        "groups_kept": sum(
-            any(s.advantage is not None for e in g.episodes for s in e.steps) for g in groups
-        ),
+        "groups_kept": sum(map(is_trained, groups)),
         "episodes_lost": stats.episodes_lost,
         "env_steps": stats.env_steps,
         "sampled_tokens": stats.sampled_tokens,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from untwine.batch import Row, distinct_tokens, microbatches
+from untwine.batch import Row, distinct_tokens, halved, microbatches, split_again
 from untwine.config import GCDConfig, LossConfig, OptimizerConfig, Recipe
 from untwine.errors import UntwineError
 from untwine.gcd.entering import closed_parameters
@@ -395,8 +395,7 @@ class Updater:
                 self._halve(waiting[0])
                 if spoilt:
                     raise _Again
-                left = [row for batch in waiting for row in batch]
-                waiting = list(microbatches(left, self.microbatch_tokens))
+                waiting = split_again(waiting, self.microbatch_tokens)
                 continue
             if value.requires_grad:
                 try:
@@ -417,7 +416,7 @@ class Updater:
                 "policy.gradient_checkpointing=true or policy.dtype=bfloat16, or lower "
                 "prompt.max_tokens"
             )
-        self.microbatch_tokens = max(1, min(self.microbatch_tokens, size) // 2)
+        self.microbatch_tokens = halved(self.microbatch_tokens, batch)
         self._halvings += 1
         warnings.warn(
             f"out of memory with {size} tokens at once; going on with "

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from untwine.batch import Row, completion_row, distinct_tokens, microbatches
+from untwine.batch import Row, completion_row, halved, microbatches, split_again
 from untwine.config import JudgeConfig, PolicyConfig
 from untwine.errors import ModelError, UntwineError
 from untwine.gcd.sources.answers import AnswerFile, question_key
@@ -158,8 +158,7 @@ class LocalJudge:
                 found_N = score(self._model, batch, entropies=False).logprobs_N.double().tolist()
             if found_N is None:
                 self._halve(batch)
-                left = [row for batch in waiting for row in batch]
-                waiting = list(microbatches(left, self._budget))
+                waiting = split_again(waiting, self._budget)
                 continue
             del waiting[0]
             ends = [0]
@@ -186,7 +185,7 @@ class LocalJudge:
                 "memory of the GPU beside the policy; name a smaller gcd.judge.model, or one "
                 "behind an endpoint (gcd.judge.url)"
             )
-        self._budget = max(1, min(self._budget, distinct_tokens(batch)) // 2)
+        self._budget = halved(self._budget, batch)
         torch.cuda.empty_cache()
 
     def complaint(self) -> str:
