@@ -6,11 +6,13 @@ import dataclasses
 import itertools
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from untwine.config import Recipe
 from untwine.envs import rooms
@@ -60,6 +62,33 @@ def test_a_constrained_policy_says_admissible_commands_only() -> None:
             assert token in among
             assert (logprob == 0.0) == (len(among) == 1)
     assert stats.env_steps == len(steps)
+
+
+class Casts(TorchDispatchMode):
+    """How often each tensor was cast to bfloat16, by where it lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: Counter[int] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            self.times[args[0].data_ptr()] += 1
+        return func(*args, **kwargs)
+
+
+def test_weights_are_cast_once_in_a_rollout() -> None:
+    tiny = {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 2}
+    policy = {"model": "tiny", "dtype": "bfloat16", "tiny": tiny}
+    with workshop_of(policy=policy, sampling=CONSTRAINED) as workshop:
+        named = workshop.policy.model.base_model.named_parameters()
+        weights = [p.data_ptr() for name, p in named if "proj" in name]
+        with Casts() as casts:
+            workshop.collector.collect(workshop.refs, 4, torch.Generator().manual_seed(0))
+    assert [casts.times[place] for place in weights] == [1] * 7
 
 
 @pytest.mark.parametrize("left", [(), ("look",)], ids=["none", "blocked ones only"])

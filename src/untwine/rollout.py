@@ -300,6 +300,13 @@ class _Play:
 
     def run(self) -> tuple[list[Episode | None], RolloutStats]:
         """An episode for every job; None for one that could not begin where it should."""
+        with self.collector.policy.autocast():
+            self._play()
+        self.stats.prompt_tokens = self.sampler.prompt_tokens
+        self.stats.computed_tokens = self.sampler.computed_tokens
+        return [self.finished[i] for i in range(self.total)], self.stats
+
+    def _play(self) -> None:
         slots, waves = range(self.pool.slots), self.collector.waves
         for wave in itertools.cycle([slots[w::waves] for w in range(waves)]):
             if len(self.finished) == self.total:
@@ -314,9 +321,6 @@ class _Play:
                 self._act(self.sampler.step())
                 if not self.pool.workers:  # the environments have answered already
                     break
-        self.stats.prompt_tokens = self.sampler.prompt_tokens
-        self.stats.computed_tokens = self.sampler.computed_tokens
-        return [self.finished[i] for i in range(self.total)], self.stats
 
     def _refill(self, wave: Iterable[int]) -> None:
         """Free slots take jobs from the queue."""

@@ -75,7 +75,8 @@ class Policy:
         return min((int(n) for n in limits if n), default=1 << 30)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Context in which forward passes run."""
+        """Context in which forward passes run. The outermost one keeps the weights it has cast
+        until it ends, so a rollout is one: else every token would cast all of them again."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)

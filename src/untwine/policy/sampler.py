@@ -163,8 +163,9 @@ class Sampler:
         for slot in sorted(prompts):
             self.begin(slot, prompts[slot], choices[slot] if choices else None)
         samples: dict[int, Sample] = {}
-        while self.busy:
-            samples.update(self.step())
+        with self.policy.autocast():
+            while self.busy:
+                samples.update(self.step())
         return {slot: samples[slot] for slot in sorted(samples)}
 
     def forget(self, slot: int) -> None:
