@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import shutil
@@ -212,6 +213,11 @@ def test_evaluate_keeps_what_it_found(untwine, finished: Path, tmp_path: Path) -
     assert {row["identity"]["episodes"] for row in rows} == {3}
     numbers = json.loads(untwine("compare", run, "--json").out)
     assert [entry["title"] for entry in numbers["sets"]] == ["L0", "L0, greedy"]
+    page = untwine("compare", run, "--out", tmp_path / "page")
+    assert page.code == 0, page.err
+    for file in (tmp_path / "page").iterdir():  # page, figure and numbers
+        assert file.stat().st_size
+    assert json.loads((tmp_path / "page" / "compare.json").read_text()) == numbers
     assert_refused(untwine("compare", run, "--sets", "L1"), 2, "no run was evaluated on L1")
     assert_refused(untwine("compare", tmp_path / "no"), 5, "does not exist")
 
@@ -288,6 +294,34 @@ def test_doctor_and_version(untwine) -> None:  # type: ignore[no-untyped-def]
     assert result.code == 0
     assert "environment rooms" in result.out
     assert "untwine 0." in untwine("--version").out
+
+
+def test_doctor_says_what_untwine_cannot_do_without(  # type: ignore[no-untyped-def]
+    untwine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "tokenizers":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr("untwine.doctor.version", version)
+    result = untwine("doctor")
+    assert result.code == 1
+    assert re.search(r"tokenizers +│ missing +│ pip install untwine", result.out)
+
+
+def test_games_are_imported(untwine, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert_refused(untwine("games", "import", tmp_path / "no"), 3, "no")
+    assert_refused(untwine("games", "import", tmp_path), 3, "has no ALFWorld games")
+    generate("pick_and_place_simple", 0).write(tmp_path / "train")
+    result = untwine("games", "import", tmp_path)
+    assert result.code == 0, result.err
+    assert re.search(r"pick_and_place_simple +│ 1 ", result.out)
+    assert "1 games; index: " in result.out
+    index = json.loads((tmp_path / "untwine-index.json").read_text())
+    assert list(index["games"]["train"]) == ["pick_and_place_simple"]
 
 
 def test_doctor_shows_what_is_wrong_with_data_of_ones_own(  # type: ignore[no-untyped-def]

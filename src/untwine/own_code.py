@@ -6,8 +6,10 @@ import contextlib
 import importlib
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from untwine.errors import UntwineError
 
@@ -50,6 +52,17 @@ def own_module(
             f"{what}: importing module {name!r} failed with {_cause(failure)}; mend the module and "
             "try again"
         ) from failure
+
+
+def own_callable(
+    what: str, target: str, example: str, error: type[UntwineError]
+) -> Callable[..., Any]:
+    """The function or class "module:attribute"; arguments and errors as in `own_module`."""
+    module, attribute = own_module(what, target, example, error)
+    found: Any = getattr(module, attribute, None)
+    if not callable(found):
+        raise error(f"{what}: {place_of(module)} has no function {attribute!r}")
+    return found  # type: ignore[no-any-return]
 
 
 def place_of(module: ModuleType) -> str:

@@ -73,7 +73,9 @@ class JudgeConfig(Section):
 class GCDConfig(Section):
     """The actor also learns to tell good actions from bad ones."""
 
-    objective: str = Field("none", description="none, or an objective of gcd/objectives")
+    objective: str = Field(
+        "none", description="none, an objective of gcd/objectives, or module:maker"
+    )
     weight: Rate = Field(0.5, description="lambda")
     schedule: ScheduleConfig = ScheduleConfig()
     weight_of: Literal["loss", "gradient"] = Field(

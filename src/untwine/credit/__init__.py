@@ -20,7 +20,7 @@ from untwine.credit.labels import labels
 from untwine.credit.rlvmr import rlvmr
 from untwine.errors import ConfigError, complaint, nearest
 from untwine.gcd.labels import only_from
-from untwine.own_code import own_module, place_of
+from untwine.own_code import own_callable
 from untwine.records import Group
 
 AS_TRAINED = "as trained"
@@ -138,12 +138,7 @@ def _find(name: str) -> CreditMethod:
             f"unknown {what}; known are {', '.join(credit_names())}, and one of your own is named "
             f"module:function, such as my_module:method.{nearest(name, _METHODS)}"
         )
-    module, attribute = own_module(what, name, "method", ConfigError)
-    method = getattr(module, attribute, None)
-    if not callable(method):
-        raise ConfigError(f"{what}: {place_of(module)} has no function {attribute!r}")
-    found: CreditMethod = method
-    return found
+    return own_callable(what, name, "method", ConfigError)
 
 
 def _option_types(method: CreditMethod) -> dict[str, Any]:

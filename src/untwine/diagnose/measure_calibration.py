@@ -35,7 +35,7 @@ from untwine.diagnose.recorded import (
 from untwine.diagnose.truth_file import TruthRow, files_with_truth, read_truth, truth_path
 from untwine.envs.protocol import EnvInfo
 from untwine.errors import ConfigError, UntwineError, nearest
-from untwine.gcd.labels import label_group, label_sources
+from untwine.gcd.labels import is_plain, label_group, label_sources
 from untwine.gcd.sources import source_names
 from untwine.progress import Display
 from untwine.records import Episode, Group, Step, Verdict
@@ -194,7 +194,7 @@ def _judged(
 
 
 def _no_label(run: Path, source: str) -> str:
-    if source in label_sources():
+    if is_plain(source):
         return (
             f"source {source!r} is sure of no step of {run}; take another source, or more episodes"
         )
@@ -207,7 +207,7 @@ def _no_label(run: Path, source: str) -> str:
 
 def _labelled(iteration: int, groups: Sequence[Group], info: EnvInfo, source: str) -> list[_Item]:
     """The steps that have a label of `source`, computed here or on record."""
-    if source in label_sources():
+    if is_plain(source):
         groups = [label_group(group, [source], info) for group in groups]
     context = _Context(iteration, groups, info)
     return [

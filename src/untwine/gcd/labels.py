@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, get_args
 
 from untwine.envs.protocol import EnvInfo
 from untwine.errors import ConfigError, nearest
+from untwine.own_code import own_callable
 from untwine.records import Episode, Group, Label, Step, Verdict
 
 EXPERT_GOOD = Label("expert", "good", "expert")
@@ -65,11 +68,20 @@ def register_labels(name: str, source: LabelSource) -> None:
     _SOURCES[name] = source
 
 
+def is_plain(name: str) -> bool:
+    """Whether a source of this name needs a group and nothing else; all of one's own do."""
+    return name in _SOURCES or ":" in name
+
+
 def plain_source(name: str) -> LabelSource:
-    """The source of this name. ConfigError when there is none."""
-    if name not in _SOURCES:
+    """The source of this name, or one's own that "module:function" names: what that returns is
+    checked, and its labels get this name. ConfigError when there is none."""
+    if name in _SOURCES:
+        return _SOURCES[name]
+    if ":" not in name:
         raise ConfigError(f"unknown label source {name!r}.{nearest(name, _SOURCES)}")
-    return _SOURCES[name]
+    source = own_callable(f"label source {name!r}", name, "labels", ConfigError)
+    return lambda group, info: _checked(name, group, source(group, info))
 
 
 def label_sources() -> tuple[str, ...]:
@@ -112,6 +124,34 @@ def agreed_verdict(*steps: Step) -> Verdict | None:
     """What all labels of the steps say together; None when there is none, or they disagree."""
     verdicts = {label.verdict for step in steps for label in step.labels}
     return verdicts.pop() if len(verdicts) == 1 else None
+
+
+def _checked(name: str, group: Group, found: Any) -> list[list[Label | None]]:
+    """What a source of one's own has returned, when it has an entry for every step."""
+    what = f"label source {name!r}"
+    try:
+        rows = [list(row) for row in found]
+    except TypeError:
+        rows = []
+    if [len(row) for row in rows] != [episode.length for episode in group.episodes]:
+        raise ConfigError(
+            f"{what}: it must return a row for each of {len(group.episodes)} episodes, with a "
+            "Label or None for each of its steps"
+        )
+    return [[_named(what, name, label) for label in row] for row in rows]
+
+
+def _named(what: str, name: str, label: Any) -> Label | None:
+    if label is None:
+        return None
+    if not isinstance(label, Label):
+        raise ConfigError(f"{what}: {label!r} is neither a Label nor None")
+    if label.verdict not in get_args(Verdict) or not 0 < label.confidence <= 1:
+        raise ConfigError(
+            f"{what}: {label!r} is no verdict; it must be good or flawed, with a confidence above "
+            "0 and at most 1"
+        )
+    return replace(label, source=name)
 
 
 def _episode_rules(episode: Episode, info: EnvInfo) -> list[Label | None]:

@@ -88,15 +88,19 @@ def judged_steps(episodes: Iterable[Episode]) -> list[Judged]:
     ]
 
 
-def why_no_questions(episodes: Iterable[Episode]) -> str:
-    """Why nothing can be asked about these episodes, and what to change."""
+def why_no_questions(episodes: Iterable[Episode], objective: str) -> str:
+    """Why the objective asks nothing about these episodes, and what to change."""
     verdicts = Counter(judged.verdict for judged in judged_steps(episodes))
     good, flawed = verdicts["good"], verdicts["flawed"]
-    why = (
-        "no state has both kinds, or a question is longer than gcd.token_budget or the model allow"
-        if good and flawed
-        else "both kinds are needed: add a source to gcd.labels or lower gcd.min_confidence"
-    )
+    if ":" in objective:  # only its author knows
+        why = f"{objective} made nothing of them"
+    elif good and flawed:
+        why = (
+            "no state has both kinds, or a question is longer than gcd.token_budget or the model "
+            "allow"
+        )
+    else:
+        why = "both kinds are needed: add a source to gcd.labels or lower gcd.min_confidence"
     return f"{good} distinct actions are labelled good, {flawed} flawed; {why}"
 
 

@@ -404,7 +404,8 @@ class _Training:
 
     def _explain_none(self, groups: Sequence[Group], iteration: int) -> None:
         """Say once why there is nothing to learn from labels."""
-        why = why_no_questions(e for group in groups for e in group.episodes)
+        episodes = (e for group in groups for e in group.episodes)
+        why = why_no_questions(episodes, self.recipe.gcd.objective)
         self._say_once(
             "no questions",
             f"[yellow]gcd:[/yellow] nothing to learn from the labels of iteration {iteration}: "

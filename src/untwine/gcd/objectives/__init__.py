@@ -1,7 +1,8 @@
 """Objectives: what the actor learns from labelled steps beside acting. One file per kind.
 
 An objective turns the labelled episodes of an iteration into an `Exercise`: rows, and the loss on
-any micro-batch of them. The update (training/update.py) knows nothing else of it.
+any micro-batch of them. The update (training/update.py) knows nothing else of it. One of one's own
+is named `module:maker`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from untwine.gcd.objectives.head import VerdictHead
 from untwine.gcd.objectives.protocol import Exercise, Means, Objective, ObjectiveMaker
 from untwine.gcd.objectives.reinforced import Reinforced
 from untwine.gcd.questions import PAIRS, SIMILAR, VERDICTS, Quiz
+from untwine.own_code import own_callable
 
 __all__ = [
     "Exercise", "Means", "Objective", "check_objective", "make_objective", "objective_names",
@@ -42,14 +44,31 @@ def objective_names() -> tuple[str, ...]:
 
 def check_objective(name: str) -> None:
     """ConfigError when there is no such objective."""
-    if name != "none" and name not in _MAKERS:
-        known = ", ".join(["none", *objective_names()])
-        raise ConfigError(
-            f"unknown gcd.objective {name!r}; known are {known}.{nearest(name, _MAKERS)}"
-        )
+    if name != "none":
+        _maker(name)
 
 
 def make_objective(name: str, means: Means) -> Objective | None:
-    """The objective `name`; None for `none`. ConfigError when there is no such objective."""
-    check_objective(name)
-    return None if name == "none" else _MAKERS[name](means)
+    """The objective `name`, a registered one or `module:maker`; None for `none`. ConfigError when
+    there is no such objective, or what is made is none."""
+    if name == "none":
+        return None
+    objective = _maker(name)(means)
+    if not callable(getattr(objective, "exercise", None)) or not hasattr(objective, "module"):
+        raise ConfigError(
+            f"gcd.objective {name!r} makes a {type(objective).__name__}, which lacks `module` or "
+            "`exercise`; docs/methods/gcd.md shows an objective of one's own"
+        )
+    return objective
+
+
+def _maker(name: str) -> ObjectiveMaker:
+    if name in _MAKERS:
+        return _MAKERS[name]
+    if ":" not in name:
+        known = ", ".join(["none", *objective_names()])
+        raise ConfigError(
+            f"unknown gcd.objective {name!r}; known are {known}, and one of your own is named "
+            f"module:maker, such as my_module:Objective.{nearest(name, _MAKERS)}"
+        )
+    return own_callable(f"gcd.objective {name!r}", name, "Objective", ConfigError)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from untwine.config import JudgeConfig
 from untwine.errors import ConfigError, nearest
-from untwine.gcd.labels import LabelSource, label_sources, plain_source
+from untwine.gcd.labels import LabelSource, is_plain, label_sources, plain_source
 from untwine.gcd.sources.branch import BranchSource
 from untwine.gcd.sources.expert import ExpertSource
 from untwine.gcd.sources.judge import JudgeSource, check_judge
@@ -46,10 +46,13 @@ def check_sources(names: Sequence[str], judge: JudgeConfig | None = None) -> Non
     """ConfigError when a source does not exist, or (where `judge` is given) the judge's settings
     are of no use."""
     for name in names:
-        if name not in source_names():
-            known = ", ".join(source_names())
+        if is_plain(name):
+            plain_source(name)
+        elif name not in _MAKERS:
             raise ConfigError(
-                f"unknown label source {name!r}; known are {known}.{nearest(name, source_names())}"
+                f"unknown label source {name!r}; known are {', '.join(source_names())}, and one of "
+                "your own is named module:function, such as my_module:labels."
+                f"{nearest(name, source_names())}"
             )
         if name == "judge" and judge is not None:
             check_judge(judge)

@@ -1,0 +1,175 @@
+"""Label sources and objectives of one's own, named by their place."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.builders import make_group
+from untwine.cli import main
+from untwine.config import GCDConfig, PromptConfig
+from untwine.envs.rooms import INFO
+from untwine.episodes import read_groups
+from untwine.errors import ConfigError
+from untwine.gcd.labels import plain_source
+from untwine.gcd.objectives import Means, check_objective, make_objective
+from untwine.gcd.sources import check_sources
+from untwine.policy.loading import Policy
+from untwine.prompting.prompter import Prompter
+from untwine.records import Label
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "own_teaching.py"
+GOOD, FLAWED = Label("x", "good", "why", 0.5), Label("rule", "flawed", "why")
+ANSWERS: dict[str, Any] = {
+    "right": [[GOOD, None], (None, FLAWED, None)],
+    "nothing": None,
+    "one row": [[None, None]],
+    "short": [[None], [None, None, None]],
+    "words": [["good", None], [None] * 3],
+    "verdict": [[Label("x", "bad", "why"), None], [None] * 3],  # type: ignore[arg-type]
+    "doubt": [[Label("x", "good", "why", 0.0), None], [None] * 3],
+}
+
+
+@pytest.fixture(autouse=True)
+def _mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A module `mine` in the current folder; path and modules are afterwards as they were."""
+    code = "ANSWER = None\ndef source(group, info):\n    return ANSWER\nclass Nothing:\n"
+    (tmp_path / "mine.py").write_text(code + "    def __init__(self, means): pass\nNUMBER = 3\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name in [m for m in sys.modules if m.partition(".")[0] in ("examples", "mine")]:
+        del sys.modules[name]
+
+
+def labelled(answer: str) -> list[list[Label | None]]:
+    source = plain_source("mine:source")
+    sys.modules["mine"].ANSWER = ANSWERS[answer]  # type: ignore[attr-defined]
+    return source(make_group([1.0, 0.0], [2, 3]), INFO)
+
+
+def test_labels_get_the_name_of_the_recipe() -> None:
+    first = Label("mine:source", "good", "why", 0.5)
+    second = Label("mine:source", "flawed", "why")
+    assert labelled("right") == [[first, None], [None, second, None]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("nothing", "a row for each of 2 episodes"),
+        ("one row", "a row for each of 2 episodes"),
+        ("short", "a Label or None for each of its steps"),
+        ("words", "'good' is neither a Label nor None"),
+        ("verdict", "verdict='bad'.* is no verdict; it must be good or flawed"),
+        ("doubt", "confidence=0.0.* is no verdict; .* with a confidence above 0"),
+    ],
+)
+def test_what_is_no_table_of_labels_is_said(answer: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"label source 'mine:source': .*{words}"):
+        labelled(answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("rul", "known are .*rule, and one of your own is named module:function.*'rule'"),
+        ("mine:sauce", r"module 'mine' \(.*mine.py\) has no function 'sauce'"),
+        ("mine:NUMBER", "has no function 'NUMBER'"),
+        ("nowhere:source", "there is no module 'nowhere'"),
+    ],
+)
+def test_a_source_that_is_not_there_is_said(name: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_sources([name])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("heed", "known are none, .*head.*, and one of your own is named module:maker.*'head'"),
+        ("mine:Objective", "has no function 'Objective'"),
+        ("nowhere:Objective", "there is no module 'nowhere'"),
+    ],
+)
+def test_an_objective_that_is_not_there_is_said(name: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_objective(name)
+
+
+def means_of(policy: Policy, **gcd: Any) -> Means:
+    return Means(policy, Prompter(policy.chat, PromptConfig()), GCDConfig(**gcd))
+
+
+def test_what_cannot_teach_is_no_objective(policy: Policy) -> None:
+    with pytest.raises(ConfigError, match="'mine:Nothing' makes a Nothing, which lacks `module`"):
+        make_objective("mine:Nothing", means_of(policy))
+
+
+# ---- the example
+
+
+def test_the_page_shows_the_example() -> None:
+    page = (ROOT / "docs" / "methods" / "gcd.md").read_text()
+    section = page.partition("## Labels and objectives of your own")[2].partition("\n## ")[0]
+    (shown,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    assert shown == EXAMPLE.read_text().partition('"""\n\n')[2]
+
+
+def test_the_example_imitates_what_is_good(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss against plain forward passes, in two parts."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    group = make_group([1.0, 0.0], [2, 3])
+    group = group.with_labels([[(GOOD,), ()], [(GOOD,), (FLAWED,), (GOOD,)]])
+    objective = make_objective("examples.own_teaching:Imitation", means_of(policy))
+    assert objective is not None
+    exercise = objective.exercise(group.episodes, random.Random(0), torch.Generator())
+    assert exercise is not None
+    assert exercise.counts == {"verdicts": 3}
+    parts = [exercise.loss(exercise.rows[:1]), exercise.loss(exercise.rows[1:])]
+    good = [group.episodes[0].steps[0], group.episodes[1].steps[0], group.episodes[1].steps[2]]
+    expected = 0.0
+    for step in good:
+        ids, n = torch.tensor([[*step.prompt_ids, *step.action_ids]]), len(step.action_ids)
+        with torch.no_grad():
+            logprobs = policy.model(input_ids=ids).logits[0].log_softmax(-1)
+        said = logprobs[-n - 1 : -1].gather(-1, torch.tensor(step.action_ids)[:, None])
+        expected -= said.mean().item() / 3
+    assert sum(loss.item() for loss, _ in parts) == pytest.approx(expected, rel=1e-5)
+    assert sum(x["good_logprob"] for _, x in parts) == pytest.approx(-expected, rel=1e-5)
+    small = make_objective("examples.own_teaching:Imitation", means_of(policy, token_budget=1))
+    assert small is not None
+    assert small.exercise(group.episodes, random.Random(0), torch.Generator()) is None
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    side = "examples.own_teaching:side"
+    arguments = [
+        "cold_start.steps=12", "cold_start.episodes=20", "rl.iterations=2", "evaluate.episodes=0",
+        f"gcd.labels=[{side}]", "gcd.objective=examples.own_teaching:Imitation",
+    ]  # fmt: skip
+    run = ["examples/own_environment.yaml", *arguments, "--run", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["untwine", "train", *run])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert not left.value.code
+    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").open()]
+    taught = [row for row in rows if row["stage"] == "rl" and row["verdicts"]]
+    assert taught
+    assert all(row["gcd_loss"] == pytest.approx(-row["good_logprob"]) for row in taught)
+    (file,) = (tmp_path / "run").rglob("iter-000000.jsonl*")
+    groups = read_groups(file)
+    said = {x for g in groups for e in g.episodes for s in e.steps for x in s.labels}
+    assert {label.source for label in said} == {side}
+    assert {label.verdict for label in said} == {"good", "flawed"}
