@@ -16,6 +16,7 @@ from untwine.compare.runs import find_runs
 from untwine.episodes import read_groups
 from untwine.errors import ConfigError
 from untwine.gcd.labels import agreed_verdict
+from untwine.policy.lora import without_lora
 from untwine.progress import Display
 from untwine.training.loop import train
 from untwine.training.measures import Measures, averaged
@@ -58,6 +59,21 @@ def test_epochs_and_minibatches(tmp_path: Path) -> None:
     own = [sum(row.length for row in policy_rows([group], "token")) for group in groups]
     assert found["policy_tokens"] == 3 * sum(own)
     assert found["update_tokens"] < found["policy_tokens"]
+
+
+def test_only_iterations_keep_a_copy_for_the_penalty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def copied(model: Any) -> Any:
+        made.append(len(rows(tmp_path / "run", "cold_start")))
+        return without_lora(model)
+
+    monkeypatch.setattr("untwine.training.update.without_lora", copied)
+    settings = recipe(1, gcd={"objective": "none"}, loss={"kl": 0.1})
+    train(settings, tmp_path / "run", QUIET)
+    assert made == [settings.cold_start.steps]
 
 
 def test_numbers_of_several_steps() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from untwine.batch import policy_rows
-from untwine.config import GCDConfig, OptimizerConfig, Recipe
+from untwine.config import LossConfig, Recipe
 from untwine.credit import may_read_labels, trained_credit
 from untwine.diagnose.online import Findings, OnlineDiagnosis
 from untwine.errors import Interrupted, UntwineError
@@ -172,7 +172,13 @@ class _Training:
 
     def _start(self) -> None:
         config = self.recipe.cold_start
-        updater = self._updater(config.optimizer, config.steps)
+        updater = Updater.of_recipe(
+            self.policy,
+            self.recipe,
+            optimizer=config.optimizer,
+            loss=LossConfig(),  # imitation keeps no copy of the model for a KL penalty
+            total_steps=config.steps,
+        )
         first = self._restore(updater, "cold_start")
         steps = config.steps if config.episodes else 0
         if first < steps:
@@ -213,7 +219,13 @@ class _Training:
     def _iterate(self) -> None:
         config = self.recipe.rl
         steps = config.iterations * config.epochs * config.minibatches
-        updater = self._updater(config.optimizer, steps, self.recipe.gcd)
+        updater = Updater.of_recipe(
+            self.policy,
+            self.recipe,
+            total_steps=steps,
+            gcd=self.recipe.gcd,
+            module=self.objective.module if self.objective else None,
+        )
         first = self._restore(updater, "rl")
         diagnosis = OnlineDiagnosis(self.recipe, self.path, self.collector)
         if config.iterations and (self.start is None or self.start.stage != "rl"):
@@ -430,18 +442,6 @@ class _Training:
 
     def _evaluate(self, phase: str, step: int) -> None:
         examine(self.workshop, self.run_dir, phase, step, self.stop.check)
-
-    def _updater(
-        self, optimizer: OptimizerConfig, total_steps: int, gcd: GCDConfig | None = None
-    ) -> Updater:
-        return Updater.of_recipe(
-            self.policy,
-            self.recipe,
-            optimizer=optimizer,
-            total_steps=total_steps,
-            gcd=gcd,
-            module=self.objective.module if gcd and self.objective else None,
-        )
 
     def _position(self, stage: Any, step: int, updater: Updater) -> Position:
         return Position(

@@ -151,15 +151,16 @@ class Updater:
         recipe: Recipe,
         *,
         optimizer: OptimizerConfig | None = None,
+        loss: LossConfig | None = None,
         total_steps: int = 0,
         gcd: GCDConfig | None = None,
         module: torch.nn.Module | None = None,
     ) -> Updater:
-        """As the recipe's iterations update, unless another `optimizer` is given."""
+        """As the recipe's iterations update, unless another `optimizer` or `loss` is given."""
         return cls(
             policy,
             optimizer or recipe.rl.optimizer,
-            recipe.loss,
+            loss or recipe.loss,
             temperature=recipe.sampling.temperature,
             microbatch_tokens=recipe.rl.microbatch_tokens,
             total_steps=total_steps,
