@@ -46,6 +46,7 @@ class Policy:
     model       a transformers causal LM; its weights are the parameters that are trained
     chat        token-level view of the chat template
     dtype       computation type; weights stay in float32 (autocast does the rest)
+    pass_tokens  of one forward pass of sampling, at most; less where memory has ended
     """
 
     model: Any
@@ -54,6 +55,7 @@ class Policy:
     device: torch.device
     dtype: torch.dtype
     name: str
+    pass_tokens: int = 8192
 
     def __post_init__(self) -> None:
         adopt(self.model)

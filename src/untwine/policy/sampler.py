@@ -26,7 +26,6 @@ from untwine.policy.loading import Policy
 from untwine.policy.packing import Ids, Packed, pack, prompt_pieces, reply_pieces
 from untwine.policy.row_cache import RowCache, RowPass
 
-PASS_TOKENS = 8192  # a forward pass over more tokens is made in parts
 _FEWEST = 64  # tokens of a pass, below which memory is not what passes need
 
 
@@ -118,7 +117,6 @@ class Sampler:
         self._cache = RowCache(batched=policy.device.type != "cpu")
         self._held: dict[int, Ids] = {}  # slot -> token ids whose keys and values are kept
         self._drafts: dict[int, _Draft] = {}
-        self._pass_tokens = PASS_TOKENS
         self._twin: dict[int, int] = {}  # slots with the same number hold the same tokens
 
     @property
@@ -221,12 +219,12 @@ class Sampler:
 
     def _hidden(self, packed: Packed, ends_U: np.ndarray) -> torch.Tensor:
         """Run the model; hidden states (U, D) at the packed tokens `ends_U`, which are sorted. When
-        CUDA runs out of memory, the passes are halved and made again: each writes what the first
-        try wrote."""
+        CUDA runs out of memory, the passes are halved, from now on, and made again: each writes
+        what the first try wrote."""
         while True:
             found = []
             with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                for first, part in packed.parts(self._pass_tokens):
+                for first, part in packed.parts(self.policy.pass_tokens):
                     here = ends_U[(ends_U >= first) & (ends_U < first + len(part.ids_N))] - first
                     found.append(self._forward(part, here))
                 return torch.cat(found)
@@ -234,10 +232,10 @@ class Sampler:
             self._halve(len(packed.ids_N))
 
     def _halve(self, tokens: int) -> None:
-        size = min(self._pass_tokens, tokens)
+        size = min(self.policy.pass_tokens, tokens)
         if size <= _FEWEST:
             raise UntwineError(self._no_room())
-        self._pass_tokens = size // 2
+        self.policy.pass_tokens = size // 2
         warnings.warn(
             f"out of memory with {size} tokens at once; sampling goes on with {size // 2}",
             stacklevel=2,
