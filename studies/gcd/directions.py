@@ -1,5 +1,5 @@
 """Which use of labels would part right from wrong, in first order, before anything is trained
-(docs/study.md, ScienceWorld).
+(docs/study-cause.md).
 
     S=runs/gcd-scienceworld-second
     python studies/gcd/directions.py $S --arm wrong.grpo --out $S/directions

@@ -1,4 +1,4 @@
-"""Which kinds of steps become rarer in training, and which do not (docs/study.md, ScienceWorld).
+"""Which kinds of steps become rarer in training, and which do not (docs/study-scienceworld.md).
 
     S=runs/gcd-scienceworld-second
     python studies/gcd/kinds.py $S --arm wrong.grpo --out $S/kinds

@@ -1,4 +1,4 @@
-"""What learning to judge does to acting, in first order, over the runs of an arm (docs/study.md,
+"""What learning to judge does to acting, in first order, over the runs of an arm (docs/study-cause.md,
 ScienceWorld).
 
     S=runs/gcd-scienceworld-second
