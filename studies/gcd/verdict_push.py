@@ -1,5 +1,5 @@
-"""What learning to judge does to acting, in first order, over the runs of an arm (docs/study-cause.md,
-ScienceWorld).
+"""What learning to judge does to acting, in first order, over the runs of an arm
+(docs/study-cause.md).
 
     S=runs/gcd-scienceworld-second
     python studies/gcd/verdict_push.py $S --arm wrong.held-0.3 --out $S/verdict-push

@@ -36,7 +36,7 @@ TEXTS = [f"You are here.\n\nAction: {what}\nGood or bad?" for what in ("go north
 
 
 def config(url: str, **values: Any) -> JudgeConfig:
-    return JudgeConfig(url=url, model="m", timeout_s=0.3, retries=1, at_once=2, **values)
+    return JudgeConfig(url=url, model="m", retries=1, at_once=2, **values)
 
 
 def ask(
@@ -191,7 +191,7 @@ def test_the_key_follows_no_redirect(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("behaviour", [mute, trickle, trickle_headers])
 def test_slow_endpoint(tmp_path: Path, behaviour: Any) -> None:
     with serving(behaviour) as server:
-        (found,) = ask(server, tmp_path, TEXTS[:1])
+        (found,) = ask(server, tmp_path, TEXTS[:1], timeout_s=0.3)
         assert (found.how, found.reason) == ("failed", "no answer within 0.3 seconds")
         assert len(server.requests) == 2
 

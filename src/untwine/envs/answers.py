@@ -7,25 +7,23 @@ and elsewhere, as a lost worker, a return of 1.7, or a file that cannot be writt
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from untwine.envs.protocol import Env, Planner, Reset, Searcher
+from untwine.envs.protocol import Env, Planner, Reset
+from untwine.envs.wrapper import Wrapper
 from untwine.errors import EnvError
 from untwine.records import Observation
 
 
-class CheckedEnv:
+class CheckedEnv(Wrapper):
     """An environment whose answers are checked: EnvError names the method and what it returned."""
 
     def __init__(self, name: str, env: Env) -> None:
+        super().__init__(env)
         self._name = name
-        self._env = env
-        self.snapshot = env.snapshot
-        self.close = env.close
+        self.admissible = lambda: self._commands("admissible", env.admissible()) or ()
+        self.expert = lambda *instance: self._commands("expert", env.expert(*instance))
         if isinstance(env, Planner):
             self.plan = lambda: self._commands("plan", env.plan())
-        if isinstance(env, Searcher):
-            self.search = env.search
 
     def reset(self, task: str, variation: int) -> Reset:
         found = self._env.reset(task, variation)
@@ -33,21 +31,10 @@ class CheckedEnv:
             raise self._wrong(
                 "reset", f"returned {_said(found)}", "return Reset(goal, observation)"
             )
-        return Reset(found[0], self._observation("reset", found[1]))
+        return Reset(found[0], self.seen(found[1], "reset"))
 
-    def step(self, command: str) -> Observation:
-        return self._observation("step", self._env.step(command))
-
-    def restore(self, snapshot: Any) -> Observation:
-        return self._observation("restore", self._env.restore(snapshot))
-
-    def admissible(self) -> tuple[str, ...]:
-        return self._commands("admissible", self._env.admissible()) or ()
-
-    def expert(self, task: str, variation: int) -> tuple[str, ...] | None:
-        return self._commands("expert", self._env.expert(task, variation))
-
-    def _observation(self, method: str, found: object) -> Observation:
+    def seen(self, observation: object, method: str) -> Observation:
+        found = observation
         if not isinstance(found, Observation):
             raise self._wrong(method, f"returned {_said(found)}", "return an Observation")
         for key, kinds in _FIELDS.items():

@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from untwine.envs.answers import CheckedEnv
-from untwine.envs.protocol import Catalogue, Env, EnvFamily, Planner, Reset, Searcher
+from untwine.envs.protocol import Catalogue, Env, EnvFamily
+from untwine.envs.wrapper import Wrapper
 from untwine.errors import EnvError, nearest
 from untwine.own_code import own_module, place_of
 from untwine.records import Observation
@@ -110,31 +111,10 @@ def _chosen(name: str, options: Mapping[str, Any] | None) -> tuple[EnvFamily, di
     return family, own, listing
 
 
-class _Listing:
+class _Listing(Wrapper):
     """An environment whose observations carry the admissible commands."""
 
-    def __init__(self, env: Env) -> None:
-        self._env = env
-        self.admissible = env.admissible
-        self.snapshot = env.snapshot
-        self.expert = env.expert
-        if isinstance(env, Planner):
-            self.plan = env.plan
-        if isinstance(env, Searcher):
-            self.search = env.search
-        self.close = env.close
-
-    def reset(self, task: str, variation: int) -> Reset:
-        goal, observation = self._env.reset(task, variation)
-        return Reset(goal, self._listed(observation))
-
-    def step(self, command: str) -> Observation:
-        return self._listed(self._env.step(command))
-
-    def restore(self, snapshot: Any) -> Observation:
-        return self._listed(self._env.restore(snapshot))
-
-    def _listed(self, observation: Observation) -> Observation:
+    def seen(self, observation: Observation, method: str) -> Observation:
         if observation.done or observation.admissible is not None:
             return observation
         return dataclasses.replace(observation, admissible=self._env.admissible())

@@ -1,0 +1,38 @@
+"""An environment around another one, which changes or checks what it shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from untwine.envs.protocol import Env, Planner, Reset, Searcher
+from untwine.records import Observation
+
+
+class Wrapper:
+    """Passes everything on, and every observation through `seen`."""
+
+    def __init__(self, env: Env) -> None:
+        self._env = env
+        self.admissible = env.admissible
+        self.snapshot = env.snapshot
+        self.expert = env.expert
+        self.close = env.close
+        # an environment is a Planner or a Searcher by what it has
+        if isinstance(env, Planner):
+            self.plan = env.plan
+        if isinstance(env, Searcher):
+            self.search = env.search
+
+    def reset(self, task: str, variation: int) -> Reset:
+        goal, observation = self._env.reset(task, variation)
+        return Reset(goal, self.seen(observation, "reset"))
+
+    def step(self, command: str) -> Observation:
+        return self.seen(self._env.step(command), "step")
+
+    def restore(self, snapshot: Any) -> Observation:
+        return self.seen(self._env.restore(snapshot), "restore")
+
+    def seen(self, observation: Observation, method: str) -> Observation:
+        """What is shown instead of an observation that `method` returned."""
+        raise NotImplementedError
