@@ -239,7 +239,7 @@ class RowPass:
         for bucket in self._buckets:
             q = query_NKGD[bucket.token_BM]  # (B, M, K, G, D)
             count, groups = q.shape[1], q.shape[3]
-            k, v = (x[bucket.row_B, :, : bucket.longest] for x in (keys, values))
+            k, v = (x[bucket.rows, :, : bucket.longest] for x in (keys, values))
             o = scaled_dot_product_attention(
                 q.permute(0, 2, 3, 1, 4).flatten(2, 3),
                 k,
@@ -284,11 +284,12 @@ class _Queries:
 class _Bucket:
     """Rows with about as many new tokens M, for one padded call.
 
+    rows       where they lie; a slice where they lie side by side, so that nothing is copied
     token_BM   packed tokens, the last one repeated; real_BM says which are no repetition
     mask_BMT   what each token reads of its row
     """
 
-    row_B: torch.Tensor
+    rows: torch.Tensor | slice
     token_BM: torch.Tensor
     real_BM: torch.Tensor
     mask_BMT: torch.Tensor
@@ -307,14 +308,17 @@ def _buckets(cache: RowCache, spans: Sequence[Span], device: torch.device) -> li
     return [_bucket(cache, group, device) for group in groups]
 
 
-def _bucket(cache: RowCache, spans: Sequence[Span], device: torch.device) -> _Bucket:
+def _bucket(cache: RowCache, some: Sequence[Span], device: torch.device) -> _Bucket:
+    spans = sorted(some, key=lambda span: cache.row(span.slot))
+    row_B = [cache.row(span.slot) for span in spans]
+    together = row_B[-1] - row_B[0] < len(row_B)
     first_B, end_B, past_B = np.array([(s.first, s.end, s.past) for s in spans]).T
     column = np.arange((end_B - first_B).max())[None]
     within = np.minimum(column, (end_B - first_B - 1)[:, None])
     reach = past_B[:, None] + within
     longest = int(reach.max()) + 1
     return _Bucket(
-        torch.tensor([cache.row(s.slot) for s in spans], device=device),
+        slice(row_B[0], row_B[-1] + 1) if together else torch.tensor(row_B, device=device),
         torch.from_numpy(first_B[:, None] + within).to(device),
         torch.from_numpy(column == within).to(device),
         torch.from_numpy(np.arange(longest) <= reach[:, :, None]).to(device),
