@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from untwine.config import Recipe
+from untwine.config import Recipe, SamplingConfig
 from untwine.envs import rooms
 from untwine.envs.pool import ResetRequest
 from untwine.errors import EnvError, UntwineError
@@ -80,15 +80,34 @@ class Casts(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def test_weights_are_cast_once_in_a_rollout() -> None:
+@pytest.mark.parametrize("way", ["rollout", "sample"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_weights_are_cast_once(way: str, rank: int) -> None:
+    """Frozen ones under adapters, too. What is not of the policy is not cast."""
+    if rank:
+        pytest.importorskip("peft", reason="needs the lora extra")
     tiny = {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 2}
-    policy = {"model": "tiny", "dtype": "bfloat16", "tiny": tiny}
+    policy = {"model": "tiny", "dtype": "bfloat16", "tiny": tiny, "lora": {"rank": rank}}
     with workshop_of(policy=policy, sampling=CONSTRAINED) as workshop:
-        named = workshop.policy.model.base_model.named_parameters()
-        weights = [p.data_ptr() for name, p in named if "proj" in name]
+        model, layer = workshop.policy.model, torch.nn.Linear(3, 3)
+        weights = {n: p for n, p in model.base_model.named_parameters() if "proj" in n}
+        trained = {n: p.requires_grad for n, p in model.named_parameters()}
+        kinds = []
         with Casts() as casts:
-            workshop.collector.collect(workshop.refs, 4, torch.Generator().manual_seed(0))
-    assert [casts.times[place] for place in weights] == [1] * 7
+            if way == "sample":
+                sampler = Sampler(workshop.policy, SamplingConfig(), torch.Generator())
+                sampler.sample({0: [5, 6, 7], 1: [5, 6]})
+            else:
+                workshop.collector.collect(
+                    workshop.refs,
+                    4,
+                    torch.Generator().manual_seed(0),
+                    on_turn=lambda *_: kinds.append(layer(torch.ones(3)).dtype),
+                )
+                assert set(kinds) == {torch.float32}
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == trained
+    assert {n: casts.times[p.data_ptr()] for n, p in weights.items()} == dict.fromkeys(weights, 1)
+    assert len(weights) == (21 if rank else 7)
 
 
 @pytest.mark.parametrize("left", [(), ("look",)], ids=["none", "blocked ones only"])

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,6 +63,15 @@ def own_callable(
     if not callable(found):
         raise error(f"{what}: {place_of(module)} has no function {attribute!r}")
     return found  # type: ignore[no-any-return]
+
+
+def table(found: object) -> list[list[Any]]:
+    """What a function of the user's has returned, as rows; none where it is no table. What it
+    raises while it is read is its own error."""
+    rows = list(found) if isinstance(found, Iterable) else []
+    if not all(isinstance(row, Iterable) for row in rows):
+        return []
+    return [list(row) for row in rows]
 
 
 def place_of(module: ModuleType) -> str:

@@ -66,7 +66,7 @@ class Observation:
 class Label:
     """A verdict on one step.
 
-    source      who says so: rule, group, branch, expert, judge
+    source      who says so: rule, group, branch, expert, judge, or one's own as module:function
     verdict     good or flawed (docs/concepts.md)
     kind        the reason in one word: invalid, no_effect, repeat, undo, progress, ...
     confidence  in (0, 1]; a source in doubt gives no label at all

@@ -300,7 +300,7 @@ class _Play:
 
     def run(self) -> tuple[list[Episode | None], RolloutStats]:
         """An episode for every job; None for one that could not begin where it should."""
-        with self.collector.policy.autocast():
+        with self.collector.policy.kept_casts():
             self._play()
         self.stats.prompt_tokens = self.sampler.prompt_tokens
         self.stats.computed_tokens = self.sampler.computed_tokens

@@ -26,11 +26,13 @@ from untwine.diagnose.truth_file import (
     write_truth,
 )
 from untwine.envs import registry
+from untwine.envs.protocol import EnvInfo
 from untwine.episodes import write_groups
 from untwine.errors import ConfigError
 from untwine.evaluate.statistics import wilson_interval
+from untwine.gcd.labels import rule_labels
 from untwine.progress import Display
-from untwine.records import Label
+from untwine.records import Group, Label
 from untwine.training.loop import train
 
 STEPS = [
@@ -108,10 +110,16 @@ def weight(rows: list[TruthRow]) -> float:
     return sum(row.weight for row in rows)
 
 
+def rules_again(group: Group, info: EnvInfo) -> list[list[Label | None]]:
+    """A source of one's own."""
+    return rule_labels(group, info)
+
+
 def test_command(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["labels", run, "--sources", "rule,group,expert", "--json"]
+    own = "tests.diagnose.test_label_quality:rules_again"
+    arguments = ["labels", run, "--sources", f"rule,group,expert,{own}", "--json"]
     monkeypatch.setattr(sys, "argv", ["untwine", "diagnose", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_info:
         main()
@@ -119,7 +127,8 @@ def test_command(
     numbers = json.loads(capsys.readouterr().out)
     assert json.loads((run / "diagnose" / "labels.json").read_text()) == numbers
     assert numbers["iterations"] == [0, 1]
-    assert set(numbers["sources"]) == {"rule", "group", "expert"}
+    assert set(numbers["sources"]) == {"rule", "group", "expert", own}
+    assert numbers["sources"][own] == numbers["sources"]["rule"]
     truth = [row for k in (0, 1) for row in read_truth(truth_path(run, k), episodes(run, k)).rows]
     ruled = [row for row in truth if row.kind != "other"]  # the kind is that of the rule, if any
     flawed = [row for row in ruled if row.kind != "progress"]

@@ -20,12 +20,13 @@ from untwine.credit.grpo import grpo
 from untwine.diagnose.recorded import read_recorded
 from untwine.diagnose.truth_file import read_truth, truth_path
 from untwine.envs import registry
+from untwine.episodes import read_groups, write_groups
 from untwine.errors import ConfigError
 from untwine.progress import Display
-from untwine.records import Group
+from untwine.records import Group, Label
 from untwine.report import report_numbers
 from untwine.training.loop import train
-from untwine.training.run_dir import RunDir
+from untwine.training.run_dir import RunDir, episode_files
 
 RECIPE = {
     "name": "chain",
@@ -192,6 +193,42 @@ def test_calibration_of_what_a_run_trains_with(
     assert methods["as trained"]["all"]["flawed_mean"]["value"] == 0.0
     assert methods["as trained"]["all"]["good_mean"]["value"] == 1.0
     assert report_numbers([copy])["runs"][0]["microscope"]["method"] == "as trained"
+
+
+def test_labels_of_a_source_of_ones_own(
+    copy: Path, diagnose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked anew by its place, but taken from the record where something is there."""
+    (tmp_path / "untwine_said.py").write_text(
+        "from untwine.records import Label\n"
+        "def labels(group, info):\n"
+        "    kinds = {True: 'good', False: 'flawed'}\n"
+        "    return [[Label('', kinds[s.index > 0], 'late') for s in e.steps]\n"
+        "            for e in group.episodes]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code, out, err = diagnose("calibration", copy, "--labels", "untwine_said:labels", "--json")
+    assert code == 0, err
+    asked = json.loads(out)
+    groups = [group for file in episode_files(copy) for group in read_groups(file)]
+    lengths = [episode.length for group in groups for episode in group.episodes]
+    assert (asked["flawed"], asked["good"]) == (len(lengths), sum(lengths) - len(lengths))
+    code, _, err = diagnose("calibration", copy, "--labels", "gpt-4:v1")
+    assert code == 2
+    assert "not of the form module:attribute" in err
+    first = Label("gpt-4:v1", "flawed", "late")
+    for file in episode_files(copy):
+        write_groups(file, [_labelled(group, first) for group in read_groups(file)])
+    code, out, err = diagnose("calibration", copy, "--labels", "gpt-4:v1", "--json")
+    assert code == 0, err
+    assert (json.loads(out)["flawed"], json.loads(out)["good"]) == (len(lengths), 0)
+
+
+def _labelled(group: Group, first: Label) -> Group:
+    """The first step of every episode has this label."""
+    return group.with_labels(
+        [[(first,) if s.index == 0 else () for s in e.steps] for e in group.episodes]
+    )
 
 
 def test_an_environment_that_drifts_is_reported_not_hidden(

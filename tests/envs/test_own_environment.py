@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
@@ -217,6 +218,20 @@ def test_a_wrong_answer_is_one_sentence(
     calls = {"reset": ("open", 0), "step": ("pull",), "restore": (before,), "expert": ("open", 0)}
     with pytest.raises(EnvError, match=f"^environment {NAME!r}: .*{message}"):
         getattr(env, method)(*calls.get(method, ()))
+
+
+def test_a_copy_goes_its_own_way(folder: Path) -> None:
+    for env in (make_env(NAME), make_env(NAME, {"list_commands": True})):
+        env.reset("open", 0)
+        other = copy.deepcopy(env)
+        assert isinstance(env, Planner)
+        assert isinstance(other, Planner)
+        before = env.plan()
+        assert other.plan() == before
+        other.step((before or ())[0])
+        assert env.plan() == before
+        assert other.plan() == (before or ())[1:]
+        assert other.expert(task="open", variation=1) == env.expert("open", variation=1)
 
 
 def test_a_wrong_answer_ends_a_run_with_one_sentence(tmp_path: Path) -> None:

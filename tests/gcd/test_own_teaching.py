@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -10,21 +11,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.builders import make_group
+from untwine.batch import completion_row
 from untwine.cli import main
-from untwine.config import GCDConfig, PromptConfig
+from untwine.config import GCDConfig, LossConfig, OptimizerConfig, PromptConfig
 from untwine.envs.rooms import INFO
-from untwine.episodes import read_groups
-from untwine.errors import ConfigError
+from untwine.episodes import read_groups, write_groups
+from untwine.errors import CheckpointError, ConfigError
+from untwine.gcd import sources
 from untwine.gcd.labels import plain_source
-from untwine.gcd.objectives import Means, check_objective, make_objective
+from untwine.gcd.objectives import Exercise, Means, check_objective, make_objective
 from untwine.gcd.sources import check_sources
+from untwine.gcd.sources.branch import BranchSource
 from untwine.policy.loading import Policy
 from untwine.prompting.prompter import Prompter
 from untwine.records import Label
+from untwine.training.update import Updater
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "own_teaching.py"
@@ -37,6 +43,9 @@ ANSWERS: dict[str, Any] = {
     "words": [["good", None], [None] * 3],
     "verdict": [[Label("x", "bad", "why"), None], [None] * 3],  # type: ignore[arg-type]
     "doubt": [[Label("x", "good", "why", 0.0), None], [None] * 3],
+    "sure": [[Label("x", "good", "why", "high"), None], [None] * 3],  # type: ignore[arg-type]
+    "kind": [[Label("x", "good", None), None], [None] * 3],  # type: ignore[arg-type]
+    "numpy": [[Label("x", "good", "why", np.float32(0.5)), None], [None] * 3],  # type: ignore[arg-type]
 }
 
 
@@ -44,7 +53,8 @@ ANSWERS: dict[str, Any] = {
 def _mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A module `mine` in the current folder; path and modules are afterwards as they were."""
     code = "ANSWER = None\ndef source(group, info):\n    return ANSWER\nclass Nothing:\n"
-    (tmp_path / "mine.py").write_text(code + "    def __init__(self, means): pass\nNUMBER = 3\n")
+    code += "    def __init__(self, means): pass\nNUMBER = 3\ndef maker(means):\n    return MADE\n"
+    (tmp_path / "mine.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
@@ -64,6 +74,26 @@ def test_labels_get_the_name_of_the_recipe() -> None:
     assert labelled("right") == [[first, None], [None, second, None]]
 
 
+def test_confidence_of_any_type_of_number_is_written(tmp_path: Path) -> None:
+    group = make_group([1.0, 0.0], [2, 3])
+    tables = [[(label,) if label else () for label in row] for row in labelled("numpy")]
+    write_groups(tmp_path / "episodes.jsonl.gz", [group.with_labels(tables)])
+    (read,) = read_groups(tmp_path / "episodes.jsonl.gz")
+    assert read.episodes[0].steps[0].labels == (Label("mine:source", "good", "why", 0.5),)
+
+
+def test_what_a_source_raises_is_not_hidden() -> None:
+    ANSWERS["broken"] = (len(5) for _ in range(2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="has no len"):
+        labelled("broken")
+
+
+def test_a_registered_name_may_have_a_colon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_MAKERS", dict(sources._MAKERS))
+    sources.register_source("critic:v2", BranchSource)
+    check_sources(["critic:v2"])
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
@@ -73,6 +103,8 @@ def test_labels_get_the_name_of_the_recipe() -> None:
         ("words", "'good' is neither a Label nor None"),
         ("verdict", "verdict='bad'.* is no verdict; it must be good or flawed"),
         ("doubt", "confidence=0.0.* is no verdict; .* with a confidence above 0"),
+        ("sure", "confidence='high'.* is no verdict; .* with a confidence above 0"),
+        ("kind", "kind=None.* is no verdict; .* of a kind in a word"),
     ],
 )
 def test_what_is_no_table_of_labels_is_said(answer: str, words: str) -> None:
@@ -112,8 +144,83 @@ def means_of(policy: Policy, **gcd: Any) -> Means:
 
 
 def test_what_cannot_teach_is_no_objective(policy: Policy) -> None:
-    with pytest.raises(ConfigError, match="'mine:Nothing' makes a Nothing, which lacks `module`"):
+    with pytest.raises(ConfigError, match="'mine:Nothing' makes a Nothing; it must have a method"):
         make_objective("mine:Nothing", means_of(policy))
+
+
+class Odd:
+    """An objective that gives back what it is made with."""
+
+    module = None
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+
+    def exercise(self, *_: Any) -> Any:
+        return self.found
+
+
+def exercise_of(policy: Policy, found: Any) -> Exercise:
+    check_objective("mine:maker")
+    sys.modules["mine"].MADE = Odd(found)  # type: ignore[attr-defined]
+    objective = make_objective("mine:maker", means_of(policy))
+    assert objective is not None
+    exercise = objective.exercise((), random.Random(0), torch.Generator())
+    assert exercise is not None
+    return exercise
+
+
+def test_numbers_of_ones_own_have_names_of_their_own(policy: Policy) -> None:
+    given = {"verdicts": np.float32(3), "policy_tokens": torch.tensor(5.0)}
+    loss = lambda rows: (torch.ones(1), {"entropy": torch.tensor(2.0), "verdict_accuracy": 1})  # noqa: E731
+    exercise = exercise_of(policy, Exercise([], loss, given))
+    assert exercise.counts == {"verdicts": 3.0, "objective_policy_tokens": 5.0}
+    value, measures = exercise.loss([])
+    assert value.shape == ()
+    assert measures == {"objective_entropy": 2.0, "verdict_accuracy": 1.0}
+    assert {type(x) for x in [*exercise.counts.values(), *measures.values()]} == {float}
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (3, "`exercise` gave 3; it must give an Exercise or None"),
+        (Exercise([], lambda _: (torch.ones(2), {})), r"gave tensor\(\[1., 1.\]\); .* one number"),
+        (Exercise([], lambda _: torch.ones(())), "it must give a tensor and a dict of measures"),
+        (Exercise([], lambda _: (torch.ones(()), {"x": "y"})), "must give a dict of numbers"),
+        (Exercise([], lambda _: (torch.ones(()), {}), {"x": None}), "must give a dict of numbers"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_said(policy: Policy, found: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"gcd.objective 'mine:maker': .*{words}"):
+        exercise_of(policy, found).loss([])
+
+
+def updater(policy: Policy, module: torch.nn.Module | None = None) -> Updater:
+    gcd = GCDConfig(weight_of="gradient")
+    return Updater(
+        policy, OptimizerConfig(), LossConfig(), temperature=1.0, microbatch_tokens=99, gcd=gcd,
+        module=module,
+    )  # fmt: skip
+
+
+def test_weights_of_another_objective_are_refused(policy: Policy) -> None:
+    first, same = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
+    held = updater(policy, first).extra_state()
+    updater(policy, same).load_extra_state(held)
+    assert torch.equal(same.weight, first.weight)
+    for other in (None, torch.nn.Linear(4, 1), torch.nn.LayerNorm(3)):
+        with pytest.raises(CheckpointError, match="holds weights of another objective; resume"):
+            updater(policy, other).load_extra_state(held)
+
+
+def test_a_loss_that_depends_on_nothing_teaches_nothing(policy: Policy) -> None:
+    row = completion_row([5, 9], [30, 17, 8], 1.0)
+    row = dataclasses.replace(row, advantages=row.advantages + 1)
+    exercise = exercise_of(policy, Exercise([row], lambda _: (torch.zeros(()), {})))
+    measures = updater(policy).step([row], exercise, 0.5).values
+    assert measures["grad_norm_gcd"] == 0.0
+    assert measures["grad_norm_policy"] > 0.0
 
 
 # ---- the example
@@ -146,7 +253,7 @@ def test_the_example_imitates_what_is_good(policy: Policy, monkeypatch: pytest.M
         said = logprobs[-n - 1 : -1].gather(-1, torch.tensor(step.action_ids)[:, None])
         expected -= said.mean().item() / 3
     assert sum(loss.item() for loss, _ in parts) == pytest.approx(expected, rel=1e-5)
-    assert sum(x["good_logprob"] for _, x in parts) == pytest.approx(-expected, rel=1e-5)
+    assert sum(x["objective_good_logprob"] for _, x in parts) == pytest.approx(-expected, rel=1e-5)
     small = make_objective("examples.own_teaching:Imitation", means_of(policy, token_budget=1))
     assert small is not None
     assert small.exercise(group.episodes, random.Random(0), torch.Generator()) is None
@@ -167,7 +274,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").open()]
     taught = [row for row in rows if row["stage"] == "rl" and row["verdicts"]]
     assert taught
-    assert all(row["gcd_loss"] == pytest.approx(-row["good_logprob"]) for row in taught)
+    assert all(row["gcd_loss"] == pytest.approx(-row["objective_good_logprob"]) for row in taught)
     (file,) = (tmp_path / "run").rglob("iter-000000.jsonl*")
     groups = read_groups(file)
     said = {x for g in groups for e in g.episodes for s in e.steps for x in s.labels}

@@ -108,6 +108,29 @@ def test_scarce_memory_makes_shorter_passes(
         sampler().sample(prompts)
 
 
+def test_memory_that_rows_take_shortens_this_rollout_only(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass with one token for each row says nothing of how many tokens of prompts fit."""
+    prompts = {s: [5 + s, 9] for s in range(80)}
+    forward, passes = Sampler._forward, [0]
+
+    def scarce(self: Sampler, part: Packed, wanted_U: np.ndarray) -> torch.Tensor:
+        passes[0] += 1
+        if passes[0] == 2:  # the first token that is read back
+            assert len(part.ids_N) == len(wanted_U) > 64
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(self, part, wanted_U)
+
+    monkeypatch.setattr(Sampler, "_forward", scarce)
+    before = policy.pass_tokens
+    sampler = Sampler(policy, SamplingConfig(max_new_tokens=3), torch.Generator().manual_seed(3))
+    with pytest.warns(UserWarning, match="out of memory"):
+        sampler.sample(prompts)
+    assert passes[0] > 4
+    assert policy.pass_tokens == before
+
+
 def test_greedy_equals_generate(policy: Policy) -> None:
     greedy_turns(policy, {0: [9, 30, 44, 12, 80], 1: [9, 30], 2: [9, 30]}, turns=4, length=12)
 

@@ -20,7 +20,7 @@ from untwine.credit.labels import labels
 from untwine.credit.rlvmr import rlvmr
 from untwine.errors import ConfigError, complaint, nearest
 from untwine.gcd.labels import only_from
-from untwine.own_code import own_callable
+from untwine.own_code import own_callable, table
 from untwine.records import Group
 
 AS_TRAINED = "as trained"
@@ -100,10 +100,7 @@ def credit_method(name: str, options: Mapping[str, Any]) -> Callable[[Group], Gr
 def _checked(name: str, group: Group, found: Any) -> list[list[float | None]]:
     """What a method has returned, when it has a value for every step. ConfigError otherwise."""
     what, count = f"credit method {name!r}", len(group.episodes)
-    try:
-        rows = [list(row) for row in found]
-    except TypeError:
-        rows = []
+    rows = table(found)
     if len(rows) != count:
         raise ConfigError(
             f"{what}: it must return a row of advantages for each of {count} episodes"

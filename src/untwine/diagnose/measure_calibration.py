@@ -206,8 +206,10 @@ def _no_label(run: Path, source: str) -> str:
 
 
 def _labelled(iteration: int, groups: Sequence[Group], info: EnvInfo, source: str) -> list[_Item]:
-    """The steps that have a label of `source`, computed here or on record."""
-    if is_plain(source):
+    """The steps that have a label of `source`, computed here or on record. One's own is asked anew
+    only where nothing is on record: other programs may have sources of such names."""
+    known = source in label_sources()
+    if known or (is_plain(source) and not _on_record(groups, source)):
         groups = [label_group(group, [source], info) for group in groups]
     context = _Context(iteration, groups, info)
     return [
@@ -215,6 +217,11 @@ def _labelled(iteration: int, groups: Sequence[Group], info: EnvInfo, source: st
         for step in context.steps
         if (verdict := _verdict(step.step, source))
     ]
+
+
+def _on_record(groups: Sequence[Group], source: str) -> bool:
+    steps = (step for group in groups for episode in group.episodes for step in episode.steps)
+    return any(label.source == source for step in steps for label in step.labels)
 
 
 def _verdict(step: Step, source: str) -> Verdict | None:

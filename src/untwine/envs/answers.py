@@ -20,10 +20,8 @@ class CheckedEnv(Wrapper):
     def __init__(self, name: str, env: Env) -> None:
         super().__init__(env)
         self._name = name
-        self.admissible = lambda: self._commands("admissible", env.admissible()) or ()
-        self.expert = lambda *instance: self._commands("expert", env.expert(*instance))
         if isinstance(env, Planner):
-            self.plan = lambda: self._commands("plan", env.plan())
+            self.plan = self._plan
 
     def reset(self, task: str, variation: int) -> Reset:
         found = self._env.reset(task, variation)
@@ -32,6 +30,16 @@ class CheckedEnv(Wrapper):
                 "reset", f"returned {_said(found)}", "return Reset(goal, observation)"
             )
         return Reset(found[0], self.seen(found[1], "reset"))
+
+    def admissible(self) -> tuple[str, ...]:
+        return self._commands("admissible", super().admissible()) or ()
+
+    def expert(self, task: str, variation: int) -> tuple[str, ...] | None:
+        return self._commands("expert", super().expert(task, variation))
+
+    def _plan(self) -> tuple[str, ...] | None:
+        assert isinstance(self._env, Planner)
+        return self._commands("plan", self._env.plan())
 
     def seen(self, observation: object, method: str) -> Observation:
         found = observation

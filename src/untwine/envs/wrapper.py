@@ -13,10 +13,6 @@ class Wrapper:
 
     def __init__(self, env: Env) -> None:
         self._env = env
-        self.admissible = env.admissible
-        self.snapshot = env.snapshot
-        self.expert = env.expert
-        self.close = env.close
         # an environment is a Planner or a Searcher by what it has
         if isinstance(env, Planner):
             self.plan = env.plan
@@ -32,6 +28,18 @@ class Wrapper:
 
     def restore(self, snapshot: Any) -> Observation:
         return self.seen(self._env.restore(snapshot), "restore")
+
+    def admissible(self) -> tuple[str, ...]:
+        return self._env.admissible()
+
+    def snapshot(self) -> Any:
+        return self._env.snapshot()
+
+    def expert(self, task: str, variation: int) -> tuple[str, ...] | None:
+        return self._env.expert(task, variation)
+
+    def close(self) -> None:
+        self._env.close()
 
     def seen(self, observation: Observation, method: str) -> Observation:
         """What is shown instead of an observation that `method` returned."""

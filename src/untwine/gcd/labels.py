@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from untwine.envs.protocol import EnvInfo
 from untwine.errors import ConfigError, nearest
-from untwine.own_code import own_callable
+from untwine.own_code import own_callable, table
 from untwine.records import Episode, Group, Label, Step, Verdict
 
 EXPERT_GOOD = Label("expert", "good", "expert")
@@ -129,10 +129,7 @@ def agreed_verdict(*steps: Step) -> Verdict | None:
 def _checked(name: str, group: Group, found: Any) -> list[list[Label | None]]:
     """What a source of one's own has returned, when it has an entry for every step."""
     what = f"label source {name!r}"
-    try:
-        rows = [list(row) for row in found]
-    except TypeError:
-        rows = []
+    rows = table(found)
     if [len(row) for row in rows] != [episode.length for episode in group.episodes]:
         raise ConfigError(
             f"{what}: it must return a row for each of {len(group.episodes)} episodes, with a "
@@ -146,12 +143,21 @@ def _named(what: str, name: str, label: Any) -> Label | None:
         return None
     if not isinstance(label, Label):
         raise ConfigError(f"{what}: {label!r} is neither a Label nor None")
-    if label.verdict not in get_args(Verdict) or not 0 < label.confidence <= 1:
+    try:
+        confidence = float(label.confidence)
+    except (TypeError, ValueError):
+        confidence = math.nan
+    kind: Any = label.kind
+    if (
+        label.verdict not in get_args(Verdict)
+        or not 0 < confidence <= 1
+        or not (isinstance(kind, str) and kind)
+    ):
         raise ConfigError(
-            f"{what}: {label!r} is no verdict; it must be good or flawed, with a confidence above "
-            "0 and at most 1"
+            f"{what}: {label!r} is no verdict; it must be good or flawed, of a kind in a word, "
+            "with a confidence above 0 and at most 1"
         )
-    return replace(label, source=name)
+    return replace(label, source=name, confidence=confidence)
 
 
 def _episode_rules(episode: Episode, info: EnvInfo) -> list[Label | None]:

@@ -77,11 +77,33 @@ class Policy:
         return min((int(n) for n in limits if n), default=1 << 30)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Context in which forward passes run. The outermost one keeps the weights it has cast
-        until it ends, so a rollout is one: else every token would cast all of them again."""
+        """Context in which forward passes run."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+    @contextlib.contextmanager
+    def kept_casts(self) -> Iterator[None]:
+        """Context of many forward passes without gradient, while weights stay as they are: each is
+        cast once, not once for every pass.
+
+        Autocast forgets casts where its outermost context ends, so this is one, in which nothing is
+        cast but in the passes; and it keeps casts of trainable weights only, so all are while it
+        lasts.
+        """
+        if self.dtype == torch.float32:
+            yield
+            return
+        frozen = [p for p in self.model.parameters() if not p.requires_grad and p.is_leaf]
+        frozen = [p for p in frozen if p.is_floating_point()]
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            with torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
     def hidden_states(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Last hidden states, shape (B, L, D), before the vocabulary projection."""

@@ -114,6 +114,7 @@ class Sampler:
         self.greedy = greedy
         self.prompt_tokens = 0
         self.computed_tokens = 0
+        self._pass_tokens = policy.pass_tokens
         self._cache = RowCache(batched=policy.device.type != "cpu")
         self._held: dict[int, Ids] = {}  # slot -> token ids whose keys and values are kept
         self._drafts: dict[int, _Draft] = {}
@@ -161,7 +162,7 @@ class Sampler:
         for slot in sorted(prompts):
             self.begin(slot, prompts[slot], choices[slot] if choices else None)
         samples: dict[int, Sample] = {}
-        with self.policy.autocast():
+        with self.policy.kept_casts():
             while self.busy:
                 samples.update(self.step())
         return {slot: samples[slot] for slot in sorted(samples)}
@@ -219,23 +220,26 @@ class Sampler:
 
     def _hidden(self, packed: Packed, ends_U: np.ndarray) -> torch.Tensor:
         """Run the model; hidden states (U, D) at the packed tokens `ends_U`, which are sorted. When
-        CUDA runs out of memory, the passes are halved, from now on, and made again: each writes
-        what the first try wrote."""
+        CUDA runs out of memory, the passes are halved and made again: each writes what the first
+        try wrote. Later rollouts begin with what fitted where prompts were read; of passes with a
+        token for each row the rows are what is large."""
         while True:
             found = []
             with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                for first, part in packed.parts(self.policy.pass_tokens):
+                for first, part in packed.parts(self._pass_tokens):
                     here = ends_U[(ends_U >= first) & (ends_U < first + len(part.ids_N))] - first
                     found.append(self._forward(part, here))
                 return torch.cat(found)
             del found
-            self._halve(len(packed.ids_N))
+            self._halve(len(packed.ids_N), lasting=len(packed.ids_N) > len(ends_U))
 
-    def _halve(self, tokens: int) -> None:
-        size = min(self.policy.pass_tokens, tokens)
+    def _halve(self, tokens: int, lasting: bool) -> None:
+        size = min(self._pass_tokens, tokens)
         if size <= _FEWEST:
             raise UntwineError(self._no_room())
-        self.policy.pass_tokens = size // 2
+        self._pass_tokens = size // 2
+        if lasting:
+            self.policy.pass_tokens = self._pass_tokens
         warnings.warn(
             f"out of memory with {size} tokens at once; sampling goes on with {size // 2}",
             stacklevel=2,

@@ -469,8 +469,8 @@ class _Training:
         if self.start is None or self.checkpoint is None or self.start.stage != stage:
             return 0
         load_weights(self.checkpoint, self.policy.model)
-        load_optimizer(self.checkpoint, updater.optimizer)
         updater.load_extra_state(load_extra(self.checkpoint))
+        load_optimizer(self.checkpoint, updater.optimizer)
         updater.steps = self.start.optimizer_steps
         self.cursor.position = self.start.cursor
         self.sampling.set_state(self.start.sampling)

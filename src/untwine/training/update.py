@@ -18,7 +18,7 @@ import torch
 
 from untwine.batch import Row, distinct_tokens, halved, microbatches, split_again
 from untwine.config import GCDConfig, LossConfig, OptimizerConfig, Recipe
-from untwine.errors import UntwineError
+from untwine.errors import CheckpointError, UntwineError
 from untwine.gcd.entering import closed_parameters
 from untwine.gcd.objectives import Exercise
 from untwine.losses.policy import policy_loss
@@ -77,6 +77,8 @@ class Aside:
 
     def add(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss`, whose graph is kept for another backward pass."""
+        if not loss.requires_grad:  # nothing to learn from these rows
+            return
         started = _clock(loss.device)
         found = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
         try:
@@ -233,7 +235,15 @@ class Updater:
         return extra
 
     def load_extra_state(self, extra: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Take up what `extra_state` gave; what is missing starts anew."""
+        """Take up what `extra_state` gave; what is missing starts anew. CheckpointError for weights
+        of another objective."""
+        held = extra.get("gcd_module", {})
+        own = {} if self.module is None else self.module.state_dict()
+        if held and {k: v.shape for k, v in held.items()} != {k: v.shape for k, v in own.items()}:
+            raise CheckpointError(
+                "the checkpoint holds weights of another objective; resume with the gcd.objective "
+                "that made it"
+            )
         if self.own is not None and "gcd_optimizer" in extra:
             fill_optimizer(self.own, extra["gcd_optimizer"])
         if "gcd_norms" in extra:

@@ -7,9 +7,12 @@ is named `module:maker`.
 
 from __future__ import annotations
 
+from functools import partial
+
 from untwine.errors import ConfigError, nearest
 from untwine.gcd.objectives.cross_entropy import CrossEntropy
 from untwine.gcd.objectives.head import VerdictHead
+from untwine.gcd.objectives.own import OwnObjective
 from untwine.gcd.objectives.protocol import Exercise, Means, Objective, ObjectiveMaker
 from untwine.gcd.objectives.reinforced import Reinforced
 from untwine.gcd.questions import PAIRS, SIMILAR, VERDICTS, Quiz
@@ -51,15 +54,7 @@ def check_objective(name: str) -> None:
 def make_objective(name: str, means: Means) -> Objective | None:
     """The objective `name`, a registered one or `module:maker`; None for `none`. ConfigError when
     there is no such objective, or what is made is none."""
-    if name == "none":
-        return None
-    objective = _maker(name)(means)
-    if not callable(getattr(objective, "exercise", None)) or not hasattr(objective, "module"):
-        raise ConfigError(
-            f"gcd.objective {name!r} makes a {type(objective).__name__}, which lacks `module` or "
-            "`exercise`; docs/methods/gcd.md shows an objective of one's own"
-        )
-    return objective
+    return None if name == "none" else _maker(name)(means)
 
 
 def _maker(name: str) -> ObjectiveMaker:
@@ -71,4 +66,5 @@ def _maker(name: str) -> ObjectiveMaker:
             f"unknown gcd.objective {name!r}; known are {known}, and one of your own is named "
             f"module:maker, such as my_module:Objective.{nearest(name, _MAKERS)}"
         )
-    return own_callable(f"gcd.objective {name!r}", name, "Objective", ConfigError)
+    own_callable(f"gcd.objective {name!r}", name, "Objective", ConfigError)  # is it there?
+    return partial(OwnObjective, name)

@@ -46,7 +46,7 @@ def check_sources(names: Sequence[str], judge: JudgeConfig | None = None) -> Non
     """ConfigError when a source does not exist, or (where `judge` is given) the judge's settings
     are of no use."""
     for name in names:
-        if is_plain(name):
+        if name not in _MAKERS and is_plain(name):
             plain_source(name)
         elif name not in _MAKERS:
             raise ConfigError(
