@@ -313,7 +313,7 @@ def test_doctor_says_what_untwine_cannot_do_without(  # type: ignore[no-untyped-
 
 
 def test_games_are_imported(untwine, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    assert_refused(untwine("games", "import", tmp_path / "no"), 3, "no")
+    assert_refused(untwine("games", "import", tmp_path / "no"), 3, "no has no ALFWorld games")
     assert_refused(untwine("games", "import", tmp_path), 3, "has no ALFWorld games")
     generate("pick_and_place_simple", 0).write(tmp_path / "train")
     result = untwine("games", "import", tmp_path)

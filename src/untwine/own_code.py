@@ -74,6 +74,12 @@ def table(found: object) -> list[list[Any]]:
     return [list(row) for row in rows]
 
 
+def cut_short(value: object) -> str:
+    """How a value is written in a sentence about it."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
 def place_of(module: ModuleType) -> str:
     """The module and its file, as a sentence names them."""
     where = f"module {module.__name__!r}"

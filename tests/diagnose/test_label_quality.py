@@ -26,13 +26,11 @@ from untwine.diagnose.truth_file import (
     write_truth,
 )
 from untwine.envs import registry
-from untwine.envs.protocol import EnvInfo
 from untwine.episodes import write_groups
 from untwine.errors import ConfigError
 from untwine.evaluate.statistics import wilson_interval
-from untwine.gcd.labels import rule_labels
 from untwine.progress import Display
-from untwine.records import Group, Label
+from untwine.records import Label
 from untwine.training.loop import train
 
 STEPS = [
@@ -110,15 +108,10 @@ def weight(rows: list[TruthRow]) -> float:
     return sum(row.weight for row in rows)
 
 
-def rules_again(group: Group, info: EnvInfo) -> list[list[Label | None]]:
-    """A source of one's own."""
-    return rule_labels(group, info)
-
-
 def test_command(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = "tests.diagnose.test_label_quality:rules_again"
+    own = "untwine.gcd.labels:rule_labels"
     arguments = ["labels", run, "--sources", f"rule,group,expert,{own}", "--json"]
     monkeypatch.setattr(sys, "argv", ["untwine", "diagnose", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_info:

@@ -30,6 +30,7 @@ from untwine.gcd.sources.branch import BranchSource
 from untwine.policy.loading import Policy
 from untwine.prompting.prompter import Prompter
 from untwine.records import Label
+from untwine.training.run_dir import episode_files
 from untwine.training.update import Updater
 
 ROOT = Path(__file__).parents[2]
@@ -82,8 +83,8 @@ def test_confidence_of_any_type_of_number_is_written(tmp_path: Path) -> None:
     assert read.episodes[0].steps[0].labels == (Label("mine:source", "good", "why", 0.5),)
 
 
-def test_what_a_source_raises_is_not_hidden() -> None:
-    ANSWERS["broken"] = (len(5) for _ in range(2))  # type: ignore[arg-type]
+def test_what_a_source_raises_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ANSWERS, "broken", (len(5) for _ in range(2)))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="has no len"):
         labelled("broken")
 
@@ -171,8 +172,10 @@ def exercise_of(policy: Policy, found: Any) -> Exercise:
 
 
 def test_numbers_of_ones_own_have_names_of_their_own(policy: Policy) -> None:
-    given = {"verdicts": np.float32(3), "policy_tokens": torch.tensor(5.0)}
-    loss = lambda rows: (torch.ones(1), {"entropy": torch.tensor(2.0), "verdict_accuracy": 1})  # noqa: E731
+    def loss(rows: Any) -> Any:
+        return torch.ones(1), {"entropy": torch.tensor(2.0), "verdict_accuracy": 1}
+
+    given: Any = {"verdicts": np.float32(3), "policy_tokens": torch.tensor(5.0)}
     exercise = exercise_of(policy, Exercise([], loss, given))
     assert exercise.counts == {"verdicts": 3.0, "objective_policy_tokens": 5.0}
     value, measures = exercise.loss([])
@@ -275,8 +278,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     taught = [row for row in rows if row["stage"] == "rl" and row["verdicts"]]
     assert taught
     assert all(row["gcd_loss"] == pytest.approx(-row["objective_good_logprob"]) for row in taught)
-    (file,) = (tmp_path / "run").rglob("iter-000000.jsonl*")
-    groups = read_groups(file)
+    groups = read_groups(episode_files(tmp_path / "run")[0])
     said = {x for g in groups for e in g.episodes for s in e.steps for x in s.labels}
     assert {label.source for label in said} == {side}
     assert {label.verdict for label in said} == {"good", "flawed"}

@@ -103,8 +103,11 @@ def test_scarce_memory_makes_shorter_passes(
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the next rollout knows how much fits
         assert sampler().sample(prompts) == found
-    limit = 0
-    with pytest.raises(UntwineError, match=r"6 episodes side by side .* lower env\.sessions"):
+    limit, policy.pass_tokens = 0, 8192
+    with (
+        pytest.warns(UserWarning, match="out of memory"),
+        pytest.raises(UntwineError, match=r"6 episodes side by side .* lower env\.sessions"),
+    ):
         sampler().sample(prompts)
 
 

@@ -11,6 +11,7 @@ import math
 from untwine.envs.protocol import Env, Planner, Reset
 from untwine.envs.wrapper import Wrapper
 from untwine.errors import EnvError
+from untwine.own_code import cut_short
 from untwine.records import Observation
 
 
@@ -42,24 +43,23 @@ class CheckedEnv(Wrapper):
         return self._commands("plan", self._env.plan())
 
     def seen(self, observation: object, method: str) -> Observation:
-        found = observation
-        if not isinstance(found, Observation):
-            raise self._wrong(method, f"returned {_said(found)}", "return an Observation")
+        if not isinstance(observation, Observation):
+            raise self._wrong(method, f"returned {_said(observation)}", "return an Observation")
         for key, kinds in _FIELDS.items():
-            value = getattr(found, key)
+            value = getattr(observation, key)
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 told = f"{key}={_said(value)}"
                 wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
                 raise self._wrong(method, f"gave {told}", f"{key} must be {wanted}")
-        if not math.isfinite(found.score):
-            raise self._wrong(method, f"gave score={found.score}", "a score must be finite")
-        if not 0 <= found.outcome <= 1:
+        if not math.isfinite(observation.score):
+            raise self._wrong(method, f"gave score={observation.score}", "a score must be finite")
+        if not 0 <= observation.outcome <= 1:
             raise self._wrong(
-                method, f"gave outcome={found.outcome}", "an outcome must lie between 0 and 1"
+                method, f"gave outcome={observation.outcome}", "an outcome must lie between 0 and 1"
             )
-        if found.admissible is not None:
-            self._commands(f"{method} (admissible)", found.admissible)
-        return found
+        if observation.admissible is not None:
+            self._commands(f"{method} (admissible)", observation.admissible)
+        return observation
 
     def _commands(self, method: str, found: object) -> tuple[str, ...] | None:
         if found is None:
@@ -84,6 +84,5 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def _said(value: object) -> str:
-    """A value with its type, cut short."""
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:60] + '…'} ({type(value).__name__})"
+    """A value with its type."""
+    return f"{cut_short(value)} ({type(value).__name__})"

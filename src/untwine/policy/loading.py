@@ -94,8 +94,8 @@ class Policy:
         if self.dtype == torch.float32:
             yield
             return
-        frozen = [p for p in self.model.parameters() if not p.requires_grad and p.is_leaf]
-        frozen = [p for p in frozen if p.is_floating_point()]
+        weights = self.model.parameters()
+        frozen = [p for p in weights if not p.requires_grad and p.is_floating_point()]
         try:
             for parameter in frozen:
                 parameter.requires_grad_(True)

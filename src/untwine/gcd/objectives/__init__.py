@@ -66,5 +66,5 @@ def _maker(name: str) -> ObjectiveMaker:
             f"unknown gcd.objective {name!r}; known are {known}, and one of your own is named "
             f"module:maker, such as my_module:Objective.{nearest(name, _MAKERS)}"
         )
-    own_callable(f"gcd.objective {name!r}", name, "Objective", ConfigError)  # is it there?
-    return partial(OwnObjective, name)
+    what = f"gcd.objective {name!r}"
+    return partial(OwnObjective, what, own_callable(what, name, "Objective", ConfigError))

@@ -12,7 +12,7 @@ import torch
 
 from untwine.errors import ConfigError
 from untwine.gcd.objectives.protocol import Exercise, Means, Objective
-from untwine.own_code import own_callable
+from untwine.own_code import cut_short
 from untwine.records import Episode
 
 _SHARED = ("verdicts", "verdict_accuracy")
@@ -25,9 +25,10 @@ class OwnObjective:
     others as `objective_NAME`.
     """
 
-    def __init__(self, name: str, means: Means) -> None:
-        self._what = f"gcd.objective {name!r}"
-        objective = own_callable(self._what, name, "Objective", ConfigError)(means)
+    def __init__(self, what: str, maker: Callable[..., Any], means: Means) -> None:
+        """what   named first in errors"""
+        self._what = what
+        objective = maker(means)
         module = getattr(objective, "module", self)
         if not callable(getattr(objective, "exercise", None)) or not (
             module is None or isinstance(module, torch.nn.Module)
@@ -78,6 +79,4 @@ class OwnObjective:
             raise self._wrong("its measures", found, "a dict of numbers") from None
 
     def _wrong(self, where: str, found: object, wanted: str) -> ConfigError:
-        said = repr(found)
-        said = said if len(said) <= 60 else said[:60] + "…"
-        return ConfigError(f"{self._what}: {where} gave {said}; it must give {wanted}")
+        return ConfigError(f"{self._what}: {where} gave {cut_short(found)}; it must give {wanted}")

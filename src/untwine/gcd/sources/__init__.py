@@ -46,16 +46,17 @@ def check_sources(names: Sequence[str], judge: JudgeConfig | None = None) -> Non
     """ConfigError when a source does not exist, or (where `judge` is given) the judge's settings
     are of no use."""
     for name in names:
-        if name not in _MAKERS and is_plain(name):
+        if costly(name):
+            if name == "judge" and judge is not None:
+                check_judge(judge)
+        elif is_plain(name):
             plain_source(name)
-        elif name not in _MAKERS:
+        else:
             raise ConfigError(
                 f"unknown label source {name!r}; known are {', '.join(source_names())}, and one of "
                 "your own is named module:function, such as my_module:labels."
                 f"{nearest(name, source_names())}"
             )
-        if name == "judge" and judge is not None:
-            check_judge(judge)
 
 
 class Labeller:
