@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 
 from untwine.errors import UntwineError
+from untwine.policy.trie import shared_lengths, sort_key
 
 Allowed = tuple[tuple[int, ...] | None, ...]
 
@@ -83,6 +86,11 @@ class Chunk:
         return self.ids_BT[self.sample_M, self.column_M]
 
 
+def in_trie_order(samples: Sequence[StepSample]) -> list[int]:
+    """Order in which those with long common beginnings are neighbours."""
+    return sorted(range(len(samples)), key=lambda i: sort_key(_ids(samples[i])))
+
+
 def by_length(samples: Sequence[StepSample]) -> list[int]:
     """Order in which neighbours have similar lengths, longest first."""
     return sorted(range(len(samples)), key=lambda i: -samples[i].length)
@@ -96,6 +104,27 @@ def cut_chunks(samples: Sequence[StepSample], size: int, device: torch.device) -
         _chunk(samples[first : first + size], first, device)
         for first in range(0, len(samples), size)
     ]
+
+
+def cut_shared(samples: Sequence[StepSample], size: int, device: torch.device) -> list[Chunk]:
+    """Consecutive chunks of samples in trie order, each with at most as many distinct tokens as
+    `size` samples of the greatest length have."""
+    if size < 1:
+        raise UntwineError(f"chunk is {size}; it must be at least 1")
+    budget = size * max(s.length for s in samples)
+    new = np.array([s.length for s in samples]) - shared_lengths([_ids(s) for s in samples])
+    cuts, held = [0], 0
+    for i, s in enumerate(samples):
+        held += int(new[i])
+        if held > budget:
+            cuts.append(i)
+            held = s.length
+    edges = pairwise([*cuts, len(samples)])
+    return [_chunk(samples[first:end], first, device) for first, end in edges]
+
+
+def _ids(sample: StepSample) -> np.ndarray:
+    return np.array(sample.prompt_ids + sample.action_ids, dtype=np.int64)
 
 
 def _chunk(samples: Sequence[StepSample], first: int, device: torch.device) -> Chunk:

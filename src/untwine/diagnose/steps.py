@@ -14,10 +14,15 @@ from torch import nn
 from untwine.diagnose.coupling import push
 from untwine.diagnose.parameters import ParameterChoice, check_preconditioner, select_parameters
 from untwine.diagnose.samples import SampleLike
-from untwine.diagnose.scoring import Context, Progress, log_probabilities, weighted_gradient
+from untwine.diagnose.scoring import (
+    Context,
+    Direction,
+    Progress,
+    log_probabilities,
+    weighted_gradient,
+    weighted_gradients,
+)
 from untwine.errors import UntwineError
-
-Direction = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +143,8 @@ def mean_push(
     """Push of the mean over batches of sum_j w_j g_j on a fixed probe set: the primary measure,
     since the gradient of one batch is mostly noise. Take at least 16 batches.
 
-    Costs `1 + nulls` training steps per batch and one pass over the probes; memory `1 + nulls`
-    gradients, and `memory_mib` as in `coupling.gram`.
+    Costs a forward pass and `1 + nulls` backward passes per batch, and one pass over the probes;
+    memory twice `1 + nulls` gradients, and `memory_mib` as in `coupling.gram`.
     """
     if not batches:
         raise UntwineError("a mean push needs at least one batch")
@@ -147,21 +152,19 @@ def mean_push(
     generator = torch.Generator().manual_seed(seed)
     means: list[Direction] = [{} for _ in range(1 + nulls)]
     squares = 0.0
-    total = len(batches) * len(means) + 1
+    total = len(batches) + 1
     for b, (samples, weights_N) in enumerate(batches):
-        for r, mean in enumerate(means):
-            order = torch.randperm(len(weights_N), generator=generator) if r else slice(None)
-            found = weighted_gradient(
-                model, samples, weights_N[order], parameters=parameters, **options
-            )
-            found = _preconditioned(model, found, preconditioner)
+        orders = [torch.randperm(len(weights_N), generator=generator) for _ in range(nulls)]
+        weights_RN = torch.stack([weights_N, *(weights_N[order] for order in orders)])
+        found = weighted_gradients(model, samples, weights_RN, parameters=parameters, **options)
+        for r, (mean, plain) in enumerate(zip(means, found, strict=True)):
+            direction = _preconditioned(model, plain, preconditioner)
             if r == 0:
-                squares += _square(found)
-            for name, value in found.items():
-                mean[name] = (
-                    mean[name] + value / len(batches) if name in mean else value / len(batches)
-                )
-            on_progress(b * len(means) + r + 1, total)
+                squares += _square(direction)
+            for name, value in direction.items():
+                part = value / len(batches)
+                mean[name] = mean[name] + part if name in mean else part
+        on_progress(b + 1, total)
     pushes = push(model, probes, means, memory_mib=memory_mib, folder=folder, **options)
     on_progress(total, total)
     share = None

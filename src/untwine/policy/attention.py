@@ -48,6 +48,11 @@ def adopt(model: Any) -> None:
     narrow_last_layer(model)
 
 
+def adopted(model: Any) -> bool:
+    """Whether `model` attends through this module."""
+    return bool(model.config._attn_implementation == NAME)
+
+
 def packed_hidden_states(
     base_model: Any, ids_N: np.ndarray, positions_N: np.ndarray, plan: Plan, device: torch.device
 ) -> torch.Tensor:

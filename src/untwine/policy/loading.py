@@ -134,13 +134,7 @@ class Policy:
     @property
     def costs(self) -> Costs:
         """What one layer of this model costs, for the choice of layout (docs/fast-core.md)."""
-        config = self.model.config
-        linear = (
-            sum(p.numel() for name, p in self.model.base_model.named_parameters() if p.dim() == 2)
-            - self.model.get_input_embeddings().weight.numel()
-        )
-        width = config.num_attention_heads * head_width(config)
-        return Costs.of_layer(linear / config.num_hidden_layers, width, self.device.type)
+        return layer_costs(self.model)
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder that `load_policy` and others read."""
@@ -189,6 +183,17 @@ def load_policy(config: PolicyConfig, texts: Callable[[], Iterable[str]], seed: 
     policy = Policy(model, tokenizer, Chat(tokenizer, ends), device, dtype, config.model)
     check_vocabulary(policy)
     return policy
+
+
+def layer_costs(model: Any) -> Costs:
+    """What one layer of a causal language model costs, on the device that it is on."""
+    config, embeddings = model.config, model.get_input_embeddings().weight
+    linear = (
+        sum(p.numel() for name, p in model.base_model.named_parameters() if p.dim() == 2)
+        - embeddings.numel()
+    )
+    width = config.num_attention_heads * head_width(config)
+    return Costs.of_layer(linear / config.num_hidden_layers, width, embeddings.device.type)
 
 
 def head_width(config: Any) -> int:
