@@ -14,6 +14,11 @@ from typing import Any
 from untwine.errors import UntwineError
 
 
+def is_own(name: str) -> bool:
+    """Whether a name in a recipe is the place of the user's own code."""
+    return ":" in name
+
+
 def own_module(
     what: str, target: str, example: str, error: type[UntwineError], *, here: bool = True
 ) -> tuple[ModuleType, str]:

@@ -199,6 +199,48 @@ def test_what_cannot_be_trained_on_is_said(policy: Policy, found: Any, words: st
         exercise_of(policy, found).loss([])
 
 
+def bad_row(**values: Any) -> Any:
+    return dataclasses.replace(completion_row([5, 9], [30, 17, 8], 1.0), **values)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ([1, 2], r"is \[1, 2\]; it must be a Row, as untwine.batch.completion_row makes it"),
+        (bad_row(ids=[5, 9, 30]), r"has ids \[5, 9, 30\]; they must be an array of integers"),
+        (bad_row(targets=np.array([2.0])), "has targets .*; they must be an array of integers"),
+        (bad_row(targets=np.array([0, 3])), r"has targets \[0, 3\]; .* between 1 and 4, the last"),
+        (bad_row(targets=np.array([3, 5])), r"has targets \[3, 5\]; .* between 1 and 4, the last"),
+        (bad_row(targets=np.array([], dtype=int)), r"has targets \[\]; there must be some"),
+        (bad_row(weights=np.ones(2)), r"has weights array\(.*; .* one for each of 3 targets"),
+        (bad_row(advantages=None), "has advantages None; .* one for each of 3 targets"),
+        (bad_row(old_logprobs=np.array([0, np.nan, 0])), "has old_logprobs .*nan.* must be finite"),
+        (
+            bad_row(choices=np.ones((2, 4), int)),
+            r"has choices of shape \(2, 4\); it must be \(3, C",
+        ),
+        (
+            bad_row(choices=np.array([[30], [16], [-1]])),
+            "has a target 17 that is not among its choices",
+        ),
+        (
+            bad_row(choices=np.array([[30, 10**6], [17, 1], [8, 8]])),
+            "has the token id 1000000; the",
+        ),
+        (bad_row(ids=np.array([5, -1, 30, 17, 8])), "has the token id -1; the model has ids 0 to"),
+        (completion_row([5] * 5000, [1], 1.0), "has 5001 tokens, but the model has positions for"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_said(policy: Policy, row: Any, words: str) -> None:
+    good = completion_row([5, 9], [30, 17, 8], 1.0)
+    narrow = dataclasses.replace(good, choices=np.array([[30, 2], [-1, -1], [8, -1]]))
+    exercise_of(policy, Exercise([good, narrow], lambda _: (torch.zeros(()), {})))
+    with pytest.raises(ConfigError, match=f"'mine:maker': row 2 of its exercise {words}"):
+        exercise_of(policy, Exercise([good, narrow, row], lambda _: (torch.zeros(()), {})))
+    with pytest.raises(ConfigError, match="its `rows` gave 3; it must give a list of Rows"):
+        exercise_of(policy, Exercise(3, lambda _: (torch.zeros(()), {})))  # type: ignore[arg-type]
+
+
 def updater(policy: Policy, module: torch.nn.Module | None = None) -> Updater:
     gcd = GCDConfig(weight_of="gradient")
     return Updater(

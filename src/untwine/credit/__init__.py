@@ -20,7 +20,7 @@ from untwine.credit.labels import labels
 from untwine.credit.rlvmr import rlvmr
 from untwine.errors import ConfigError, complaint, nearest
 from untwine.gcd.labels import only_from
-from untwine.own_code import own_callable, table
+from untwine.own_code import is_own, own_callable, table
 from untwine.records import Group
 
 AS_TRAINED = "as trained"
@@ -130,7 +130,7 @@ def _find(name: str) -> CreditMethod:
     if name in _METHODS:
         return _METHODS[name]
     what = f"credit method {name!r}"
-    if ":" not in name:
+    if not is_own(name):
         raise ConfigError(
             f"unknown {what}; known are {', '.join(credit_names())}, and one of your own is named "
             f"module:function, such as my_module:method.{nearest(name, _METHODS)}"

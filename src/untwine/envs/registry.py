@@ -15,7 +15,7 @@ from untwine.envs.answers import CheckedEnv
 from untwine.envs.protocol import Catalogue, Env, EnvFamily
 from untwine.envs.wrapper import Wrapper
 from untwine.errors import EnvError, nearest
-from untwine.own_code import own_module, place_of
+from untwine.own_code import is_own, own_module, place_of
 from untwine.records import Observation
 
 # name -> "module:attribute" of an EnvFamily
@@ -35,7 +35,7 @@ def register_family(name: str, target: str) -> None:
 
 def family_target(name: str) -> str | None:
     """Where the family called `name` is defined ("module:attribute"), or None."""
-    return _FAMILIES.get(name, name if ":" in name else None)
+    return _FAMILIES.get(name, name if is_own(name) else None)
 
 
 def family_names() -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from untwine.envs.protocol import EnvInfo
 from untwine.errors import ConfigError, nearest
-from untwine.own_code import own_callable, table
+from untwine.own_code import is_own, own_callable, table
 from untwine.records import Episode, Group, Label, Step, Verdict
 
 EXPERT_GOOD = Label("expert", "good", "expert")
@@ -70,7 +70,7 @@ def register_labels(name: str, source: LabelSource) -> None:
 
 def is_plain(name: str) -> bool:
     """Whether a source of this name needs a group and nothing else; all of one's own do."""
-    return name in _SOURCES or ":" in name
+    return name in _SOURCES or is_own(name)
 
 
 def plain_source(name: str) -> LabelSource:
@@ -78,7 +78,7 @@ def plain_source(name: str) -> LabelSource:
     checked, and its labels get this name. ConfigError when there is none."""
     if name in _SOURCES:
         return _SOURCES[name]
-    if ":" not in name:
+    if not is_own(name):
         raise ConfigError(f"unknown label source {name!r}.{nearest(name, _SOURCES)}")
     source = own_callable(f"label source {name!r}", name, "labels", ConfigError)
     return lambda group, info: _checked(name, group, source(group, info))

@@ -20,6 +20,7 @@ from untwine.batch import Row, completion_row
 from untwine.config.gcd import Contrast
 from untwine.errors import ModelError
 from untwine.gcd.labels import action_key, agreed_verdict
+from untwine.own_code import is_own
 from untwine.prompting.prompter import PAIR_WORDS, VERDICT_WORDS, Prompter, action_as_shown
 from untwine.records import Episode, Verdict
 from untwine.scoring import Targets
@@ -92,7 +93,7 @@ def why_no_questions(episodes: Iterable[Episode], objective: str) -> str:
     """Why the objective asks nothing about these episodes, and what to change."""
     verdicts = Counter(judged.verdict for judged in judged_steps(episodes))
     good, flawed = verdicts["good"], verdicts["flawed"]
-    if ":" in objective:  # only its author knows
+    if is_own(objective):  # only its author knows
         why = f"{objective} made nothing of them"
     elif good and flawed:
         why = (

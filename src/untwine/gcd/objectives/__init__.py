@@ -16,7 +16,7 @@ from untwine.gcd.objectives.own import OwnObjective
 from untwine.gcd.objectives.protocol import Exercise, Means, Objective, ObjectiveMaker
 from untwine.gcd.objectives.reinforced import Reinforced
 from untwine.gcd.questions import PAIRS, SIMILAR, VERDICTS, Quiz
-from untwine.own_code import own_callable
+from untwine.own_code import is_own, own_callable
 
 __all__ = [
     "Exercise", "Means", "Objective", "check_objective", "make_objective", "objective_names",
@@ -60,7 +60,7 @@ def make_objective(name: str, means: Means) -> Objective | None:
 def _maker(name: str) -> ObjectiveMaker:
     if name in _MAKERS:
         return _MAKERS[name]
-    if ":" not in name:
+    if not is_own(name):
         known = ", ".join(["none", *objective_names()])
         raise ConfigError(
             f"unknown gcd.objective {name!r}; known are {known}, and one of your own is named "

@@ -8,14 +8,53 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
+from untwine.batch import Row
 from untwine.errors import ConfigError
 from untwine.gcd.objectives.protocol import Exercise, Means, Objective
 from untwine.own_code import cut_short
 from untwine.records import Episode
 
 _SHARED = ("verdicts", "verdict_accuracy")
+
+
+def row_fault(row: object, vocabulary: int, positions: int) -> str | None:
+    """Why nothing can be trained on a row, and what it must have; None where it can."""
+    if not isinstance(row, Row):
+        return f"is {cut_short(row)}; it must be a Row, as untwine.batch.completion_row makes it"
+    for name in ("ids", "targets"):
+        values: object = getattr(row, name)
+        if not (isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind == "i"):
+            return f"has {name} {cut_short(values)}; they must be an array of integers"
+    length, n = row.length, len(row.targets)
+    if length > positions:
+        return f"has {length} tokens, but the model has positions for {positions}; make it shorter"
+    if not n or row.targets.min() < 1 or row.targets.max() >= length:
+        return (
+            f"has targets {cut_short(row.targets.tolist())}; there must be some, between 1 and "
+            f"{length - 1}, the last place of its {length} ids"
+        )
+    for name in ("weights", "old_logprobs", "advantages"):
+        values = getattr(row, name)
+        if not isinstance(values, np.ndarray) or values.shape != (n,):
+            return f"has {name} {cut_short(values)}; give an array, one for each of {n} targets"
+        if not np.isfinite(values).all():
+            return f"has {name} {cut_short(values.tolist())}; all must be finite"
+    ids = row.ids
+    if row.choices is not None:
+        shape = getattr(row.choices, "shape", ())
+        if len(shape) != 2 or shape[0] != n:
+            return f"has choices of shape {shape}; it must be ({n}, C), C for each target"
+        missing = (row.choices >= 0).any(1) & ~(row.choices == ids[row.targets, None]).any(1)
+        if missing.any():
+            return f"has a target {ids[row.targets][missing][0]} that is not among its choices"
+        ids = np.concatenate([ids, row.choices[row.choices >= 0]])
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        worst = ids.min() if ids.min() < 0 else ids.max()
+        return f"has the token id {worst}; the model has ids 0 to {vocabulary - 1}"
+    return None
 
 
 class OwnObjective:
@@ -28,6 +67,7 @@ class OwnObjective:
     def __init__(self, what: str, maker: Callable[..., Any], means: Means) -> None:
         """what   named first in errors"""
         self._what = what
+        self._policy = means.policy
         objective = maker(means)
         module = getattr(objective, "module", self)
         if not callable(getattr(objective, "exercise", None)) or not (
@@ -48,6 +88,11 @@ class OwnObjective:
             return None
         if not isinstance(found, Exercise):
             raise self._wrong("`exercise`", found, "an Exercise or None")
+        if not isinstance(found.rows, Sequence):
+            raise self._wrong("its `rows`", found.rows, "a list of Rows")
+        for k, row in enumerate(found.rows):
+            if fault := row_fault(row, self._policy.vocabulary, self._policy.max_positions):
+                raise ConfigError(f"{self._what}: row {k} of its exercise {fault}")
         return replace(
             found,
             loss=self._checked(found.loss),
