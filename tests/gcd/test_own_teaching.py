@@ -219,6 +219,7 @@ def bad_row(**values: Any) -> Any:
             bad_row(choices=np.ones((2, 4), int)),
             r"has choices of shape \(2, 4\); it must be \(3, C",
         ),
+        (bad_row(choices=[[1], [2], [3]]), r"has choices of shape \(\); it must be \(3, C"),
         (
             bad_row(choices=np.array([[30], [16], [-1]])),
             "has a target 17 that is not among its choices",

@@ -44,7 +44,7 @@ def row_fault(row: object, vocabulary: int, positions: int) -> str | None:
             return f"has {name} {cut_short(values.tolist())}; all must be finite"
     ids = row.ids
     if row.choices is not None:
-        shape = getattr(row.choices, "shape", ())
+        shape: tuple[int, ...] = getattr(row.choices, "shape", ())
         if len(shape) != 2 or shape[0] != n:
             return f"has choices of shape {shape}; it must be ({n}, C), C for each target"
         missing = (row.choices >= 0).any(1) & ~(row.choices == ids[row.targets, None]).any(1)
