@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from untwine.policy.trie import common_prefix, shared_lengths, sort_key
+from untwine.policy.trie import cut_within, shared_lengths, sort_key
 from untwine.records import Episode, Group, Step
 
 LossMean = Literal["token", "step", "episode"]
@@ -100,17 +100,9 @@ def split_again(waiting: Sequence[Sequence[Row]], budget: int) -> list[list[Row]
 def microbatches(rows: Sequence[Row], budget: int) -> Iterator[list[Row]]:
     """Rows in the order of their trie, at most `budget` distinct tokens at a time (a longer row
     stands alone). A beginning that rows of two micro-batches share is computed in both."""
-    batch: list[Row] = []
-    held = 0
-    for row in in_trie_order(rows):
-        new = row.length - (common_prefix(batch[-1].ids, row.ids) if batch else 0)
-        if batch and held + new > budget:
-            yield batch
-            batch, held, new = [], 0, row.length
-        batch.append(row)
-        held += new
-    if batch:
-        yield batch
+    ordered = in_trie_order(rows)
+    for part in cut_within([row.ids for row in ordered], budget):
+        yield ordered[part]
 
 
 def distinct_tokens(rows: Sequence[Row]) -> int:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 
 from untwine.errors import UntwineError
-from untwine.policy.trie import shared_lengths, sort_key
+from untwine.policy.trie import cut_within, sort_key
 
 Allowed = tuple[tuple[int, ...] | None, ...]
 
@@ -98,8 +97,7 @@ def by_length(samples: Sequence[StepSample]) -> list[int]:
 
 def cut_chunks(samples: Sequence[StepSample], size: int, device: torch.device) -> list[Chunk]:
     """Consecutive chunks of at most `size` samples."""
-    if size < 1:
-        raise UntwineError(f"chunk is {size}; it must be at least 1")
+    _check_size(size)
     return [
         _chunk(samples[first : first + size], first, device)
         for first in range(0, len(samples), size)
@@ -109,18 +107,15 @@ def cut_chunks(samples: Sequence[StepSample], size: int, device: torch.device) -
 def cut_shared(samples: Sequence[StepSample], size: int, device: torch.device) -> list[Chunk]:
     """Consecutive chunks of samples in trie order, each with at most as many distinct tokens as
     `size` samples of the greatest length have."""
+    _check_size(size)
+    budget = size * max(s.length for s in samples)
+    parts = cut_within([_ids(s) for s in samples], budget)
+    return [_chunk(samples[part], part.start, device) for part in parts]
+
+
+def _check_size(size: int) -> None:
     if size < 1:
         raise UntwineError(f"chunk is {size}; it must be at least 1")
-    budget = size * max(s.length for s in samples)
-    new = np.array([s.length for s in samples]) - shared_lengths([_ids(s) for s in samples])
-    cuts, held = [0], 0
-    for i, s in enumerate(samples):
-        held += int(new[i])
-        if held > budget:
-            cuts.append(i)
-            held = s.length
-    edges = pairwise([*cuts, len(samples)])
-    return [_chunk(samples[first:end], first, device) for first, end in edges]
 
 
 def _ids(sample: StepSample) -> np.ndarray:

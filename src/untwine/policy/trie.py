@@ -158,6 +158,18 @@ def shared_lengths(rows: Sequence[np.ndarray]) -> np.ndarray:
     return shared
 
 
+def cut_within(rows: Sequence[np.ndarray], budget: int) -> list[slice]:
+    """Neighbours with at most `budget` distinct tokens together, of rows in trie order; a longer
+    row stands alone. A beginning that rows of two parts share counts in both."""
+    cuts, held = [0], 0
+    for i, (row, shared) in enumerate(zip(rows, shared_lengths(rows).tolist(), strict=True)):
+        held += len(row) - shared
+        if i and held > budget:
+            cuts.append(i)
+            held = len(row)
+    return [slice(a, b) for a, b in pairwise([*cuts, len(rows)]) if a < b]
+
+
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     """How many leading ids two sequences share."""
     n = min(len(a), len(b))
